@@ -1,0 +1,237 @@
+//! The table of calls.
+
+use crate::request::{HostCall, Parsed};
+
+/// A host hypercall.
+#[derive(Debug)]
+pub struct Call {
+    /// Function identifier, the value of x0.
+    pub number: u32,
+    /// Name, in upper case, as the C header has it behind its prefix.
+    pub name: &'static str,
+    /// What the call does.
+    pub doc: &'static str,
+    /// Arguments in x1, x2 and x3, in this order.
+    pub arguments: &'static [Argument],
+    /// What x0, x1, x2 and x3 hold afterwards, in this order. Registers without a result keep their values. After a failure,
+    /// x1 is the address of the first page that failed, or 0, and x2 and x3 keep their values.
+    pub results: &'static [&'static str],
+    /// Makes the request from checked arguments.
+    pub(crate) request: fn(Parsed) -> HostCall,
+}
+
+/// An argument of a call.
+#[derive(Debug)]
+pub struct Argument {
+    /// Name.
+    pub name: &'static str,
+    /// What values it takes.
+    pub kind: Kind,
+}
+
+/// What values an argument takes, and so how it is checked.
+///
+/// All arguments are checked for one error before any is checked for the next one: RESERVED, UNALIGNED, INVALID, OVERFLOW,
+/// TOO_LARGE.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Zero, kept for later: else RESERVED.
+    Zero,
+    /// Physical address of a page: else UNALIGNED, or OVERFLOW if it has more than 48 bits.
+    PageAddress,
+    /// Number of pages of the range that starts at the page address: INVALID if zero, OVERFLOW if the range reaches beyond
+    /// 48 bits, TOO_LARGE if there are more than `max`.
+    PageCount {
+        /// The largest number.
+        max: u64,
+    },
+    /// A number below `count`: else INVALID.
+    Index {
+        /// How many values there are.
+        count: u64,
+    },
+}
+
+/// The most pages that a range may have.
+pub const MAX_RANGE_PAGES: u64 = 1 << 18;
+
+/// The most pages that a range to take back may have. They are zeroed with interrupts masked, which bounds the number.
+pub const MAX_TAKE_BACK_PAGES: u64 = 512;
+
+/// The call of which counter 0 counts the uses; see [`counter_index`].
+const FIRST_COUNTED: u32 = 0xc600_1000;
+
+/// How many calls have a counter.
+pub const CALL_COUNTERS: usize = 16;
+
+/// Returns which of the [`CALL_COUNTERS`] counters belongs to a call, if one does. It is also the call's bit in the bitmap
+/// of FEATURES.
+#[must_use]
+pub fn counter_index(number: u32) -> Option<usize> {
+    let index = usize::try_from(number.checked_sub(FIRST_COUNTED)?).ok()?;
+    (index < CALL_COUNTERS).then_some(index)
+}
+
+const fn range(max: u64) -> [Argument; 3] {
+    [
+        Argument { name: "address", kind: Kind::PageAddress },
+        Argument { name: "pages", kind: Kind::PageCount { max } },
+        Argument { name: "flags", kind: Kind::Zero },
+    ]
+}
+
+const RANGE: &[Argument] = &range(MAX_RANGE_PAGES);
+const TAKE_BACK_RANGE: &[Argument] = &range(MAX_TAKE_BACK_PAGES);
+const ONE_PAGE: &[Argument] =
+    &[Argument { name: "address", kind: Kind::PageAddress }, Argument { name: "reserved", kind: Kind::Zero }];
+
+const STATUS: &str = "status";
+const FIRST_FAILED: &str = "0, or after a failure the address of the first page that failed";
+
+/// All host hypercalls, by number.
+pub const CALLS: &[Call] = &[
+    Call {
+        number: 0x8600_ff01,
+        name: "UID",
+        doc: "Identifies the hypervisor. Any other vendor's UID, or NOT_SUPPORTED in w0, says that it is not Ravelin.",
+        arguments: &[],
+        results: &["UID, bytes 0-3", "UID, bytes 4-7", "UID, bytes 8-11", "UID, bytes 12-15"],
+        request: |_| HostCall::Uid,
+    },
+    Call {
+        number: 0x8600_ff03,
+        name: "REVISION",
+        doc: "Returns the version of this interface.",
+        arguments: &[],
+        results: &["major version", "minor version"],
+        request: |_| HostCall::Revision,
+    },
+    Call {
+        number: 0xc600_1000,
+        name: "FEATURES",
+        doc: "Says what the hypervisor offers.",
+        arguments: &[Argument { name: "index", kind: Kind::Index { count: 1 } }],
+        results: &[
+            STATUS,
+            "bitmap of calls: bit n for 0xc6001000 + n",
+            "the most pages of a range",
+            "the most pages of a range to take back",
+        ],
+        request: |_| HostCall::Features,
+    },
+    Call {
+        number: 0xc600_1001,
+        name: "SHARE",
+        doc: "Lends pages that the host owns to the hypervisor. Contents are kept.",
+        arguments: RANGE,
+        results: &[STATUS, FIRST_FAILED],
+        request: |parsed| HostCall::Share(parsed.range),
+    },
+    Call {
+        number: 0xc600_1002,
+        name: "UNSHARE",
+        doc: "Ends the loan of pages, none of which may be pinned. Contents are kept.",
+        arguments: RANGE,
+        results: &[STATUS, FIRST_FAILED],
+        request: |parsed| HostCall::Unshare(parsed.range),
+    },
+    Call {
+        number: 0xc600_1003,
+        name: "DONATE",
+        doc: "Gives pages that the host owns to the hypervisor. Contents are kept; the host loses access.",
+        arguments: RANGE,
+        results: &[STATUS, FIRST_FAILED],
+        request: |parsed| HostCall::Donate(parsed.range),
+    },
+    Call {
+        number: 0xc600_1004,
+        name: "TAKE_BACK",
+        doc: "Returns donated pages to the host, zeroed.",
+        arguments: TAKE_BACK_RANGE,
+        results: &[STATUS, FIRST_FAILED],
+        request: |parsed| HostCall::TakeBack(parsed.range),
+    },
+    Call {
+        number: 0xc600_1005,
+        name: "PIN",
+        doc: "Keeps lent pages from being unshared, and maps them in the hypervisor. Pins of a page add up.",
+        arguments: RANGE,
+        results: &[STATUS, FIRST_FAILED],
+        request: |parsed| HostCall::Pin(parsed.range),
+    },
+    Call {
+        number: 0xc600_1006,
+        name: "UNPIN",
+        doc: "Takes back one pin of each page.",
+        arguments: RANGE,
+        results: &[STATUS, FIRST_FAILED],
+        request: |parsed| HostCall::Unpin(parsed.range),
+    },
+    Call {
+        number: 0xc600_1007,
+        name: "PAGE_STATE",
+        doc: "Returns the state of a page as the host sees it. Of a page that is not the host's it tells nothing.",
+        arguments: ONE_PAGE,
+        results: &[STATUS, "state of the page", "pins of the page"],
+        request: |parsed| HostCall::PageState { page: parsed.range.base },
+    },
+    Call {
+        number: 0xc600_1008,
+        name: "STATISTICS",
+        doc: "Writes the statistics to the start of a page that the host has lent to the hypervisor. The rest of the page \
+              keeps its contents.",
+        arguments: ONE_PAGE,
+        results: &[STATUS, "bytes written"],
+        request: |parsed| HostCall::Statistics { page: parsed.range.base },
+    },
+];
+
+impl Call {
+    /// Returns the call that has this number.
+    #[must_use]
+    pub fn find(number: u32) -> Option<&'static Self> {
+        CALLS.iter().find(|call| call.number == number)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_ascend_and_are_fast_calls_of_the_vendor_hypervisor() {
+        assert!(CALLS.is_sorted_by(|a, b| a.number < b.number));
+        for call in CALLS {
+            assert_eq!(call.number & 0xbf00_0000, 0x8600_0000, "{}", call.name);
+            assert_eq!(call.number & 0x00ff_0000, 0, "{}: must-be-zero bits and hint", call.name);
+        }
+    }
+
+    #[test]
+    fn what_returns_or_takes_64_bits_is_a_64_bit_call() {
+        for call in CALLS.iter().filter(|call| !call.arguments.is_empty()) {
+            assert_eq!(call.number >> 30, 3, "{}", call.name);
+        }
+    }
+
+    #[test]
+    fn a_page_count_follows_its_address() {
+        for call in CALLS {
+            assert!(call.arguments.len() <= 3 && call.results.len() <= 4, "{}", call.name);
+            for (index, argument) in call.arguments.iter().enumerate() {
+                if matches!(argument.kind, Kind::PageCount { .. }) {
+                    assert_eq!(call.arguments[index - 1].kind, Kind::PageAddress, "{}", call.name);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_64_bit_call_has_its_own_counter() {
+        let counted: Vec<_> = CALLS.iter().filter_map(|call| counter_index(call.number)).collect();
+        assert_eq!(counted, (0..counted.len()).collect::<Vec<_>>());
+        assert_eq!(counted.len(), CALLS.len() - 2);
+        assert_eq!(counter_index(0xc600_0fff), None);
+        assert_eq!(counter_index(0xc600_1010), None);
+    }
+}
