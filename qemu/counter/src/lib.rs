@@ -1,1 +1,30 @@
-//! Under construction.
+//! A QEMU TCG plugin that counts what a virtual CPU executes, per exception level and to the instruction.
+//!
+//! ```text
+//! qemu-system-aarch64 ... -plugin file=libravelin_counter.so,out=COUNTS
+//! ```
+//!
+//! `COUNTS` receives one line of text per event, `EVENT KEY=VALUE..`, counters that are zero left out:
+//!
+//! * `mark`: a CPU executed `HINT #0x40 + n`, a NOP on every CPU. `number` is n, `level` the exception level it was
+//!   executed at, `nanoseconds` the time since QEMU started; the counters are what *this* CPU did since its mark before.
+//! * `mark-all`: follows `mark` on a machine of several CPUs: what *all* of them did since the last mark of any. The
+//!   share of the others is a snapshot of running CPUs.
+//! * `first-el1`: a CPU is about to execute its first instruction below EL2; the counters are all it did until then.
+//! * `total`: one line per CPU when QEMU ends.
+//!
+//! `elN.instructions`, `elN.loads` and `elN.stores` are what was executed at ELn. An instruction that takes an
+//! exception counts where it was tried, and once more when it is tried again; marks themselves count nothing. A load
+//! or store is one memory access, so a pair of 64-bit registers is one. `elN.tlbi.*`, `elN.dsb`, `elN.isb`,
+//! `elN.dc_zva` and `elN.cache` (other cache maintenance) come from the opcode. `entry.*` counts entries into EL2
+//! by vector, `class.*` entries from below by ESR_EL2.EC, and `call.*` HVC and SMC by the low half of x0.
+//!
+//! With several CPUs the plugin needs `-accel tcg,thread=multi`: QEMU 10.0 crashes on inline counters when one thread
+//! runs them all.
+
+mod counters;
+mod decode;
+#[cfg(not(test))]
+mod ffi;
+#[cfg(not(test))]
+mod plugin;

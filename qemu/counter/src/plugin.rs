@@ -1,0 +1,230 @@
+//! The plugin: what is instrumented, and what is written when.
+#![expect(unsafe_code, reason = "QEMU calls these functions and finds the version by symbols")]
+
+use std::collections::BTreeMap;
+use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::fs::File;
+use std::io::Write;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock};
+use std::time::Instant;
+
+use crate::counters::{COUNTERS, Counts, class, instructions, loads, operation, stores, vector};
+use crate::decode::{Operation, decode};
+use crate::ffi::{self, Access, Block, Direction, Info, PluginId, Register, Scoreboard};
+
+/// Tells QEMU the interface this plugin was written for.
+#[unsafe(export_name = "qemu_plugin_version")]
+pub(crate) static VERSION: c_int = ffi::VERSION;
+
+/// The plugin's state. QEMU's callbacks carry no pointer of ours, hence a static.
+static PLUGIN: OnceLock<Plugin> = OnceLock::new();
+
+struct Plugin {
+    board: Scoreboard,
+    started: Instant,
+    registers: OnceLock<Registers>,
+    /// CPUs that have been below EL2.
+    entered: AtomicUsize,
+    report: Mutex<Report>,
+}
+
+/// What is read in callbacks. ESR_EL2 and VBAR_EL2 are missing where the CPU has no EL2.
+struct Registers {
+    cpsr: Register,
+    x0: Register,
+    vbar: Option<Register>,
+    esr: Option<Register>,
+}
+
+/// The output and what it needs to know of each CPU.
+struct Report {
+    output: File,
+    cpus: BTreeMap<c_uint, Cpu>,
+    all_at_mark: Counts,
+}
+
+#[derive(Default)]
+struct Cpu {
+    calls: BTreeMap<u32, u64>,
+    entered: bool,
+    at_mark: Counts,
+}
+
+impl Plugin {
+    /// All that `cpu` has counted so far.
+    fn counts(&self, report: &Report, cpu: c_uint) -> Counts {
+        Counts {
+            counters: (0..COUNTERS).map(|counter| self.board.get(cpu, counter)).collect(),
+            calls: report.cpus.get(&cpu).map(|state| state.calls.clone()).unwrap_or_default(),
+        }
+    }
+
+    fn sum(&self, report: &Report) -> Counts {
+        let mut sum = Counts::default();
+        for cpu in 0..ffi::cpus() {
+            sum.add(&self.counts(report, cpu));
+        }
+        sum
+    }
+
+    /// Runs `action` on the report; a CPU that panicked in one leaves the others to go on.
+    fn with_report(&self, action: impl FnOnce(&mut Report)) {
+        action(&mut self.report.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
+    }
+}
+
+impl Report {
+    /// Writes at once: QEMU may be killed, and readers wait for marks.
+    fn line(&mut self, line: &str) {
+        if let Err(error) = self.output.write_all(format!("{line}\n").as_bytes()) {
+            eprintln!("ravelin-counter: {error}");
+        }
+    }
+}
+
+/// Called by QEMU when it loads the plugin. Arguments: `out=FILE`.
+///
+/// # Safety
+///
+/// `info` and `arguments` must be as QEMU's plugin interface says.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn qemu_plugin_install(
+    id: PluginId,
+    info: *const Info,
+    count: c_int,
+    arguments: *const *const c_char,
+) -> c_int {
+    // SAFETY: QEMU keeps to its interface.
+    let (target, arguments) = unsafe { ffi::installation(info, count, arguments) };
+    let installed = install(&target, &arguments)
+        .and_then(|plugin| PLUGIN.set(plugin).map_err(|_| "can be loaded only once".to_owned()));
+    if let Err(message) = installed {
+        eprintln!("ravelin-counter: {message}");
+        return 1;
+    }
+    ffi::register(id, on_init, on_translation, on_exit);
+    0
+}
+
+fn install(target: &str, arguments: &[String]) -> Result<Plugin, String> {
+    if target != "aarch64" {
+        return Err(format!("counts aarch64 only, not {target}"));
+    }
+    let [argument] = arguments else { return Err("takes one argument, out=FILE".into()) };
+    let path = argument.strip_prefix("out=").ok_or_else(|| format!("unknown argument {argument}"))?;
+    let output = File::create(path).map_err(|error| format!("{path}: {error}"))?;
+    Ok(Plugin {
+        board: Scoreboard::new(COUNTERS),
+        started: Instant::now(),
+        registers: OnceLock::new(),
+        entered: AtomicUsize::new(0),
+        report: Mutex::new(Report { output, cpus: BTreeMap::new(), all_at_mark: Counts::default() }),
+    })
+}
+
+extern "C" fn on_init(_: PluginId, _: c_uint) {
+    let Some(plugin) = PLUGIN.get() else { return };
+    plugin.registers.get_or_init(|| Registers {
+        cpsr: Register::find("cpsr").expect("every A64 CPU has it"),
+        x0: Register::find("x0").expect("every A64 CPU has it"),
+        vbar: Register::find("VBAR_EL2"),
+        esr: Register::find("ESR_EL2"),
+    });
+}
+
+/// Instruments a block. It never spans exception levels, and QEMU keeps blocks of different levels apart, so the level
+/// is known here, once.
+extern "C" fn on_translation(_: PluginId, block: *mut c_void) {
+    // SAFETY: QEMU passes the block that it translates.
+    let block = unsafe { Block::new(block) };
+    let Some(plugin) = PLUGIN.get() else { return };
+    let Some(registers) = plugin.registers.get() else { return };
+    let pstate = registers.cpsr.read();
+    // PSTATE.nRW: AArch32, whose mode field tells only user mode (EL0) from the rest (EL1 here).
+    let a64 = pstate & 0x10 == 0;
+    let level = if a64 { (pstate >> 2 & 3) as usize } else { usize::from(pstate & 0xf != 0) };
+
+    if level < 2 && plugin.entered.load(Ordering::Relaxed) < ffi::cpus() as usize {
+        block.call(on_lower_level, Access::None, level);
+    }
+    if let (2, Some(vbar)) = (level, &registers.vbar) {
+        // Code at the start of a vector is only reached by taking that exception.
+        let offset = block.address().wrapping_sub(vbar.read());
+        if offset < 0x800 && offset % 0x80 == 0 {
+            block.call(on_vector, Access::Read, (offset / 0x80) as usize);
+        }
+    }
+    for instruction in block.instructions() {
+        let kind = if a64 { instruction.word().and_then(decode) } else { None };
+        if let Some(Operation::Mark(number)) = kind {
+            instruction.call(on_mark, number as usize * 4 + level);
+            continue;
+        }
+        instruction.count(plugin.board, instructions(level));
+        instruction.count_accesses(Direction::Load, plugin.board, loads(level));
+        instruction.count_accesses(Direction::Store, plugin.board, stores(level));
+        if let Some(counter) = kind.and_then(|kind| operation(level, kind)) {
+            instruction.count(plugin.board, counter);
+        }
+    }
+}
+
+/// A CPU enters EL2 through the vector whose slot number `data` is.
+extern "C" fn on_vector(cpu: c_uint, data: *mut c_void) {
+    let Some(plugin) = PLUGIN.get() else { return };
+    let Some(registers) = plugin.registers.get() else { return };
+    let slot = data.addr();
+    plugin.board.increment(cpu, vector(slot));
+    // Synchronous exceptions from below have a class; SMC and HVC, 32-bit ones included, a function identifier.
+    if let (8 | 12, Some(esr)) = (slot, &registers.esr) {
+        let exception = (esr.read() >> 26 & 0x3f) as usize;
+        plugin.board.increment(cpu, class(exception));
+        if matches!(exception, 0x12 | 0x13 | 0x16 | 0x17) {
+            let call = registers.x0.read() as u32;
+            plugin.with_report(|report| *report.cpus.entry(cpu).or_default().calls.entry(call).or_default() += 1);
+        }
+    }
+}
+
+/// A CPU is about to execute at EL1 or EL0, perhaps for the first time.
+extern "C" fn on_lower_level(cpu: c_uint, level: *mut c_void) {
+    let Some(plugin) = PLUGIN.get() else { return };
+    plugin.with_report(|report| {
+        let state = report.cpus.entry(cpu).or_default();
+        if !std::mem::replace(&mut state.entered, true) {
+            plugin.entered.fetch_add(1, Ordering::Relaxed);
+            let counts = plugin.counts(report, cpu).report();
+            report.line(&format!("first-el1 cpu={cpu} level={}{counts}", level.addr()));
+        }
+    });
+}
+
+/// A CPU executes a mark; `data` is its number and exception level.
+extern "C" fn on_mark(cpu: c_uint, data: *mut c_void) {
+    let Some(plugin) = PLUGIN.get() else { return };
+    let (number, level) = (data.addr() / 4, data.addr() % 4);
+    let time = plugin.started.elapsed().as_nanos();
+    plugin.with_report(|report| {
+        let now = plugin.counts(report, cpu);
+        let before = std::mem::replace(&mut report.cpus.entry(cpu).or_default().at_mark, now.clone());
+        let counts = now.since(&before).report();
+        report.line(&format!("mark number={number} cpu={cpu} level={level} nanoseconds={time}{counts}"));
+        if ffi::cpus() > 1 {
+            let now = plugin.sum(report);
+            let before = std::mem::replace(&mut report.all_at_mark, now.clone());
+            let counts = now.since(&before).report();
+            report.line(&format!("mark-all number={number} nanoseconds={time}{counts}"));
+        }
+    });
+}
+
+extern "C" fn on_exit(_: PluginId, _: *mut c_void) {
+    let Some(plugin) = PLUGIN.get() else { return };
+    plugin.with_report(|report| {
+        for cpu in 0..ffi::cpus() {
+            let counts = plugin.counts(report, cpu).report();
+            report.line(&format!("total cpu={cpu}{counts}"));
+        }
+    });
+}

@@ -1,0 +1,194 @@
+//! Runs a program of known length under QEMU and compares every count.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Where the program is loaded: clear of the DTB, which QEMU puts at the start of RAM.
+const ENTRY: u64 = 0x4020_0000;
+
+/// The vectors, as an offset in the program; `PROGRAM` takes their address in its first instruction.
+const VECTORS: usize = 0x800;
+
+/// Position-independent A64, entered at EL2. It drops to EL1, calls EL2 twice, turns on a second CPU if there is one and
+/// powers off through PSCI, which QEMU plays itself.
+const PROGRAM: [u32; 56] = [
+    // el2:
+    0x1000_4009, // adr x9, <vectors>
+    0xd51c_c009, // msr vbar_el2, x9
+    0xd503_3fdf, // isb
+    0xd503_281f, // hint #0x40
+    0x9140_0521, // add x1, x9, #0x1, lsl #12
+    0xf900_0029, // str x9, [x1]
+    0xf940_0022, // ldr x2, [x1]
+    0xa900_0822, // stp x2, x2, [x1]
+    0x2940_1023, // ldp w3, w4, [x1]
+    0xd503_3a9f, // dsb ishst
+    0xd50c_8022, // tlbi ipas2e1is, x2
+    0xd503_3b9f, // dsb ish
+    0xd508_831f, // tlbi vmalle1is
+    0xd503_3b9f, // dsb ish
+    0xd503_3fdf, // isb
+    0xd503_283f, // hint #0x41
+    0xd2b0_0002, // mov x2, #0x80000000
+    0xd51c_1102, // msr hcr_el2, x2
+    0xd280_78a2, // mov x2, #0x3c5
+    0xd51c_4002, // msr spsr_el2, x2
+    0x1000_0062, // adr x2, <el1>
+    0xd51c_4022, // msr elr_el2, x2
+    0xd69f_03e0, // eret
+    // el1:
+    0xd503_285f, // hint #0x42
+    0xd280_0c83, // mov x3, #0x64
+    0xf100_0463, // subs x3, x3, #0x1
+    0x54ff_ffe1, // b.ne <el1+0x8>
+    0xd503_287f, // hint #0x43
+    0x5282_0000, // mov w0, #0x1000
+    0x72b8_c000, // movk w0, #0xc600, lsl #16
+    0xd400_0002, // hvc #0x0
+    0xd400_0002, // hvc #0x0
+    0xd503_2fff, // hint #0x7f
+    0xb900_003f, // str wzr, [x1]
+    0x5280_0060, // mov w0, #0x3
+    0x72b8_8000, // movk w0, #0xc400, lsl #16
+    0xaa01_03e4, // mov x4, x1
+    0xd280_0021, // mov x1, #0x1
+    0x1000_0142, // adr x2, <second>
+    0xaa04_03e3, // mov x3, x4
+    0xd400_0003, // smc #0x0
+    0x3500_0060, // cbnz w0, <off>
+    0xb940_0082, // ldr w2, [x4]
+    0x34ff_ffe2, // cbz w2, <el1+0x4c>
+    // off:
+    0x5280_0100, // mov w0, #0x8
+    0x72b0_8000, // movk w0, #0x8400, lsl #16
+    0xd400_0003, // smc #0x0
+    0x1400_0000, // b <off+0xc>
+    // second:
+    0xd503_289f, // hint #0x44
+    0x5280_0141, // mov w1, #0xa
+    0x5100_0421, // sub w1, w1, #0x1
+    0x35ff_ffe1, // cbnz w1, <second+0x8>
+    0xd503_28bf, // hint #0x45
+    0xb900_0000, // str w0, [x0]
+    0xd503_207f, // wfi
+    0x17ff_ffff, // b <second+0x18>
+];
+
+/// EL2's vector for synchronous exceptions from AArch64 below, at 0x400 in the table.
+const VECTOR: [u32; 2] = [
+    0xf940_0022, // ldr x2, [x1]
+    0xd69f_03e0, // eret
+];
+
+fn plugin() -> PathBuf {
+    let test = std::env::current_exe().expect("a test has a path");
+    test.with_file_name("libravelin_counter.so")
+}
+
+/// QEMU, if there is one that has version 4 of the plugin interface: the tests are about nothing without it.
+fn qemu() -> Option<String> {
+    let qemu = std::env::var("RAVELIN_QEMU").unwrap_or_else(|_| "qemu-system-aarch64".into());
+    let found = Command::new(&qemu).arg("--version").output().ok().and_then(|output| {
+        let text = String::from_utf8(output.stdout).ok()?;
+        text.split("version ").nth(1)?.split('.').next()?.parse::<u32>().ok()
+    });
+    match found {
+        Some(10..) => return Some(qemu),
+        // Straight to the stream: the harness hides what a passing test prints.
+        Some(major) => writeln!(std::io::stderr(), "SKIPPED: needs QEMU 10, {qemu} is {major}"),
+        None => writeln!(std::io::stderr(), "SKIPPED: {qemu} does not run; set RAVELIN_QEMU"),
+    }
+    .expect("stderr is open");
+    None
+}
+
+/// Runs the program and returns the plugin's report without the times, which alone may differ between runs.
+fn run(qemu: &str, name: &str, cpu: &str, cpus: u32) -> Vec<String> {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let (image, report) = (folder.join(format!("{name}.bin")), folder.join(format!("{name}.txt")));
+    let mut bytes = vec![0; VECTORS + 0x400];
+    for (index, word) in PROGRAM.iter().enumerate() {
+        bytes[index * 4..][..4].copy_from_slice(&word.to_le_bytes());
+    }
+    bytes.extend(VECTOR.iter().flat_map(|word| word.to_le_bytes()));
+    std::fs::write(&image, bytes).expect("the target folder can be written");
+
+    let output = Command::new(qemu)
+        .args(["-machine", "virt,gic-version=3,virtualization=on", "-cpu", cpu, "-m", "128M"])
+        .args(["-smp", &cpus.to_string(), "-accel", "tcg,thread=multi"])
+        .args(["-display", "none", "-monitor", "none", "-serial", "none", "-nodefaults", "-no-reboot"])
+        .arg("-device")
+        .arg(format!("loader,file={},addr={ENTRY:#x},cpu-num=0,force-raw=on", image.display()))
+        .arg("-plugin")
+        .arg(format!("file={},out={}", plugin().display(), report.display()))
+        .output()
+        .expect("QEMU has run before");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+
+    let report = std::fs::read_to_string(report).expect("the plugin wrote its report");
+    let timeless =
+        |line: &str| line.split(' ').filter(|word| !word.starts_with("nanoseconds=")).collect::<Vec<_>>().join(" ");
+    report.lines().map(timeless).collect()
+}
+
+/// What one CPU does, line by line. `PROGRAM` says why: for instance 11 instructions from `hint #0x40` to `hint #0x41`,
+/// of which `stp` is one store and `ldp` of two words one load; 201 in a loop of 100.
+const EXPECTED: [&str; 6] = [
+    "mark number=0 cpu=0 level=2 el2.instructions=3 el2.isb=1",
+    "mark number=1 cpu=0 level=2 el2.instructions=11 el2.loads=2 el2.stores=2 el2.dsb=3 el2.isb=1 \
+     el2.tlbi.vmalle1is=1 el2.tlbi.ipas2e1is=1",
+    "first-el1 cpu=0 level=1 el2.instructions=21 el2.loads=2 el2.stores=2 el2.dsb=3 el2.isb=2 \
+     el2.tlbi.vmalle1is=1 el2.tlbi.ipas2e1is=1",
+    "mark number=2 cpu=0 level=1 el2.instructions=7",
+    "mark number=3 cpu=0 level=1 el1.instructions=201",
+    "mark number=63 cpu=0 level=1 el1.instructions=4 el2.instructions=4 el2.loads=2 \
+     entry.lower64.sync=2 class.0x16=2 call.0xc6001000=2",
+];
+
+#[test]
+fn one_cpu_counts_exactly_and_repeats() {
+    let Some(qemu) = qemu() else { return };
+    for cpu in ["cortex-a53", "cortex-a76", "max"] {
+        let first = run(&qemu, cpu, cpu, 1);
+        assert_eq!(first[..EXPECTED.len()], EXPECTED, "{cpu}");
+        assert_eq!(
+            first[EXPECTED.len()..],
+            ["total cpu=0 el1.instructions=217 el1.stores=1 el2.instructions=25 el2.loads=4 el2.stores=2 el2.dsb=3 \
+              el2.isb=2 el2.tlbi.vmalle1is=1 el2.tlbi.ipas2e1is=1 entry.lower64.sync=2 class.0x16=2 call.0xc6001000=2"],
+            "{cpu}"
+        );
+        assert_eq!(first, run(&qemu, cpu, cpu, 1), "{cpu}");
+    }
+}
+
+#[test]
+fn two_cpus_are_counted_apart() {
+    let Some(qemu) = qemu() else { return };
+    let report = run(&qemu, "two", "cortex-a72", 2);
+    let of = |event: &str| report.iter().filter(|line| line.starts_with(event)).cloned().collect::<Vec<_>>();
+
+    // The second CPU counts its own 21 instructions, whatever the first, which waits for it, does meanwhile.
+    let marks = of("mark ");
+    assert_eq!(marks[..5], [EXPECTED[0], EXPECTED[1], EXPECTED[3], EXPECTED[4], EXPECTED[5]]);
+    assert_eq!(marks[5..], ["mark number=4 cpu=1 level=2", "mark number=5 cpu=1 level=2 el2.instructions=21"]);
+    assert_eq!(of("first-el1 "), [EXPECTED[2]]);
+    let sums = of("mark-all ");
+    assert_eq!(sums.len(), marks.len());
+    assert!(sums[6].contains("number=5") && sums[6].ends_with("el2.instructions=21"), "{}", sums[6]);
+    let totals = of("total ");
+    assert_eq!(totals.len(), 2);
+    assert!(totals[1].starts_with("total cpu=1 el2.instructions=2"), "{}", totals[1]);
+}
+
+#[test]
+fn unknown_arguments_are_refused() {
+    let Some(qemu) = qemu() else { return };
+    let output = Command::new(qemu)
+        .args(["-machine", "virt", "-display", "none", "-plugin"])
+        .arg(format!("file={},in=x", plugin().display()))
+        .output()
+        .expect("QEMU has run before");
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("unknown argument in=x"));
+}
