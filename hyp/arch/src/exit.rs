@@ -1,0 +1,102 @@
+//! Exits from the host: what arrived, and how to answer at EL1.
+
+use aarch64_cpu::registers::{
+    ELR_EL1, ELR_EL2, ESR_EL1, ESR_EL2, FAR_EL1, FAR_EL2, HPFAR_EL2, SPSR_EL1, SPSR_EL2, VBAR_EL1,
+};
+use ravelin_memory::Ipa;
+use tock_registers::interfaces::{Readable, Writeable};
+
+use crate::sysreg::read_sysreg;
+
+/// The host's registers that the vector saved. The callee-saved ones, x19 to x28, stay in the CPU.
+#[repr(C)]
+#[derive(Debug)]
+pub struct HostFrame {
+    /// x0 to x17: arguments and results of calls.
+    pub arguments: [u64; 18],
+    x18: u64,
+    x29: u64,
+    x30: u64,
+    padding: u64,
+}
+
+/// Why the host came to EL2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// HVC with this immediate. The host continues behind the instruction.
+    Hvc(u16),
+    /// SMC with this immediate. The host would repeat the instruction; see [`skip_instruction`].
+    Smc(u16),
+    /// A stage-2 fault at this address.
+    Stage2Fault(Ipa),
+    /// An abort whose address the CPU does not report, or that is not for stage 2 to mend.
+    Abort,
+    /// Anything else that was trapped, which is nothing that EL2 asked for.
+    Other,
+}
+
+/// Reads why the host came to EL2, from the syndrome of the exception being handled.
+#[must_use]
+pub fn host_exit() -> Exit {
+    let iss = ESR_EL2.read(ESR_EL2::ISS);
+    match ESR_EL2.read_as_enum(ESR_EL2::EC) {
+        Some(ESR_EL2::EC::Value::HVC64) => Exit::Hvc(iss as u16),
+        Some(ESR_EL2::EC::Value::SMC64) => Exit::Smc(iss as u16),
+        Some(ESR_EL2::EC::Value::DataAbortLowerEL | ESR_EL2::EC::Value::InstrAbortLowerEL) => abort(iss),
+        _ => Exit::Other,
+    }
+}
+
+/// Decodes the ISS of an abort from a lower level (Arm ARM DDI 0487, D24.2.40 ESR_EL2).
+fn abort(iss: u64) -> Exit {
+    const S1PTW: u64 = 1 << 7;
+    // HPFAR_EL2 is valid for stage-2 address size, translation and access flag faults, and for any on a stage-1 walk.
+    match iss & 0x3f {
+        0b00_0000..=0b00_1011 => Exit::Stage2Fault(fault_address()),
+        0b00_1100..=0b00_1111 if iss & S1PTW != 0 => Exit::Stage2Fault(fault_address()),
+        _ => Exit::Abort,
+    }
+}
+
+fn fault_address() -> Ipa {
+    // FIPA, bits 4 and up, holds IPA[47:12] and up; the rest comes from FAR_EL2, but pages are all that matters.
+    Ipa::from_bits_truncating((HPFAR_EL2.get() >> 4) << 12)
+}
+
+/// Lets the host continue behind the instruction that trapped.
+pub fn skip_instruction() {
+    ELR_EL2.set(ELR_EL2.get().wrapping_add(4));
+}
+
+/// The registers of the exception being handled that decide what the host sees of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Syndrome {
+    /// ESR_EL2.
+    pub esr: u64,
+    /// FAR_EL2.
+    pub far: u64,
+    /// SPSR_EL2.
+    pub spsr: u64,
+    /// SCTLR_EL1 of the host.
+    pub sctlr_el1: u64,
+}
+
+impl Syndrome {
+    /// Reads the registers of the exception being handled.
+    #[must_use]
+    pub fn read() -> Self {
+        Self { esr: ESR_EL2.get(), far: FAR_EL2.get(), spsr: SPSR_EL2.get(), sctlr_el1: read_sysreg!("sctlr_el1") }
+    }
+}
+
+/// Makes the host take an exception at EL1 when it continues: the given syndrome and fault address, the given offset in its
+/// vector table, the given PSTATE.
+pub fn inject(esr: u64, far: u64, pstate: u64, vector_offset: u64) {
+    ESR_EL1.set(esr);
+    FAR_EL1.set(far);
+    ELR_EL1.set(ELR_EL2.get());
+    SPSR_EL1.set(SPSR_EL2.get());
+    ELR_EL2.set(VBAR_EL1.get().wrapping_add(vector_offset));
+    SPSR_EL2.set(pstate);
+    // ERET is the context synchronisation event that these writes need.
+}
