@@ -20,7 +20,8 @@ pub trait Machine {
     /// Zeroes a table page that no walker can reach.
     fn clear_table(&self, table: PhysAddr);
 
-    /// Makes the descriptor writes before it visible to all table walkers: `dsb ishst`.
+    /// Makes the descriptor writes before it visible to all table walkers, and to those of this CPU for the instructions
+    /// that follow: `dsb ishst`, `isb`.
     fn publish(&self);
 
     /// Removes what the TLBs hold of stage 2 for `range` in the current VMID, including what is combined with stage 1, and
@@ -43,7 +44,8 @@ pub trait Machine {
 
 /// Where pages for translation tables come from.
 pub trait TablePool {
-    /// Hands out a page with unknown contents, or `None` when there is none left.
+    /// Hands out a page with unknown contents. `None` if and only if [`TablePool::available`] is zero: callers that ask
+    /// first rely on it.
     fn allocate(&mut self) -> Option<PhysAddr>;
 
     /// Takes back a page that [`TablePool::allocate`] handed out and that no walker can reach or has cached.

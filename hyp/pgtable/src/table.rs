@@ -1,0 +1,606 @@
+//! The tree of translation tables: walk, map, unmap.
+
+use core::{fmt, marker::PhantomData};
+
+use ravelin_memory::{Addr, Level, PAGE_SIZE, PageRange, PhysAddr, TABLE_ENTRIES};
+
+use crate::{
+    Machine, Regime, TablePool,
+    descriptor::{Descriptor, Kind},
+    flush::Flush,
+    geometry::Geometry,
+};
+
+/// A tree of translation tables of the regime `R`.
+///
+/// It owns the tables below the root; the root's pages belong to whoever made it.
+pub struct PageTable<R: Regime> {
+    root: PhysAddr,
+    geometry: Geometry,
+    tables: usize,
+    regime: PhantomData<R>,
+}
+
+/// Where the walk for an address ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Walk<U> {
+    /// Level of the last descriptor that was read.
+    pub level: Level,
+    /// What it maps; `None` if it is invalid.
+    pub mapping: Option<Mapping<U>>,
+}
+
+/// What an address is translated to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mapping<U> {
+    /// The physical address.
+    pub to: PhysAddr,
+    /// What the mapping is for.
+    pub usage: U,
+}
+
+/// Why nothing was mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MapError {
+    /// The range, or what it would be mapped to, does not lie below the last address.
+    #[error("range outside the address space of the tables")]
+    OutOfRange,
+    /// The pool has fewer tables than the operation needs.
+    #[error("out of translation tables")]
+    OutOfTables,
+}
+
+/// Input addresses from `start` up to `end`, within one table: not typed, because `end` may be one past the last address.
+#[derive(Clone, Copy)]
+struct Span {
+    start: u64,
+    end: u64,
+}
+
+/// What a table's entry has to do with a span.
+#[derive(Clone, Copy)]
+struct Slot {
+    table: PhysAddr,
+    index: usize,
+    level: Level,
+    /// The part of the span that the entry translates.
+    part: Span,
+    /// Whether that is all that the entry translates.
+    whole: bool,
+}
+
+/// A mapping to be made: input address plus `offset`, modulo 2^64, is the physical address.
+#[derive(Clone, Copy)]
+struct Wanted {
+    offset: u64,
+    attributes: u64,
+}
+
+impl Span {
+    fn of<S>(range: PageRange<S>) -> Self {
+        Self { start: range.base().raw(), end: range.end() }
+    }
+
+    fn contains(self, addr: u64) -> bool {
+        self.start <= addr && addr < self.end
+    }
+
+    fn intersection(self, other: Self) -> Self {
+        Self { start: self.start.max(other.start), end: self.end.min(other.end) }
+    }
+
+    fn is_empty(self) -> bool {
+        self.start >= self.end
+    }
+
+    /// Cuts the span at multiples of `1 << shift`.
+    #[inline]
+    fn pieces(self, shift: u32) -> impl Iterator<Item = Self> {
+        let mut start = self.start;
+        core::iter::from_fn(move || {
+            if start >= self.end {
+                return None;
+            }
+            let size = 1_u64.wrapping_shl(shift);
+            // No overflow: addresses have 48 bits.
+            let end = (start | size.wrapping_sub(1)).wrapping_add(1).min(self.end);
+            let piece = Self { start, end };
+            start = end;
+            Some(piece)
+        })
+    }
+
+    /// Yields the entries of `table` that translate the span.
+    #[inline]
+    fn slots(self, table: PhysAddr, level: Level) -> impl Iterator<Item = Slot> {
+        let shift = level.shift();
+        self.pieces(shift).map(move |part| Slot {
+            table,
+            index: index_of(part.start, shift),
+            level,
+            part,
+            whole: part.end.wrapping_sub(part.start) == level.size(),
+        })
+    }
+}
+
+fn index_of(addr: u64, shift: u32) -> usize {
+    // Below 512, which fits.
+    usize::try_from(addr.wrapping_shr(shift) & TABLE_ENTRIES.wrapping_sub(1)).unwrap_or_default()
+}
+
+impl Slot {
+    #[inline]
+    fn read<M: Machine>(self, machine: &M) -> Descriptor {
+        Descriptor::from_bits(machine.read(self.table, self.index))
+    }
+
+    #[inline]
+    fn write<M: Machine>(self, machine: &M, new: Descriptor) {
+        machine.write(self.table, self.index, new.bits());
+    }
+
+    /// All that the entry translates.
+    fn all(self) -> Span {
+        let start = self.part.start & !self.level.size().wrapping_sub(1);
+        Span { start, end: start.wrapping_add(self.level.size()) }
+    }
+}
+
+impl Wanted {
+    /// Returns the leaf for a slot, if the slot is to be mapped as one.
+    #[inline]
+    fn leaf(self, slot: Slot) -> Option<Descriptor> {
+        let to = slot.part.start.wrapping_add(self.offset);
+        let aligned = to & slot.level.size().wrapping_sub(1) == 0;
+        (slot.whole && aligned && slot.level.can_map())
+            .then(|| Descriptor::leaf(slot.level, Addr::from_bits_truncating(to), self.attributes))
+    }
+
+    /// Returns whether the leaf `old`, which maps to `to`, already translates all of the slot's part as wanted.
+    fn is_met_by(self, old: Descriptor, to: PhysAddr, slot: Slot) -> bool {
+        slot.all().start.wrapping_add(self.offset) == to.raw() && old.attributes() == self.attributes
+    }
+}
+
+/// Machine and pool, which every step of an operation needs.
+struct Means<'a, M, P> {
+    machine: &'a M,
+    pool: &'a mut P,
+}
+
+impl<R: Regime> PageTable<R> {
+    /// Returns the tree whose first root table lies at `root`. All [`Geometry::root_pages`] of them are zero, and no
+    /// other tree uses them.
+    #[must_use]
+    pub const fn new(root: PhysAddr, geometry: Geometry) -> Self {
+        Self { root, geometry, tables: 0, regime: PhantomData }
+    }
+
+    /// Returns the address of the first root table, for the TTBR.
+    #[must_use]
+    pub const fn root(&self) -> PhysAddr {
+        self.root
+    }
+
+    /// Returns the shape of the tree.
+    #[must_use]
+    pub const fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// Returns how many tables from the pool are in use.
+    #[must_use]
+    pub const fn tables(&self) -> usize {
+        self.tables
+    }
+
+    /// Walks the tables for `addr`.
+    pub fn lookup<M: Machine>(&self, machine: &M, addr: Addr<R::Space>) -> Walk<R::Usage> {
+        let raw = addr.raw();
+        let mut level = self.geometry.start();
+        if raw >= self.geometry.end() {
+            return Walk { level, mapping: None };
+        }
+        let mut table = self.geometry.root_table(self.root, raw);
+        loop {
+            let descriptor = Descriptor::from_bits(machine.read(table, index_of(raw, level.shift())));
+            match (descriptor.kind(level), level.next()) {
+                (Kind::Table(next), Some(below)) => (table, level) = (next, below),
+                (Kind::Leaf(base), _) => {
+                    let to = base.raw() | (raw & level.size().wrapping_sub(1));
+                    let usage = R::USAGES.iter().find(|&&usage| R::attributes(usage) == descriptor.attributes());
+                    let mapping = usage.map(|&usage| Mapping { to: Addr::from_bits_truncating(to), usage });
+                    return Walk { level, mapping };
+                }
+                _ => return Walk { level, mapping: None },
+            }
+        }
+    }
+
+    /// Returns how many tables [`PageTable::map`] takes from the pool for the same arguments.
+    ///
+    /// To plan several ranges in ascending order, sum up the answers and give as `after` an address of the range before:
+    /// tables that the two have in common are then counted once.
+    pub fn tables_to_map<M: Machine>(
+        &self,
+        machine: &M,
+        range: PageRange<R::Space>,
+        to: PhysAddr,
+        usage: R::Usage,
+        after: Option<Addr<R::Space>>,
+    ) -> usize {
+        let wanted = Wanted::new::<R>(range, to, usage);
+        self.roots(range)
+            .map(|(table, span)| count_to_map(machine, Some(table), self.geometry.start(), span, wanted, after))
+            .fold(0, usize::saturating_add)
+    }
+
+    /// Maps `range` to the physical addresses from `to` on, with the largest blocks that fit, and publishes it.
+    ///
+    /// What is mapped so already stays as it is. What is mapped differently is replaced, break-before-make, entry by
+    /// entry. Existing tables stay, so that this never takes a neighbour's mapping away for longer than a replacement.
+    ///
+    /// # Errors
+    ///
+    /// In both cases nothing has changed.
+    pub fn map<M: Machine, P: TablePool>(
+        &mut self,
+        machine: &M,
+        pool: &mut P,
+        range: PageRange<R::Space>,
+        to: PhysAddr,
+        usage: R::Usage,
+    ) -> Result<(), MapError> {
+        if range.end() > self.geometry.end() || to.checked_add(range.size().wrapping_sub(1)).is_none() {
+            return Err(MapError::OutOfRange);
+        }
+        if self.tables_to_map(machine, range, to, usage, None) > pool.available() {
+            return Err(MapError::OutOfTables);
+        }
+        let wanted = Wanted::new::<R>(range, to, usage);
+        let mut means = Means { machine, pool };
+        for (table, span) in self.roots(range) {
+            self.map_in(&mut means, table, self.geometry.start(), span, wanted)?;
+        }
+        machine.publish();
+        Ok(())
+    }
+
+    /// Returns how many tables [`PageTable::unmap`] takes from the pool for the same range, at most four: a block that the
+    /// range cuts needs one, a block of 1 GiB one or two more. `after` as in [`PageTable::tables_to_map`].
+    pub fn tables_to_unmap<M: Machine>(
+        &self,
+        machine: &M,
+        range: PageRange<R::Space>,
+        after: Option<Addr<R::Space>>,
+    ) -> usize {
+        self.roots(range)
+            .map(|(table, span)| count_to_unmap(machine, table, self.geometry.start(), span, after))
+            .fold(0, usize::saturating_add)
+    }
+
+    /// Takes `range` out of the tables and adds what that owes to `flush`.
+    ///
+    /// A block that the range cuts is broken here; the rest of it comes back with the flush. If the pool has no table for
+    /// that, the rest stays unmapped: a caller to whom it matters asks [`PageTable::tables_to_unmap`] first.
+    pub fn unmap<M: Machine, P: TablePool>(
+        &mut self,
+        machine: &M,
+        pool: &mut P,
+        range: PageRange<R::Space>,
+        mut flush: Flush<R>,
+    ) -> Flush<R> {
+        let mut means = Means { machine, pool };
+        for (table, span) in self.roots(range) {
+            self.unmap_in(&mut means, table, self.geometry.start(), span, &mut flush);
+        }
+        flush
+    }
+
+    /// Takes everything out of the tables and adds what that owes to `flush`.
+    pub fn unmap_all<M: Machine, P: TablePool>(&mut self, machine: &M, pool: &mut P, flush: Flush<R>) -> Flush<R> {
+        match PageRange::from_bounds(0, self.geometry.end()) {
+            Ok(all) => self.unmap(machine, pool, all, flush),
+            Err(_) => flush,
+        }
+    }
+
+    /// Settles `flush`, which stems from this tree: invalidates the TLBs once, maps again what is left of broken blocks,
+    /// and gives tables that are out of use back to the pool. Returns whether an invalidation was necessary.
+    pub fn flush<M: Machine, P: TablePool>(&mut self, machine: &M, pool: &mut P, flush: Flush<R>) -> bool {
+        let Some(range) = flush.span else {
+            return false;
+        };
+        // Also for the contents of the tables that are linked below.
+        machine.publish();
+        R::invalidate(machine, range, !flush.tables);
+        if flush.pending {
+            for (table, span) in self.roots(range) {
+                link_pending(machine, table, self.geometry.start(), span);
+            }
+            machine.publish();
+        }
+        let mut detached = flush.detached;
+        while detached.raw() != 0 {
+            let next = Addr::from_bits_truncating(machine.read(detached, 0));
+            pool.free(detached);
+            self.tables = self.tables.saturating_sub(1);
+            detached = next;
+        }
+        true
+    }
+
+    /// Yields the root tables that translate `range` and which part of it.
+    fn roots(&self, range: PageRange<R::Space>) -> impl Iterator<Item = (PhysAddr, Span)> + use<R> {
+        let (root, geometry) = (self.root, self.geometry);
+        Span::of(range)
+            .intersection(Span { start: 0, end: geometry.end() })
+            .pieces(geometry.table_shift())
+            .map(move |span| (geometry.root_table(root, span.start), span))
+    }
+
+    fn allocate<M, P: TablePool>(&mut self, means: &mut Means<'_, M, P>) -> Option<PhysAddr> {
+        let table = means.pool.allocate()?;
+        self.tables = self.tables.saturating_add(1);
+        Some(table)
+    }
+
+    /// Maps `span` in `table` and returns how many entries have come into use.
+    fn map_in<M: Machine, P: TablePool>(
+        &mut self,
+        means: &mut Means<'_, M, P>,
+        table: PhysAddr,
+        level: Level,
+        span: Span,
+        wanted: Wanted,
+    ) -> Result<u64, MapError> {
+        let mut added = 0_u64;
+        for slot in span.slots(table, level) {
+            let old = slot.read(means.machine);
+            match (old.kind(level), wanted.leaf(slot), level.next()) {
+                (Kind::Invalid, Some(leaf), _) => {
+                    slot.write(means.machine, leaf);
+                    added = added.wrapping_add(1);
+                }
+                (Kind::Leaf(to), ..) if wanted.is_met_by(old, to, slot) => {}
+                (Kind::Leaf(_), Some(leaf), _) => replace::<R, M>(means.machine, slot, leaf),
+                (Kind::Table(next) | Kind::Pending(next), _, Some(below)) => {
+                    let more = self.map_in(means, next, below, slot.part, wanted)?;
+                    if more != 0 {
+                        slot.write(means.machine, old.with_entries(old.entries().wrapping_add(more)));
+                    }
+                }
+                (Kind::Leaf(to), None, Some(below)) => {
+                    let rest = self.split(means, old, to, slot).ok_or(MapError::OutOfTables)?;
+                    if let Kind::Table(next) = rest.kind(level) {
+                        let more = self.map_in(means, next, below, slot.part, wanted)?;
+                        means.machine.publish();
+                        let rest = rest.with_entries(rest.entries().wrapping_add(more));
+                        replace::<R, M>(means.machine, slot, rest);
+                    }
+                }
+                (Kind::Invalid, None, Some(below)) => {
+                    let next = self.allocate(means).ok_or(MapError::OutOfTables)?;
+                    means.machine.clear_table(next);
+                    let entries = self.map_in(means, next, below, slot.part, wanted)?;
+                    // A walker that finds the table must find its contents.
+                    means.machine.publish();
+                    slot.write(means.machine, Descriptor::table(next, entries));
+                    added = added.wrapping_add(1);
+                }
+                // Every page fits a descriptor of level 3, and level 3 has no tables.
+                (_, _, None) => {}
+            }
+        }
+        Ok(added)
+    }
+
+    /// Takes `span` out of `table` and returns how many entries have gone out of use.
+    fn unmap_in<M: Machine, P: TablePool>(
+        &mut self,
+        means: &mut Means<'_, M, P>,
+        table: PhysAddr,
+        level: Level,
+        span: Span,
+        flush: &mut Flush<R>,
+    ) -> u64 {
+        let mut removed = 0_u64;
+        for slot in span.slots(table, level) {
+            let old = slot.read(means.machine);
+            match (old.kind(level), level.next()) {
+                (Kind::Leaf(to), _) => {
+                    let rest = if slot.whole { None } else { self.split(means, old, to, slot) };
+                    let rest = rest.map_or(Descriptor::INVALID, Descriptor::pending);
+                    slot.write(means.machine, rest);
+                    flush.pending |= rest != Descriptor::INVALID;
+                    removed = removed.wrapping_add(u64::from(rest == Descriptor::INVALID));
+                    flush.add_span(if rest == Descriptor::INVALID { slot.all() } else { slot.part });
+                }
+                (Kind::Table(next) | Kind::Pending(next), Some(below)) => {
+                    let gone =
+                        if slot.whole { old.entries() } else { self.unmap_in(means, next, below, slot.part, flush) };
+                    let left = old.entries().wrapping_sub(gone);
+                    if left == 0 {
+                        slot.write(means.machine, Descriptor::INVALID);
+                        detach(means.machine, next, below, flush);
+                        flush.tables = true;
+                        flush.add_span(slot.part);
+                        removed = removed.wrapping_add(1);
+                    } else if gone != 0 {
+                        slot.write(means.machine, old.with_entries(left));
+                    }
+                }
+                _ => {}
+            }
+        }
+        removed
+    }
+
+    /// Builds, out of everybody's reach, the table that maps what the leaf `old` in `slot` maps, less the slot's part.
+    /// Returns the descriptor that links it.
+    fn split<M: Machine, P: TablePool>(
+        &mut self,
+        means: &mut Means<'_, M, P>,
+        old: Descriptor,
+        to: PhysAddr,
+        slot: Slot,
+    ) -> Option<Descriptor> {
+        let below = slot.level.next()?;
+        let table = self.allocate(means)?;
+        let all = slot.all();
+        let mut entries = 0_u64;
+        for child in all.slots(table, below) {
+            let to = Addr::from_bits_truncating(to.raw().wrapping_add(child.part.start.wrapping_sub(all.start)));
+            let hole = child.part.intersection(slot.part);
+            let leaf = Descriptor::leaf(below, to, old.attributes());
+            let hole = Slot { part: hole, whole: hole.end.wrapping_sub(hole.start) == below.size(), ..child };
+            let new = if hole.part.is_empty() {
+                leaf
+            } else if hole.whole {
+                Descriptor::INVALID
+            } else {
+                self.split(means, leaf, to, hole).unwrap_or(Descriptor::INVALID)
+            };
+            child.write(means.machine, new);
+            entries = entries.wrapping_add(u64::from(new != Descriptor::INVALID));
+        }
+        Some(Descriptor::table(table, entries))
+    }
+}
+
+impl Wanted {
+    fn new<R: Regime>(range: PageRange<R::Space>, to: PhysAddr, usage: R::Usage) -> Self {
+        Self { offset: to.raw().wrapping_sub(range.base().raw()), attributes: R::attributes(usage) }
+    }
+}
+
+impl<R: Regime> Flush<R> {
+    fn add_span(&mut self, span: Span) {
+        if let Ok(range) = PageRange::from_bounds(span.start, span.end) {
+            self.add(range);
+        }
+    }
+}
+
+/// Replaces a live descriptor: the only place where one takes another's place without an invalid one in between having
+/// been flushed by [`PageTable::flush`].
+fn replace<R: Regime, M: Machine>(machine: &M, slot: Slot, new: Descriptor) {
+    slot.write(machine, Descriptor::INVALID);
+    machine.publish();
+    if let Ok(range) = PageRange::from_bounds(slot.part.start, slot.part.end) {
+        R::invalidate(machine, range, true);
+    }
+    slot.write(machine, new);
+}
+
+/// Puts `table`, which nothing refers to any more, and all below it on the list of tables to be freed.
+fn detach<R: Regime, M: Machine>(machine: &M, table: PhysAddr, level: Level, flush: &mut Flush<R>) {
+    if let Some(below) = level.next() {
+        for index in 0..TABLE_ENTRIES {
+            let index = index_of(index, 0);
+            let descriptor = Descriptor::from_bits(machine.read(table, index));
+            if let Kind::Table(next) | Kind::Pending(next) = descriptor.kind(level) {
+                detach(machine, next, below, flush);
+            }
+        }
+    }
+    machine.write(table, 0, flush.detached.raw());
+    flush.detached = table;
+}
+
+/// Links the tables that wait in `span`.
+fn link_pending<M: Machine>(machine: &M, table: PhysAddr, level: Level, span: Span) -> bool {
+    // Pending tables take the places of blocks, and the lowest of these are of level 2.
+    let Some(below) = level.next() else {
+        return false;
+    };
+    let mut linked = false;
+    for slot in span.slots(table, level) {
+        let old = slot.read(machine);
+        match old.kind(level) {
+            Kind::Table(next) => linked |= link_pending(machine, next, below, slot.part),
+            Kind::Pending(next) => {
+                if link_pending(machine, next, below, slot.part) {
+                    machine.publish();
+                }
+                slot.write(machine, old.linked());
+                linked = true;
+            }
+            Kind::Invalid | Kind::Leaf(_) => {}
+        }
+    }
+    linked
+}
+
+/// Counts the tables that mapping `span` takes, with `table` as `None` for one that would have to be made.
+fn count_to_map<M: Machine, S>(
+    machine: &M,
+    table: Option<PhysAddr>,
+    level: Level,
+    span: Span,
+    wanted: Wanted,
+    after: Option<Addr<S>>,
+) -> usize {
+    let Some(below) = level.next() else {
+        return 0;
+    };
+    let mut count = 0_usize;
+    for slot in span.slots(table.unwrap_or(Addr::from_bits_truncating(0)), level) {
+        let old = table.map_or(Descriptor::INVALID, |_| slot.read(machine));
+        let next = match (old.kind(level), wanted.leaf(slot)) {
+            (Kind::Table(next) | Kind::Pending(next), _) => Some(next),
+            (Kind::Leaf(to), _) if wanted.is_met_by(old, to, slot) => continue,
+            (_, Some(_)) => continue,
+            (_, None) => None,
+        };
+        if next.is_none() && !after.is_some_and(|after| slot.all().contains(after.raw())) {
+            count = count.saturating_add(1);
+        }
+        count = count.saturating_add(count_to_map(machine, next, below, slot.part, wanted, after));
+    }
+    count
+}
+
+/// Counts the tables that unmapping `span` takes.
+fn count_to_unmap<M: Machine, S>(
+    machine: &M,
+    table: PhysAddr,
+    level: Level,
+    span: Span,
+    after: Option<Addr<S>>,
+) -> usize {
+    let mut count = 0_usize;
+    for slot in span.slots(table, level).filter(|slot| !slot.whole) {
+        let old = slot.read(machine);
+        match (old.kind(level), level.next()) {
+            (Kind::Table(next) | Kind::Pending(next), Some(below)) => {
+                count = count.saturating_add(count_to_unmap(machine, next, below, slot.part, after));
+            }
+            (Kind::Leaf(_), Some(_)) => count = count.saturating_add(count_to_split(slot, after)),
+            _ => {}
+        }
+    }
+    count
+}
+
+/// Counts the tables that cutting the slot's part out of its leaf takes.
+fn count_to_split<S>(slot: Slot, after: Option<Addr<S>>) -> usize {
+    let Some(below) = slot.level.next() else {
+        return 0;
+    };
+    let known = after.is_some_and(|after| slot.all().contains(after.raw()));
+    slot.part
+        .slots(slot.table, below)
+        .filter(|child| !child.whole)
+        .map(|child| count_to_split(child, after))
+        .fold(usize::from(!known), usize::saturating_add)
+}
+
+impl<R: Regime> fmt::Debug for PageTable<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PageTable").field("root", &self.root).field("tables", &self.tables).finish_non_exhaustive()
+    }
+}
+
+const _: () = assert!(PAGE_SIZE == Level::L3.size());
