@@ -1,0 +1,55 @@
+//! As much of a GICv3 as it takes for a timer interrupt to wake this CPU. Interrupts stay masked.
+
+use core::ptr;
+
+use crate::rt::{
+    cpu::{read_register, write_register},
+    platform::platform,
+};
+
+/// Interrupt of the EL1 virtual timer, a PPI.
+const VIRTUAL_TIMER: u32 = 27;
+
+#[expect(unsafe_code, reason = "device registers")]
+fn write(address: u64, value: u32) {
+    let register = ptr::with_exposed_provenance_mut::<u32>(address as usize);
+    // SAFETY: A register of the GIC, which stage 1 maps as Device.
+    unsafe { register.write_volatile(value) }
+}
+
+/// Reads a GIC register.
+#[expect(unsafe_code, reason = "device registers")]
+pub(crate) fn read(address: u64) -> u32 {
+    let register = ptr::with_exposed_provenance::<u32>(address as usize);
+    // SAFETY: A register of the GIC, which stage 1 maps as Device.
+    unsafe { register.read_volatile() }
+}
+
+/// Lets the boot CPU's virtual timer fire in `ticks` of the counter.
+pub(crate) fn arm_timer(ticks: u64) {
+    let [distributor, redistributors] = platform().gic.expect("a GICv3");
+    write(distributor.start, 0x13); // both groups on, affinity routing
+    write(redistributors.start + 0x14, 0); // awake
+    while read(redistributors.start + 0x14) & 4 != 0 {
+        core::hint::spin_loop();
+    }
+    let ppis = redistributors.start + 0x1_0000;
+    write(ppis + 0x80, 0xFFFF_FFFF); // group 1
+    write(ppis + 0x400 + u64::from(VIRTUAL_TIMER / 4 * 4), 0x8080_8080); // priority
+    write(ppis + 0x100, 1 << VIRTUAL_TIMER); // on
+    write_register!("s3_0_c12_c12_5", read_register!("s3_0_c12_c12_5") | 1); // ICC_SRE_EL1.SRE
+    write_register!("s3_0_c4_c6_0", 0xFF); // ICC_PMR_EL1
+    write_register!("s3_0_c12_c12_7", 1); // ICC_IGRPEN1_EL1
+    write_register!("cntv_tval_el0", ticks);
+    write_register!("cntv_ctl_el0", 1);
+}
+
+/// Whether the virtual timer has fired.
+pub(crate) fn timer_fired() -> bool {
+    read_register!("cntv_ctl_el0") & 4 != 0
+}
+
+/// Turns the virtual timer off.
+pub(crate) fn stop_timer() {
+    write_register!("cntv_ctl_el0", 0);
+}

@@ -1,0 +1,87 @@
+//! Runs the tests that the command line asks for and prints a line for each.
+
+use ravelin_abi::CALLS;
+
+use crate::{
+    rt::{
+        call,
+        console::{print, println},
+        cpu::{self, read_register},
+        exit::exit,
+        platform::Platform,
+    },
+    table::{TESTS, Test},
+    tests::{Failure, restore},
+};
+
+/// Runs the tests and ends the machine: status 0 if none failed.
+pub(crate) fn run(platform: &'static Platform) -> ! {
+    println!(
+        "payload: {} CPUs, {} MiB of RAM",
+        platform.cpus.len(),
+        platform.ram.iter().map(|r| r.size()).sum::<u64>() >> 20
+    );
+    for cpu in 1..platform.cpus.len() {
+        if let Err(status) = cpu::turn_on(cpu) {
+            panic!("CPU_ON of CPU {cpu} failed with {status}");
+        }
+    }
+    let wanted = platform.argument("test").unwrap_or("all");
+    let (mut passed, mut failed, mut ignored) = (0, 0, 0);
+    for test in TESTS.iter().filter(|test| selected(test.name, wanted)) {
+        print!("test {} ... ", test.name);
+        if let Some(need) = missing(test, platform) {
+            println!("ignored: needs {need}");
+            ignored += 1;
+            continue;
+        }
+        match run_one(test) {
+            Ok(()) => {
+                println!("ok");
+                passed += 1;
+            }
+            Err(failure) => {
+                println!("FAILED: {failure}");
+                failed += 1;
+            }
+        }
+    }
+    println!("payload: {passed} passed; {failed} failed; {ignored} ignored");
+    exit(u64::from(failed != 0 || passed == 0))
+}
+
+fn selected(name: &str, wanted: &str) -> bool {
+    wanted.split(',').any(|pattern| match pattern.strip_suffix('*') {
+        Some(prefix) => name.starts_with(prefix),
+        None => pattern == "all" || pattern == name,
+    })
+}
+
+fn missing(test: &Test, platform: &Platform) -> Option<&'static str> {
+    if platform.cpus.len() < test.cpus {
+        return Some(["0 CPUs", "1 CPU", "2 CPUs", "3 CPUs", "4 CPUs"][test.cpus]);
+    }
+    (platform.free(test.memory, test.memory.max(1)).is_none()).then_some("more RAM")
+}
+
+/// Runs one test, and checks what holds for all of them: that it used the calls that it claims to test, that no call changed
+/// a register that it must keep, that memory is back in the host's hands, and that no asynchronous error is pending.
+fn run_one(test: &Test) -> Result<(), Failure> {
+    call::take_notes();
+    let result = (test.run)();
+    let restored = restore();
+    result?;
+    let (issued, corrupted) = call::take_notes();
+    if corrupted {
+        return Err(Failure::new(format_args!("a call changed one of x4 to x30")));
+    }
+    for (index, call) in CALLS.iter().enumerate() {
+        if test.calls.contains(&call.name) && issued & 1 << index == 0 {
+            return Err(Failure::new(format_args!("it did not use {}", call.name)));
+        }
+    }
+    if read_register!("isr_el1") & 1 << 8 != 0 {
+        return Err(Failure::new(format_args!("an SError is pending")));
+    }
+    restored
+}
