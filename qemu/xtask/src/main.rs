@@ -1,2 +1,68 @@
-//! Under construction.
-fn main() {}
+//! `cargo xtask`: sets up what is needed, builds the hypervisor, runs it in QEMU, tests it.
+
+#![forbid(unsafe_code)]
+
+mod arm64_image;
+mod console;
+mod cpio;
+mod image;
+mod initramfs;
+mod machine;
+mod placement;
+mod process;
+mod qemu;
+mod run;
+mod setup;
+mod symbols;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use image::Variant;
+
+/// Builds, runs and tests the hypervisor.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install and download what the other commands need; they do so by themselves too
+    Setup,
+    /// Build the hypervisor and its flat binary
+    Build {
+        /// The build that checks its tables after each hypercall
+        #[arg(long)]
+        checked: bool,
+        /// Cargo's dev profile
+        #[arg(long)]
+        dev: bool,
+    },
+    /// Boot a host on the hypervisor in QEMU: a Linux with a shell on this terminal, unless told otherwise
+    Run(Box<run::Options>),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Setup => setup::setup().map(|()| ExitCode::SUCCESS),
+        Command::Build { checked, dev } => build(Variant { checked, dev }).map(|()| ExitCode::SUCCESS),
+        Command::Run(options) => run::run(&options),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn build(variant: Variant) -> anyhow::Result<()> {
+    setup::ensure(&setup::Needs { bare_metal: true, ..Default::default() })?;
+    let image = image::build(variant)?;
+    println!("{}", image.binary.display());
+    println!("{}", image.sizes);
+    Ok(())
+}

@@ -1,0 +1,104 @@
+//! Installs and downloads what a command needs, and nothing twice.
+
+pub(crate) mod apt;
+pub(crate) mod packages;
+pub(crate) mod rust;
+
+use std::process::Command;
+
+use anyhow::{Result, bail};
+
+use crate::workspace;
+use packages::Manifest;
+
+/// QEMU from this major version on has what the machines and the tests use.
+const QEMU_MAJOR: u32 = 8;
+
+/// What a command is going to use.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Needs<'a> {
+    /// qemu-system-aarch64.
+    pub(crate) qemu: bool,
+    /// gdb-multiarch.
+    pub(crate) gdb: bool,
+    /// The bare-metal Rust target.
+    pub(crate) bare_metal: bool,
+    /// Packages of the manifest, by name.
+    pub(crate) packages: &'a [&'a str],
+}
+
+/// The name of the default host kernel in the manifest.
+pub(crate) const DEFAULT_KERNEL: &str = "linux";
+
+/// The name of busybox in the manifest.
+pub(crate) const BUSYBOX: &str = "busybox";
+
+/// Makes sure that everything in `needs` is there.
+///
+/// # Errors
+///
+/// What cannot be installed or downloaded, all of it at once.
+pub(crate) fn ensure(needs: &Needs<'_>) -> Result<()> {
+    let mut missing = Vec::new();
+    let mut install = Vec::new();
+    if needs.qemu && qemu_version().is_none_or(|(major, _)| major < QEMU_MAJOR) {
+        install.push("qemu-system-arm");
+    }
+    if needs.gdb && workspace::program("gdb-multiarch").is_none() {
+        install.push("gdb-multiarch");
+    }
+    if !install.is_empty()
+        && let Err(error) = apt::install(&install)
+    {
+        missing.push(format!("{}: {error:#}", install.join(", ")));
+    }
+    if needs.bare_metal
+        && let Err(error) = rust::ensure()
+    {
+        missing.push(format!("Rust target {}: {error:#}", rust::BARE_METAL));
+    }
+    let manifest = Manifest::load()?;
+    for name in needs.packages {
+        if let Err(error) = manifest.ensure(name) {
+            missing.push(format!("{name}: {error:#}"));
+        }
+    }
+    if !missing.is_empty() {
+        bail!("missing, and not to be had here:\n  {}", missing.join("\n  "));
+    }
+    Ok(())
+}
+
+/// `cargo xtask setup`: everything that the commands use, with the checksums of what is in the cache checked again.
+pub(crate) fn setup() -> Result<()> {
+    Manifest::load()?.verify_cache()?;
+    ensure(&Needs { qemu: true, gdb: true, bare_metal: true, packages: &[DEFAULT_KERNEL, BUSYBOX] })?;
+    if let Some((major, minor)) = qemu_version() {
+        println!("QEMU {major}.{minor}, gdb, the Rust target, host kernel and busybox are there.");
+    }
+    println!("Downloads are in {}", workspace::cache_dir()?.display());
+    Ok(())
+}
+
+/// Major and minor version of qemu-system-aarch64, if there is one.
+fn qemu_version() -> Option<(u32, u32)> {
+    let output = Command::new("qemu-system-aarch64").arg("--version").output().ok()?;
+    parse_qemu_version(&String::from_utf8_lossy(&output.stdout))
+}
+
+fn parse_qemu_version(text: &str) -> Option<(u32, u32)> {
+    let mut numbers = text.strip_prefix("QEMU emulator version ")?.split('.');
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_of_qemu() {
+        assert_eq!(parse_qemu_version("QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)\nCopyright"), Some((10, 0)));
+        assert_eq!(parse_qemu_version("QEMU emulator version 7.2.17"), Some((7, 2)));
+        assert_eq!(parse_qemu_version("something else"), None);
+    }
+}
