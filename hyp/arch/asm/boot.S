@@ -157,29 +157,36 @@ halt:
     b       halt
 
 // Maps the 2 MiB block around x0 with the block attributes x1. x23 = L0 table, x24 = next free table. Clobbers x0-x7.
+// Bits 11 to 2 of a table descriptor, which the walker ignores, count the entries in use below it, as ravelin_pgtable does.
 boot_map_block:
     lsr     x0, x0, #21
     lsl     x0, x0, #21
     mov     x2, x23
     mov     x3, #39                     // shift of the level
+    mov     x6, xzr                     // descriptor that points to the table x2
 7:  lsr     x4, x0, x3
     and     x4, x4, #0x1ff
-    ldr     x5, [x2, x4, lsl #3]
-    cbnz    x5, 8f
-    orr     x5, x24, #BOOT_TABLE
-    str     x5, [x2, x4, lsl #3]
-    add     x24, x24, #4096
-8:  and     x2, x5, #0x0000fffffffff000
-    sub     x3, x3, #9
-    cmp     x3, #21
-    b.ne    7b
-    lsr     x4, x0, x3
-    and     x4, x4, #0x1ff
-    ldr     x5, [x2, x4, lsl #3]
+    add     x4, x2, x4, lsl #3
+    ldr     x5, [x4]
     cbnz    x5, 9f                      // the image's mapping stays when the device tree shares its block
-    orr     x5, x0, x1
-    str     x5, [x2, x4, lsl #3]
-9:  ret
+    cmp     x3, #21
+    b.eq    8f
+    orr     x5, x24, #BOOT_TABLE
+    add     x24, x24, #4096
+    b       10f
+8:  orr     x5, x0, x1
+10: str     x5, [x4]
+    cbz     x6, 9f
+    ldr     x7, [x6]
+    add     x7, x7, #(1 << 2)
+    str     x7, [x6]
+9:  cmp     x3, #21
+    b.eq    11f
+    mov     x6, x4
+    and     x2, x5, #0x0000fffffffff000
+    sub     x3, x3, #9
+    b       7b
+11: ret
 
 // Applies the relative relocations of the image at x0 for running at x1. Clobbers x2-x7.
 .global relocate
@@ -234,7 +241,13 @@ switch_to_carveout:
     dsb     sy
     msr     sctlr_el2, x2
     isb
-    b       cpu_start
+    // Go on in the copy: it lies as far from its vectors as we do from ours.
+    adrp    x2, vectors
+    adr     x3, cpu_start
+    sub     x2, x2, x3
+    ldr     x3, [x0, #48]
+    sub     x3, x3, x2
+    br      x3
 
 // PSCI entry of a CPU that was turned on or resumes: x0 = &CpuStart of this CPU, MMU and caches off.
 .global secondary_entry
@@ -249,6 +262,7 @@ secondary_entry:
     msr     sctlr_el2, x2
     isb
 cpu_start:
+    hint    #36                         // bti j
     ldp     x2, x3, [x0]                // ttbr0_el2, tcr_el2
     ldp     x4, x5, [x0, #16]           // mair_el2, sctlr_el2
     ldp     x6, x7, [x0, #32]           // stack top, entry

@@ -32,7 +32,7 @@
 .endm
 
 .section .text.vectors, "ax"
-.balign 2048
+.balign 4096                             // ADRP finds them
 .global vectors
 vectors:
     fatal_vector 0

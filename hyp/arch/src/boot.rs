@@ -96,7 +96,7 @@ impl Image {
         // SAFETY: The image is readable; the caller vouches for the target.
         unsafe { ptr::copy_nonoverlapping(source, target, file_size) };
         // SAFETY: As above; `.bss` is what remains of the copy.
-        unsafe { ptr::write_bytes(target.add(file_size), 0, self.size() as usize - file_size) };
+        unsafe { ptr::write_bytes(target.wrapping_add(file_size), 0, self.size() as usize - file_size) };
         // SAFETY: The relocations are the link editor's and stay within the copy.
         unsafe { symbols::relocate(base.raw(), base.raw()) };
         clean_to_poc(base, self.size());

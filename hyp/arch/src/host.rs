@@ -4,6 +4,7 @@
 //! here answers one of its demands, or keeps the host from EL2's own state.
 
 use ravelin_memory::PhysAddr;
+use ravelin_pgtable::PhysicalSize;
 
 use crate::sysreg::{id_field, maintain, read_sysreg, write_lower_sysreg};
 
@@ -49,18 +50,10 @@ pub fn check_cpu() -> Result<(), Lacking> {
     Ok(())
 }
 
-/// Returns the number of physical address bits that the CPU implements, 48 at most: what the tables can express
-/// (ID_AA64MMFR0_EL1.PARange).
+/// Returns the size of the CPU's physical address space, 48 bits at most (ID_AA64MMFR0_EL1.PARange).
 #[must_use]
-pub fn physical_address_bits() -> u32 {
-    match id_field(read_sysreg!("id_aa64mmfr0_el1"), 0) {
-        0 => 32,
-        1 => 36,
-        2 => 40,
-        3 => 42,
-        4 => 44,
-        _ => 48,
-    }
+pub fn physical_address_size() -> PhysicalSize {
+    PhysicalSize::from_parange(read_sysreg!("id_aa64mmfr0_el1"))
 }
 
 /// Returns whether the CPU has features that decide what an exception at EL1 looks like: MTE with tag checks, and FEAT_NMI.

@@ -23,6 +23,6 @@ pub use console::Console;
 pub use exit::{Exit, HostFrame, Syndrome, host_exit, inject, skip_instruction};
 pub use firmware::smc;
 pub use hardware::{Hardware, clean_to_poc};
-pub use host::{Lacking, check_cpu, enable_stage2, exception_features, physical_address_bits, prepare_cpu};
+pub use host::{Lacking, check_cpu, enable_stage2, exception_features, physical_address_size, prepare_cpu};
 pub use power::{Conduit, halt, power_off, semihosting_exit};
 pub use report::{Backtrace, FatalFrame, mpidr};
