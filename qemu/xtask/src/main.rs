@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod arm64_image;
+mod bench;
 mod console;
 mod cpio;
 mod image;
@@ -45,6 +46,8 @@ enum Command {
     },
     /// Boot a host on the hypervisor in QEMU: a Linux with a shell on this terminal, unless told otherwise
     Run(Box<run::Options>),
+    /// Count what the hypervisor costs, beside the targets
+    Bench(bench::Options),
 }
 
 fn main() -> ExitCode {
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Command::Setup => setup::setup().map(|()| ExitCode::SUCCESS),
         Command::Build { checked, dev } => build(Variant { checked, dev }).map(|()| ExitCode::SUCCESS),
         Command::Run(options) => run::run(&options),
+        Command::Bench(options) => bench::bench(&options),
     };
     result.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");
