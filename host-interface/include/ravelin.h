@@ -78,7 +78,7 @@
 #define RAVELIN_PAGE_SHARED_BORROWED 3 /* Someone else owns the page and has lent it to the host. */
 
 #define RAVELIN_STATISTICS_VERSION 1
-#define RAVELIN_STATISTICS_SIZE 264
+#define RAVELIN_STATISTICS_SIZE 256
 #define RAVELIN_CALL_COUNTERS 16
 
 #ifndef __ASSEMBLER__
@@ -95,12 +95,11 @@ struct ravelin_statistics {
 	uint64_t size; /* Bytes written, this field included. */
 	uint64_t host_owned_pages; /* Pages that the host owns alone. */
 	uint64_t host_shared_pages; /* Pages that the host owns and has lent to the hypervisor. */
-	uint64_t pinned_pages; /* Pages of those lent that are pinned. */
 	uint64_t hypervisor_pages; /* Pages that the hypervisor has kept since boot. */
 	uint64_t donated_pages; /* Pages that the host has donated to the hypervisor. */
-	uint64_t unowned_pages; /* Pages of RAM that nobody owns. */
-	uint64_t tables_in_use; /* Pages in use as translation tables. */
-	uint64_t tables_free; /* Pages left for translation tables. */
+	uint64_t host_tables; /* Translation tables in use for the host's stage 2, less its root. */
+	uint64_t el2_tables; /* Translation tables in use for the hypervisor's own mappings, less those set up at boot. */
+	uint64_t free_tables; /* Pages left for translation tables. */
 	uint64_t stage2_invalidations; /* Invalidations of stage 2 translations, by range or of all. */
 	uint64_t el2_invalidations; /* Invalidations of the hypervisor's own translations. */
 	uint64_t faults_resolved; /* Stage 2 faults of the host after which it had access. */

@@ -72,6 +72,13 @@ pub fn counter_index(number: u32) -> Option<usize> {
     (index < CALL_COUNTERS).then_some(index)
 }
 
+/// Returns the calls that have a counter as a bitmap, which is what FEATURES returns.
+#[must_use]
+pub fn call_bitmap() -> u64 {
+    let numbers = CALLS.iter().filter_map(|call| call.number.checked_sub(FIRST_COUNTED));
+    numbers.filter_map(|bit| 1_u64.checked_shl(bit)).fold(0, |bitmap, bit| bitmap | bit)
+}
+
 const fn range(max: u64) -> [Argument; 3] {
     [
         Argument { name: "address", kind: Kind::PageAddress },
@@ -113,7 +120,7 @@ pub const CALLS: &[Call] = &[
         arguments: &[Argument { name: "index", kind: Kind::Index { count: 1 } }],
         results: &[
             STATUS,
-            "bitmap of calls: bit n for 0xc6001000 + n",
+            "bitmap of the calls that are offered: bit n for 0xc6001000 + n",
             "the most pages of a range",
             "the most pages of a range to take back",
         ],
@@ -231,6 +238,7 @@ mod tests {
         let counted: Vec<_> = CALLS.iter().filter_map(|call| counter_index(call.number)).collect();
         assert_eq!(counted, (0..counted.len()).collect::<Vec<_>>());
         assert_eq!(counted.len(), CALLS.len() - 2);
+        assert_eq!(call_bitmap(), (1 << counted.len()) - 1);
         assert_eq!(counter_index(0xc600_0fff), None);
         assert_eq!(counter_index(0xc600_1010), None);
     }

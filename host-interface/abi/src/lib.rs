@@ -27,7 +27,9 @@ mod generate;
 mod request;
 mod statistics;
 
-pub use calls::{Argument, CALL_COUNTERS, CALLS, Call, Kind, MAX_RANGE_PAGES, MAX_TAKE_BACK_PAGES, counter_index};
+pub use calls::{
+    Argument, CALL_COUNTERS, CALLS, Call, Kind, MAX_RANGE_PAGES, MAX_TAKE_BACK_PAGES, call_bitmap, counter_index,
+};
 pub use codes::{PageStateCode, Status};
 pub use generate::{CHeader, Reference};
 pub use request::{HostCall, Pages};
