@@ -1,1 +1,37 @@
-//! Under construction.
+//! Who owns each physical page, and the transitions between owners.
+//!
+//! [`OwnershipTable`] is the one truth about memory. The host's stage 2 is a cache of it, filled by faults, and the EL2
+//! stage 1 maps what EL2 was given or has pinned. [`Memory`] holds all three behind one lock and keeps them in step: each
+//! operation first checks all of its range and makes sure of the translation tables that it needs, and then cannot fail.
+
+#![forbid(unsafe_code)]
+#![cfg_attr(not(test), no_std)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::arithmetic_side_effects,
+        clippy::as_conversions,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic,
+        clippy::unwrap_used
+    )
+)]
+
+mod check;
+mod counts;
+mod entry;
+mod fault;
+mod memory;
+mod step;
+mod table;
+
+pub use check::Inconsistency;
+pub use counts::Counts;
+pub use entry::State;
+pub use fault::HostFault;
+pub use memory::{Failure, HostState, Memory, PageReport, Reason};
+pub use table::{OwnershipTable, PAGES_PER_BLOCK, SetupError, Sizes, sizes};
+
+/// Translation tables that EL2's own mappings leave to the host's stage 2, so that it always gets on.
+pub const HOST_RESERVE: usize = 32;

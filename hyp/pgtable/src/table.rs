@@ -209,11 +209,23 @@ impl<R: Regime> PageTable<R> {
                 (Kind::Table(next), Some(below)) => (table, level) = (next, below),
                 (Kind::Leaf(base), _) => {
                     let to = base.raw() | (raw & level.size().wrapping_sub(1));
-                    let usage = R::USAGES.iter().find(|&&usage| R::attributes(usage) == descriptor.attributes());
-                    let mapping = usage.map(|&usage| Mapping { to: Addr::from_bits_truncating(to), usage });
-                    return Walk { level, mapping };
+                    return Walk { level, mapping: mapping_of::<R>(descriptor, Addr::from_bits_truncating(to)) };
                 }
                 _ => return Walk { level, mapping: None },
+            }
+        }
+    }
+
+    /// Calls `f` in ascending order with each block or page that is mapped, and with its mapping unless its attributes are
+    /// none that the regime knows.
+    pub fn for_each_leaf<M: Machine>(
+        &self,
+        machine: &M,
+        mut f: impl FnMut(PageRange<R::Space>, Option<Mapping<R::Usage>>),
+    ) {
+        if let Ok(all) = PageRange::from_bounds(0, self.geometry.end()) {
+            for (table, span) in self.roots(all) {
+                visit_leaves::<R, M>(machine, table, self.geometry.start(), span, &mut f);
             }
         }
     }
@@ -479,6 +491,30 @@ impl<R: Regime> Flush<R> {
     fn add_span(&mut self, span: Span) {
         if let Ok(range) = PageRange::from_bounds(span.start, span.end) {
             self.add(range);
+        }
+    }
+}
+
+/// A visitor of leaves.
+type Visitor<'a, R> = &'a mut dyn FnMut(PageRange<<R as Regime>::Space>, Option<Mapping<<R as Regime>::Usage>>);
+
+/// Returns what a leaf maps to, if its attributes are ones that the regime uses.
+fn mapping_of<R: Regime>(leaf: Descriptor, to: PhysAddr) -> Option<Mapping<R::Usage>> {
+    let usage = R::USAGES.iter().find(|&&usage| R::attributes(usage) == leaf.attributes());
+    usage.map(|&usage| Mapping { to, usage })
+}
+
+fn visit_leaves<R: Regime, M: Machine>(machine: &M, table: PhysAddr, level: Level, span: Span, f: Visitor<'_, R>) {
+    for slot in span.slots(table, level) {
+        let descriptor = slot.read(machine);
+        match (descriptor.kind(level), level.next()) {
+            (Kind::Table(next), Some(below)) => visit_leaves::<R, M>(machine, next, below, slot.part, f),
+            (Kind::Leaf(to), _) => {
+                if let Ok(range) = PageRange::from_bounds(slot.part.start, slot.part.end) {
+                    f(range, mapping_of::<R>(descriptor, to));
+                }
+            }
+            _ => {}
         }
     }
 }

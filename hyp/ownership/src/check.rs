@@ -1,0 +1,134 @@
+//! Whether what is derived from the ownership table agrees with it: for tests and checking builds.
+
+use ravelin_memory::{BLOCK_SIZE, PAGE_SIZE, PhysAddr};
+use ravelin_pgtable::{El2Usage, Machine, Mapping, TablePool};
+
+use crate::{
+    counts::Counts,
+    entry::{Entry, State},
+    memory::{Inner, Memory},
+    table::OwnershipTable,
+};
+
+/// Something that must never be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Inconsistency {
+    /// Stage 2 maps a page that the host may not access, or not where or not as it should.
+    #[error("host stage 2 maps {0} against its ownership")]
+    Stage2(PhysAddr),
+    /// EL2 does not map a page that it was given or has pinned.
+    #[error("EL2 does not map {0}")]
+    El2Lacks(PhysAddr),
+    /// EL2 maps a page that it does not own and has not pinned.
+    #[error("EL2 maps {0} against its ownership")]
+    El2Maps(PhysAddr),
+    /// The block entry notes a wrong number of pages.
+    #[error("wrong number of pages noted for the block at {0}")]
+    Block(PhysAddr),
+    /// The counts of pages per state are wrong.
+    #[error("wrong counts of pages")]
+    Counts,
+    /// The tables in use are not those of the page tables.
+    #[error("wrong number of translation tables")]
+    Tables,
+}
+
+impl<P: TablePool> Memory<'_, P> {
+    /// Checks the host's stage 2, the EL2 stage 1 and the counts against the ownership table. Its time grows with RAM.
+    ///
+    /// # Errors
+    ///
+    /// The first inconsistency.
+    pub fn check<M: Machine>(&self, machine: &M) -> Result<(), Inconsistency> {
+        let inner = self.lock();
+        inner.check_counts()?;
+        inner.check_stage2(machine)?;
+        inner.check_el2(machine)
+    }
+}
+
+impl<P: TablePool> Inner<'_, P> {
+    fn check_counts(&self) -> Result<(), Inconsistency> {
+        let mut counted = Counts::default();
+        self.table.count_pages(&mut counted);
+        let pages = |counts: &Counts| (counts.host_owned, counts.host_shared, counts.hyp_owned, counts.hyp_donated);
+        if pages(&counted) != pages(&self.counts) {
+            return Err(Inconsistency::Counts);
+        }
+        for (block, owned) in self.table.blocks() {
+            let count = || block.iter().filter(|&page| self.table.is_host_owned(page)).count();
+            if owned.is_some_and(|owned| u64::try_from(count()) != Ok(owned)) {
+                return Err(Inconsistency::Block(block.base()));
+            }
+        }
+        if self.host.tables().saturating_add(self.el2.tables()) > self.pool.in_use() {
+            return Err(Inconsistency::Tables);
+        }
+        Ok(())
+    }
+
+    fn check_stage2<M: Machine>(&self, machine: &M) -> Result<(), Inconsistency> {
+        let mut result = Ok(());
+        self.host.for_each_leaf(machine, |range, mapping| {
+            let allowed = |page: PhysAddr| {
+                mapping.is_some_and(|mapping| {
+                    mapping.to.identity_ipa() == range.base() && self.table.host_access(page) == Some(mapping.usage)
+                })
+            };
+            let bad = range.iter().map(|ipa| ipa.identity_pa()).find(|&page| !allowed(page));
+            if let (Some(page), Ok(())) = (bad, result) {
+                result = Err(Inconsistency::Stage2(page));
+            }
+        });
+        result
+    }
+
+    fn check_el2<M: Machine>(&self, machine: &M) -> Result<(), Inconsistency> {
+        for (block, _) in self.table.blocks() {
+            let mut addr = block.base();
+            while addr.raw() < block.end() {
+                let walk = self.el2.lookup(machine, addr.identity_va());
+                let entry = self.table.entry(addr);
+                let expected = entry.is_some_and(Entry::in_el2);
+                match walk.mapping {
+                    Some(mapping) if expected && mapping == (Mapping { to: addr, usage: El2Usage::Data }) => {}
+                    // What the image is made of.
+                    Some(_) if entry.is_some_and(|entry| entry.state() == State::HYP_OWNED) => {}
+                    Some(_) => return Err(Inconsistency::El2Maps(addr)),
+                    None if expected => return Err(Inconsistency::El2Lacks(addr)),
+                    None => {}
+                }
+                // One step for all of a uniform block of which nothing is mapped.
+                let uniform = self.table.uniform_entry(addr).is_some_and(|entry| !entry.in_el2());
+                let step = if uniform && walk.level.size() >= BLOCK_SIZE && walk.mapping.is_none() {
+                    BLOCK_SIZE
+                } else {
+                    PAGE_SIZE
+                };
+                let Some(next) = addr.checked_add(step) else { break };
+                addr = next;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl OwnershipTable<'_> {
+    /// Adds up the pages per state. In time that grows with the number of blocks and of pages in split ones.
+    pub(crate) fn count_pages(&self, counts: &mut Counts) {
+        for (block, split) in self.blocks() {
+            match (split, self.entry(block.base())) {
+                (None, Some(entry)) => counts.moved(State::NOBODY, entry.state(), block.pages()),
+                _ => {
+                    for entry in block.iter().filter_map(|page| self.entry(page)) {
+                        counts.moved(State::NOBODY, entry.state(), 1);
+                    }
+                }
+            }
+        }
+    }
+
+    fn is_host_owned(&self, page: PhysAddr) -> bool {
+        self.entry(page) == Some(Entry::new(State::HOST_OWNED, 0))
+    }
+}

@@ -1,0 +1,54 @@
+//! What the hypervisor counts about memory.
+
+use crate::entry::State;
+
+/// Numbers about memory, kept as it changes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Pages of RAM that the host owns and shares with nobody.
+    pub host_owned: u64,
+    /// Pages that the host shares with the hypervisor.
+    pub host_shared: u64,
+    /// Pages that the hypervisor has owned from the start.
+    pub hyp_owned: u64,
+    /// Pages that the host has donated to the hypervisor.
+    pub hyp_donated: u64,
+    /// Translation tables that the host's stage 2 uses, less its root.
+    pub host_tables: usize,
+    /// Translation tables from the pool that the EL2 stage 1 uses.
+    pub el2_tables: usize,
+    /// Translation tables left in the pool.
+    pub free_tables: usize,
+    /// TLB invalidations of stage 2 since boot.
+    pub stage2_invalidations: u64,
+    /// TLB invalidations of the EL2 stage 1 since boot.
+    pub el2_invalidations: u64,
+    /// How often the whole host stage 2 has been dropped for want of tables.
+    pub evictions: u64,
+    /// Host faults after which the host could go on.
+    pub faults_resolved: u64,
+    /// Host faults on what the host may not access.
+    pub faults_denied: u64,
+}
+
+impl Counts {
+    /// Moves `pages` from one state to another.
+    pub(crate) fn moved(&mut self, before: State, after: State, pages: u64) {
+        if let Some(count) = self.of(before) {
+            *count = count.wrapping_sub(pages);
+        }
+        if let Some(count) = self.of(after) {
+            *count = count.wrapping_add(pages);
+        }
+    }
+
+    fn of(&mut self, state: State) -> Option<&mut u64> {
+        match state {
+            State::HOST_OWNED => Some(&mut self.host_owned),
+            State::HOST_SHARED => Some(&mut self.host_shared),
+            State::HYP_OWNED => Some(&mut self.hyp_owned),
+            State::HYP_DONATED => Some(&mut self.hyp_donated),
+            _ => None,
+        }
+    }
+}

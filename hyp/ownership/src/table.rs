@@ -1,0 +1,425 @@
+//! The ownership table: an entry per 2 MiB block and, where the block is split, one per page.
+
+use arrayvec::ArrayVec;
+use ravelin_memory::{BLOCK_SIZE, PAGE_SHIFT, PAGE_SIZE, PhysAddr, PhysRange};
+use ravelin_pgtable::Stage2Usage;
+
+use crate::{
+    entry::{Block, Entry, State},
+    memory::{Failure, Reason},
+    step::Step,
+};
+
+/// Pages in a block, and page entries that go with a block entry.
+pub const PAGES_PER_BLOCK: usize = 512;
+
+const MAX_REGIONS: usize = 32;
+const MAX_RESERVED: usize = 8;
+const BLOCK_PAGE_SHIFT: u32 = 9;
+const PAGES_PER_BLOCK_U64: u64 = 1 << BLOCK_PAGE_SHIFT;
+
+/// What the caller has to provide for an [`OwnershipTable`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// Number of 8-byte block entries.
+    pub block_entries: usize,
+    /// Number of 8-byte page entries: [`PAGES_PER_BLOCK`] for each block entry.
+    pub page_entries: usize,
+}
+
+/// Why a description of memory is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SetupError {
+    /// There are more than 32 regions of RAM, or more than 8 reserved device ranges.
+    #[error("too many memory regions")]
+    TooMany,
+    /// Two regions of RAM overlap in this page.
+    #[error("memory regions overlap at {0}")]
+    Overlap(PhysAddr),
+    /// A part of what the hypervisor owns is not RAM.
+    #[error("carve-out not in RAM at {0}")]
+    CarveOut(PhysAddr),
+    /// The entries provided are fewer than [`sizes`] asks for.
+    #[error("ownership table too small")]
+    TooSmall,
+}
+
+/// One contiguous region of RAM.
+#[derive(Clone, Copy, Debug)]
+struct Region {
+    range: PhysRange,
+    /// Number of the first block that it touches, counted from address 0.
+    first: u64,
+    /// Number behind the last block that it touches.
+    end: u64,
+    /// Index of the first block's entry.
+    index: usize,
+}
+
+type Regions = ArrayVec<Region, MAX_REGIONS>;
+
+/// Who owns each page of RAM.
+///
+/// It is as large as RAM asks, 2 MiB and 4 KiB per GiB, but only the block entries are written when it is made. A block's
+/// page entries may hold anything until the block is split.
+pub struct OwnershipTable<'a> {
+    regions: Regions,
+    /// Device ranges that the hypervisor keeps to itself.
+    reserved: ArrayVec<PhysRange, MAX_RESERVED>,
+    blocks: &'a mut [u64],
+    pages: &'a mut [[u64; PAGES_PER_BLOCK]],
+}
+
+/// The part of a range that lies in one block.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Piece {
+    /// Number of the block, counted from address 0.
+    number: u64,
+    /// First page in the block.
+    first: usize,
+    /// Page behind the last one in the block.
+    end: usize,
+}
+
+impl Piece {
+    fn is_whole(self) -> bool {
+        self.len() == PAGES_PER_BLOCK
+    }
+
+    fn len(self) -> usize {
+        self.end.wrapping_sub(self.first)
+    }
+
+    /// Returns the address of a page of the block.
+    fn page(self, index: usize) -> PhysAddr {
+        PhysAddr::from_bits_truncating((self.number << BLOCK_PAGE_SHIFT | to_u64(index)) << PAGE_SHIFT)
+    }
+
+    /// Returns the address of the first page of the piece.
+    fn base(self) -> PhysAddr {
+        self.page(self.first)
+    }
+}
+
+/// Cuts `range` at block boundaries.
+#[inline]
+fn pieces(range: PhysRange) -> impl Iterator<Item = Piece> {
+    let mut page = range.base().page_number();
+    let end = page.wrapping_add(range.pages());
+    core::iter::from_fn(move || {
+        if page >= end {
+            return None;
+        }
+        let number = page >> BLOCK_PAGE_SHIFT;
+        let base = number << BLOCK_PAGE_SHIFT;
+        let stop = base.wrapping_add(PAGES_PER_BLOCK_U64).min(end);
+        let piece = Piece { number, first: to_usize(page.wrapping_sub(base)), end: to_usize(stop.wrapping_sub(base)) };
+        page = stop;
+        Some(piece)
+    })
+}
+
+fn to_usize(number: u64) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
+}
+
+fn to_u64(number: usize) -> u64 {
+    u64::try_from(number).unwrap_or(u64::MAX)
+}
+
+/// Sorts `ranges`, joins those that touch, and gives each its place in the table. Returns the number of block entries too.
+fn plan(ranges: &[PhysRange]) -> Result<(Regions, usize), SetupError> {
+    let mut sorted = ArrayVec::<PhysRange, MAX_REGIONS>::new();
+    sorted.try_extend_from_slice(ranges).map_err(|_| SetupError::TooMany)?;
+    sorted.sort_unstable_by_key(|range| range.base());
+
+    let mut joined = ArrayVec::<PhysRange, MAX_REGIONS>::new();
+    for range in sorted {
+        match joined.last_mut() {
+            Some(last) if range.base().raw() < last.end() => return Err(SetupError::Overlap(range.base())),
+            Some(last) if range.base().raw() == last.end() => {
+                *last = PhysRange::from_bounds(last.base().raw(), range.end()).unwrap_or(*last);
+            }
+            _ => joined.push(range),
+        }
+    }
+
+    let mut regions = Regions::new();
+    // Block number and index behind the last entry.
+    let (mut behind, mut index) = (0, 0_usize);
+    for range in joined {
+        let first = range.base().raw() / BLOCK_SIZE;
+        let end = range.end().div_ceil(BLOCK_SIZE);
+        if first < behind {
+            // The end of the last region lies in the same block, which has one entry.
+            index = index.wrapping_sub(1);
+        }
+        regions.push(Region { range, first, end, index });
+        index = index.saturating_add(to_usize(end.wrapping_sub(first)));
+        behind = end;
+    }
+    Ok((regions, index))
+}
+
+/// Returns how many entries the ownership table of these regions of RAM needs.
+///
+/// # Errors
+///
+/// More than 32 regions, or regions that overlap.
+pub fn sizes(regions: &[PhysRange]) -> Result<Sizes, SetupError> {
+    let (_, blocks) = plan(regions)?;
+    Ok(Sizes { block_entries: blocks, page_entries: blocks.saturating_mul(PAGES_PER_BLOCK) })
+}
+
+impl<'a> OwnershipTable<'a> {
+    /// Makes the table in which the hypervisor owns `carve_out` and the host all the rest of `regions`, the RAM.
+    ///
+    /// Outside of RAM the host has access to everything but the device ranges `reserved`. `blocks` and `pages` have at
+    /// least the sizes of [`sizes`]; what they hold does not matter.
+    ///
+    /// # Errors
+    ///
+    /// A description that contradicts itself or is too large; see [`SetupError`].
+    pub fn new(
+        regions: &[PhysRange],
+        carve_out: PhysRange,
+        reserved: &[PhysRange],
+        blocks: &'a mut [u64],
+        pages: &'a mut [[u64; PAGES_PER_BLOCK]],
+    ) -> Result<Self, SetupError> {
+        let (regions, count) = plan(regions)?;
+        let (Some(blocks), Some(pages)) = (blocks.get_mut(..count), pages.get_mut(..count)) else {
+            return Err(SetupError::TooSmall);
+        };
+        let mut reserved_ranges = ArrayVec::new();
+        reserved_ranges.try_extend_from_slice(reserved).map_err(|_| SetupError::TooMany)?;
+
+        blocks.fill(Block::uniform(Entry::new(State::NOBODY, 0)).bits());
+        let mut table = Self { regions, reserved: reserved_ranges, blocks, pages };
+        for index in 0..table.regions.len() {
+            if let Some(region) = table.regions.get(index) {
+                table.set(region.range, Entry::new(State::HOST_OWNED, 0));
+            }
+        }
+        if let Some(page) = carve_out.iter().find(|&page| !table.is_ram(page)) {
+            return Err(SetupError::CarveOut(page));
+        }
+        table.set(carve_out, Entry::new(State::HYP_OWNED, 0));
+        Ok(table)
+    }
+
+    /// Returns the entry of a page, or `None` if it is not RAM.
+    pub(crate) fn entry(&self, page: PhysAddr) -> Option<Entry> {
+        let piece = pieces(PhysRange::single(page)).next()?;
+        let index = self.index(piece.number)?;
+        let entry = match self.block(index).as_uniform() {
+            Some(entry) => entry,
+            None => Entry::from_bits(*self.pages.get(index)?.get(piece.first)?),
+        };
+        // A block at the edge of a region has entries for pages outside it.
+        (entry.state() != State::NOBODY || self.is_ram(page)).then_some(entry)
+    }
+
+    /// Returns the entry of all pages of the block in which `page` lies, if the block is uniform RAM.
+    pub(crate) fn uniform_entry(&self, page: PhysAddr) -> Option<Entry> {
+        self.block(self.index(page.raw() / BLOCK_SIZE)?).as_uniform()
+    }
+
+    /// Returns how the host may access a page, if at all.
+    pub(crate) fn host_access(&self, page: PhysAddr) -> Option<Stage2Usage> {
+        match self.entry(page) {
+            Some(entry) => entry.state().host_access().then_some(Stage2Usage::Memory),
+            None => (!self.reserved.iter().any(|range| range.contains(page))).then_some(Stage2Usage::Device),
+        }
+    }
+
+    /// Returns whether the host may access all of `range`, whole blocks, as `usage`, by block entries and regions alone.
+    pub(crate) fn is_uniform_for_host(&self, range: PhysRange, usage: Stage2Usage) -> bool {
+        match usage {
+            Stage2Usage::Memory => {
+                let Some(region) = self.regions.iter().find(|region| region.range.covers(&range)) else {
+                    return false;
+                };
+                let offset = (range.base().raw() / BLOCK_SIZE).wrapping_sub(region.first);
+                let first = region.index.wrapping_add(to_usize(offset));
+                let end = first.wrapping_add(to_usize(range.size() / BLOCK_SIZE));
+                let accessible =
+                    |bits: &u64| Block::from_bits(*bits).as_uniform().is_some_and(|entry| entry.state().host_access());
+                self.blocks.get(first..end).is_some_and(|blocks| blocks.iter().all(accessible))
+            }
+            Stage2Usage::Device => {
+                !self.regions.iter().any(|region| region.range.overlaps(&range))
+                    && !self.reserved.iter().any(|reserved| reserved.overlaps(&range))
+            }
+        }
+    }
+
+    /// Checks that `step` may be taken from every page of `range`.
+    pub(crate) fn check(&self, range: PhysRange, step: &Step) -> Result<(), Failure> {
+        for piece in pieces(range) {
+            let Some(index) = self.index(piece.number) else {
+                return Err(Failure { reason: Reason::NotRam, page: piece.base() });
+            };
+            match self.block(index).as_uniform() {
+                Some(entry) if step.allows(entry) => {}
+                Some(entry) => return Err(Failure { reason: step.reason(entry), page: piece.base() }),
+                None => {
+                    let entries = self.pages.get(index).and_then(|pages| pages.get(piece.first..piece.end));
+                    let entries = entries.unwrap_or_default();
+                    let bad = entries.iter().position(|&bits| !step.allows(Entry::from_bits(bits)));
+                    if let Some(bad) = bad {
+                        let page = piece.page(piece.first.wrapping_add(bad));
+                        let reason = self.entry(page).map_or(Reason::NotRam, |entry| step.reason(entry));
+                        return Err(Failure { reason, page });
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Calls `f` in ascending order with each run of pages of `range` that `step`, which has been checked, puts into the
+    /// EL2 stage 1 or takes out of it.
+    pub(crate) fn el2_runs(&self, range: PhysRange, step: &Step, mut f: impl FnMut(PhysRange)) {
+        let mut run: Option<(u64, u64)> = None;
+        let mut extend = |start: u64, pages: u64| match &mut run {
+            Some((_, end)) if *end == start => *end = end.wrapping_add(pages),
+            _ => {
+                if let Some(range) = run.replace((start, start.wrapping_add(pages))).and_then(run_range) {
+                    f(range);
+                }
+            }
+        };
+        for piece in pieces(range) {
+            let Some(index) = self.index(piece.number) else { continue };
+            let start = piece.base().page_number();
+            match self.block(index).as_uniform() {
+                Some(entry) if step.changes_el2(entry) => extend(start, to_u64(piece.len())),
+                Some(_) => {}
+                None => {
+                    let entries = self.pages.get(index).and_then(|pages| pages.get(piece.first..piece.end));
+                    for (&bits, page) in entries.unwrap_or_default().iter().zip(start..) {
+                        if step.changes_el2(Entry::from_bits(bits)) {
+                            extend(page, 1);
+                        }
+                    }
+                }
+            }
+        }
+        if let Some(range) = run.and_then(run_range) {
+            f(range);
+        }
+    }
+
+    /// Takes `step`, which has been checked, from every page of `range`. Calls `collapsed` with each block of which the
+    /// host has become the sole owner of all pages.
+    pub(crate) fn commit(&mut self, range: PhysRange, step: &Step, mut collapsed: impl FnMut(PhysRange)) {
+        for piece in pieces(range) {
+            let Some(index) = self.index(piece.number) else { continue };
+            if let (Some(entry), true) = (self.block(index).as_uniform(), piece.is_whole()) {
+                self.set_block(index, Block::uniform(step.apply(entry)));
+                continue;
+            }
+            self.split(index);
+            let entries = self.pages.get_mut(index).and_then(|pages| pages.get_mut(piece.first..piece.end));
+            for bits in entries.unwrap_or_default() {
+                *bits = step.apply(Entry::from_bits(*bits)).bits();
+            }
+            let owned = self.block(index).owned();
+            let pages = to_u64(piece.len());
+            let owned = match (step.before, step.after) {
+                (before, after) if before == after => owned,
+                (State::HOST_OWNED, _) => owned.wrapping_sub(pages),
+                (_, State::HOST_OWNED) => owned.wrapping_add(pages),
+                _ => owned,
+            };
+            if owned == PAGES_PER_BLOCK_U64 {
+                self.set_block(index, Block::uniform(Entry::new(State::HOST_OWNED, 0)).primed());
+                let base = piece.page(0);
+                if let Ok(block) = PhysRange::new(base.raw(), PAGES_PER_BLOCK_U64) {
+                    collapsed(block);
+                }
+            } else {
+                self.set_block(index, Block::split(owned));
+            }
+        }
+    }
+
+    /// Yields every block of RAM with its number of pages in state `HostOwned`, if it is split.
+    pub(crate) fn blocks(&self) -> impl Iterator<Item = (PhysRange, Option<u64>)> {
+        // A block in which one region ends and the next begins counts once.
+        let starts = self.regions.iter().scan(0, |behind, region| {
+            let start = region.first.max(*behind);
+            *behind = region.end;
+            Some(start..region.end)
+        });
+        starts.flatten().filter_map(|number| {
+            let range = PhysRange::new(number.wrapping_mul(BLOCK_SIZE), PAGES_PER_BLOCK_U64).ok()?;
+            let block = self.block(self.index(number)?);
+            Some((range, block.as_uniform().is_none().then(|| block.owned())))
+        })
+    }
+
+    /// Returns whether `page` is RAM.
+    fn is_ram(&self, page: PhysAddr) -> bool {
+        self.regions.iter().any(|region| region.range.contains(page))
+    }
+
+    /// Returns the index of a block's entry.
+    #[inline]
+    fn index(&self, number: u64) -> Option<usize> {
+        let region = self.regions.iter().find(|region| region.first <= number && number < region.end)?;
+        Some(region.index.wrapping_add(to_usize(number.wrapping_sub(region.first))))
+    }
+
+    fn block(&self, index: usize) -> Block {
+        Block::from_bits(self.blocks.get(index).copied().unwrap_or_default())
+    }
+
+    fn set_block(&mut self, index: usize, block: Block) {
+        if let Some(bits) = self.blocks.get_mut(index) {
+            *bits = block.bits();
+        }
+    }
+
+    /// Makes the page entries of a block count.
+    fn split(&mut self, index: usize) {
+        let block = self.block(index);
+        let Some(entry) = block.as_uniform() else {
+            return;
+        };
+        if let (false, Some(pages)) = (block.is_primed(), self.pages.get_mut(index)) {
+            // In runs of eight, which the compiler turns into paired stores even when it optimises for size.
+            for run in pages.as_chunks_mut::<8>().0 {
+                *run = [entry.bits(); 8];
+            }
+        }
+        let owned = if entry.state() == State::HOST_OWNED { PAGES_PER_BLOCK_U64 } else { 0 };
+        self.set_block(index, Block::split(owned));
+    }
+
+    /// Sets every page of `range`, which is RAM, to `entry`, whatever it was: for the start.
+    fn set(&mut self, range: PhysRange, entry: Entry) {
+        for piece in pieces(range) {
+            let Some(index) = self.index(piece.number) else { continue };
+            if piece.is_whole() {
+                self.set_block(index, Block::uniform(entry));
+                continue;
+            }
+            self.split(index);
+            let Some(pages) = self.pages.get_mut(index) else { continue };
+            if let Some(entries) = pages.get_mut(piece.first..piece.end) {
+                entries.fill(entry.bits());
+            }
+            let owned = Entry::new(State::HOST_OWNED, 0).bits();
+            let owned = pages.iter().filter(|&&bits| bits == owned).count();
+            self.set_block(index, Block::split(to_u64(owned)));
+        }
+    }
+}
+
+fn run_range((start, end): (u64, u64)) -> Option<PhysRange> {
+    PhysRange::new(start << PAGE_SHIFT, end.wrapping_sub(start)).ok()
+}
+
+const _: () = assert!(BLOCK_SIZE == PAGE_SIZE << BLOCK_PAGE_SHIFT);
