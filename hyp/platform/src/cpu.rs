@@ -27,15 +27,17 @@ fn nodes(fdt: Fdt<'_>) -> impl Iterator<Item = FdtNode<'_>> {
     })
 }
 
-/// Yields the affinity of each CPU as MPIDR_EL1 has it, in the order of the device tree.
-pub(crate) fn affinities(fdt: Fdt<'_>) -> impl Iterator<Item = Result<u64, DtbError>> {
-    let cells = child(fdt.root(), "cpus")
-        .ok_or_else(|| Fault::Missing("node cpus").at(["/"]))
-        .and_then(|cpus| CellCounts::of(cpus, CellCounts::DEFAULT).map_err(|fault| fault.at(["/cpus"])));
-    nodes(fdt).map(move |node| {
-        let address = cells.clone()?.address;
-        affinity(node, address).map_err(|fault| fault.at(["/cpus/", node.name()]))
-    })
+/// Returns how many cells an affinity has.
+fn cells(fdt: Fdt<'_>) -> Result<u32, DtbError> {
+    let cpus = child(fdt.root(), "cpus").ok_or_else(|| Fault::Missing("node cpus").at(["/"]))?;
+    Ok(CellCounts::of(cpus, CellCounts::DEFAULT).map_err(|fault| fault.at(["/cpus"]))?.address)
+}
+
+/// Yields the affinity of each CPU as MPIDR_EL1 has it, in the order of the device tree. It leaves out what [`count`]
+/// refuses.
+pub(crate) fn affinities(fdt: Fdt<'_>) -> impl Iterator<Item = u64> {
+    let cells = cells(fdt).ok();
+    nodes(fdt).filter_map(move |node| affinity(node, cells?).ok())
 }
 
 fn affinity(node: FdtNode<'_>, cells: u32) -> Result<u64, Fault> {
@@ -56,17 +58,20 @@ fn affinity(node: FdtNode<'_>, cells: u32) -> Result<u64, Fault> {
 /// Takes 2 KiB of stack, and is kept out of the frames of its callers for that.
 #[inline(never)]
 pub(crate) fn count(fdt: Fdt<'_>) -> Result<usize, DtbError> {
+    let cells = cells(fdt)?;
     let mut seen = ArrayVec::<u64, MAX_CPUS>::new();
-    for (affinity, node) in affinities(fdt).zip(nodes(fdt)) {
-        let affinity = affinity?;
-        let blame = |fault: Fault| fault.at(["/cpus/", node.name()]);
-        if seen.contains(&affinity) {
-            return Err(blame(Fault::Affinity(affinity)));
-        }
-        seen.try_push(affinity).map_err(|_| blame(Fault::TooMany { what: "CPUs", limit: MAX_CPUS }))?;
+    for node in nodes(fdt) {
+        let add = |seen: &mut ArrayVec<_, MAX_CPUS>| {
+            let affinity = affinity(node, cells)?;
+            if seen.contains(&affinity) {
+                return Err(Fault::Affinity(affinity));
+            }
+            seen.try_push(affinity).map_err(|_| Fault::TooMany { what: "CPUs", limit: MAX_CPUS })
+        };
+        add(&mut seen).map_err(|fault| fault.at(["/cpus/", node.name()]))?;
     }
     if seen.is_empty() {
-        return Err(Fault::Missing("CPU in node cpus").at(["/"]));
+        return Err(Fault::Missing("CPU").at(["/cpus"]));
     }
     Ok(seen.len())
 }

@@ -40,7 +40,7 @@ pub(crate) fn uart(fdt: Fdt<'_>, ram: &[PhysRange]) -> Result<PhysRange, DtbErro
     let is_pl011 = |node| is_compatible(node, &["arm,pl011"]);
     let path = stdout(fdt)
         .filter(|path| path.node().is_some_and(is_pl011))
-        .or_else(|| Path::root(fdt).search(&is_pl011))
+        .or_else(|| Path::search(fdt, &is_pl011))
         .ok_or_else(|| Fault::Missing("node compatible with arm,pl011").at(["/"]))?;
     path.registers(ram)?.next().unwrap_or_else(|| Err(path.blame(Fault::Missing("registers"))))
 }
@@ -59,8 +59,8 @@ fn stdout(fdt: Fdt<'_>) -> Option<Path<'_>> {
 /// Returns where the GICv3 is, if there is one with a redistributor for each of `cpus` CPUs.
 pub(crate) fn gic(fdt: Fdt<'_>, ram: &[PhysRange], cpus: usize) -> Result<Gic, DtbError> {
     const GIC_V2: [&str; 4] = ["arm,gic-400", "arm,cortex-a15-gic", "arm,cortex-a7-gic", "arm,cortex-a9-gic"];
-    let Some(path) = Path::root(fdt).search(&|node| is_compatible(node, &["arm,gic-v3"])) else {
-        return Err(match Path::root(fdt).search(&|node| is_compatible(node, &GIC_V2)) {
+    let Some(path) = Path::search(fdt, &|node| is_compatible(node, &["arm,gic-v3"])) else {
+        return Err(match Path::search(fdt, &|node| is_compatible(node, &GIC_V2)) {
             Some(path) => path.blame(Fault::Unsupported("this is a GICv2, and Ravelin needs a GICv3")),
             None => Fault::Missing("interrupt controller compatible with arm,gic-v3").at(["/"]),
         });
@@ -100,8 +100,8 @@ pub(crate) fn gic(fdt: Fdt<'_>, ram: &[PhysRange], cpus: usize) -> Result<Gic, D
 
 /// Returns how PSCI is called.
 pub(crate) fn psci(fdt: Fdt<'_>) -> Result<Conduit, DtbError> {
-    let Some(path) = Path::root(fdt).search(&|node| is_compatible(node, &["arm,psci-1.0", "arm,psci-0.2"])) else {
-        return Err(match Path::root(fdt).search(&|node| is_compatible(node, &["arm,psci"])) {
+    let Some(path) = Path::search(fdt, &|node| is_compatible(node, &["arm,psci-1.0", "arm,psci-0.2"])) else {
+        return Err(match Path::search(fdt, &|node| is_compatible(node, &["arm,psci"])) {
             Some(path) => path.blame(Fault::Unsupported("this is PSCI 0.1, and Ravelin needs 0.2 or later")),
             None => Fault::Missing("firmware compatible with arm,psci-1.0 or arm,psci-0.2").at(["/"]),
         });

@@ -10,7 +10,7 @@ pub type NodeName = ArrayString<48>;
 
 /// Something in the device tree that Ravelin cannot work with.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("device tree: {node}: {fault}")]
+#[error("{node}: {fault}")]
 pub struct DtbError {
     /// The node to blame.
     pub node: NodeName,

@@ -17,7 +17,6 @@ use crate::{
 const MAX_DEPTH: usize = 8;
 
 /// A node and its ancestors, the root first.
-#[derive(Clone)]
 pub(crate) struct Path<'a>(ArrayVec<FdtNode<'a>, MAX_DEPTH>);
 
 impl<'a> Path<'a> {
@@ -35,22 +34,26 @@ impl<'a> Path<'a> {
         Some(found)
     }
 
-    /// Returns the first node below this one, in the order of the device tree, that is available and that `wanted`
+    /// Returns the first node below the root, in the order of the device tree, that is available and that `wanted`
     /// accepts.
-    pub(crate) fn search(&mut self, wanted: &dyn Fn(FdtNode<'a>) -> bool) -> Option<Self> {
-        for child in self.node()?.children().filter(|child| is_available(*child)) {
+    pub(crate) fn search(fdt: Fdt<'a>, wanted: &dyn Fn(FdtNode<'a>) -> bool) -> Option<Self> {
+        let mut path = Self::root(fdt);
+        path.descend(wanted).then_some(path)
+    }
+
+    /// Goes to the first node below this one that is wanted and says whether there is any; if not it stays.
+    fn descend(&mut self, wanted: &dyn Fn(FdtNode<'a>) -> bool) -> bool {
+        let Some(node) = self.node() else { return false };
+        for child in node.children().filter(|child| is_available(*child)) {
             if self.0.try_push(child).is_err() {
-                return None;
+                return false;
             }
-            if wanted(child) {
-                return Some(self.clone());
-            }
-            if let Some(found) = self.search(wanted) {
-                return Some(found);
+            if wanted(child) || self.descend(wanted) {
+                return true;
             }
             self.0.pop();
         }
-        None
+        false
     }
 
     pub(crate) fn node(&self) -> Option<FdtNode<'a>> {

@@ -101,7 +101,7 @@ impl<'a> Platform<'a> {
     /// Yields the affinity of each CPU, in the order of the device tree, with the fields where MPIDR_EL1 has them and
     /// all other bits 0. No two are the same.
     pub fn cpus(&self) -> impl Iterator<Item = u64> {
-        cpu::affinities(self.fdt).filter_map(Result::ok)
+        cpu::affinities(self.fdt)
     }
 
     /// Returns how much RAM there is, in bytes.

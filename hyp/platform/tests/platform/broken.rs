@@ -19,7 +19,7 @@ fn ram(base: u64, size: u64) -> Tree {
 
 #[test]
 fn no_device_tree() {
-    assert!(message(&[]).starts_with("device tree: /: cannot be read"));
+    assert!(message(&[]).starts_with("/: cannot be read"));
     assert!(message(&[0; 4096]).contains("magic"));
     assert!(message(&GIC_V3[..GIC_V3.len() - 1]).contains("cannot be read"));
 }
@@ -89,8 +89,9 @@ fn absurd_cell_counts() {
 
 #[test]
 fn no_cpus() {
-    Tree::virt().remove("/", "cpus").fails("/", "no CPU");
-    Tree::virt().cpus(0).fails("/", "no CPU");
+    Tree::virt().remove("/", "cpus").fails("/", "no node cpus");
+    Tree::virt().cpus(0).fails("/cpus", "no CPU");
+    Tree::virt().set("/cpus", "#address-cells", 3_u32).fails("/cpus", "malformed property #address-cells");
 }
 
 #[test]
@@ -122,7 +123,7 @@ fn too_many_cpus() {
 #[test]
 fn gic_v2() {
     let message = message(GIC_V2);
-    assert_eq!(message, "device tree: /intc@8000000: this is a GICv2, and Ravelin needs a GICv3");
+    assert_eq!(message, "/intc@8000000: this is a GICv2, and Ravelin needs a GICv3");
     Tree::virt().set(GIC, "compatible", "arm,gic-400").fails(GIC, "GICv2");
 }
 
@@ -267,14 +268,14 @@ fn host_fails(tree: &Tree, header: &[u8], what: &str) {
 #[test]
 fn images_that_cannot_run() {
     let virt = Tree::virt();
-    let kernel = |what| format!("device tree: {KERNEL}: {what}");
+    let kernel = |what| format!("{KERNEL}: {what}");
     host_fails(&virt, &image_header(0, 0x1000, 1), &kernel("the kernel is a big-endian Image"));
     host_fails(&virt, &image_header(0x8_0000, 0x1000, 0), "the Image is not at its text offset");
     host_fails(&virt, &image_header(u64::MAX, 0x1000, 0), "the Image is not at its text offset");
     host_fails(&virt, &image_header(0, 0, 0), "the Image is not at its text offset");
     host_fails(&virt, &image_header(0, u64::MAX, 0), &kernel("0xffffffffffffffff bytes at 0x50000000"));
     host_fails(&virt, &image_header(0, 0x8000_0000, 0), "is not in one piece of RAM");
-    let what = format!("device tree: {RAMDISK}: 0x58000000-0x58018fff overlaps the memory that the kernel needs");
+    let what = format!("{RAMDISK}: 0x58000000-0x58018fff overlaps the memory that the kernel needs");
     host_fails(&virt, &image_header(0, 0x800_1000, 0), &what);
     let odd = virt.set(KERNEL, "reg", reg(0x5000_0002, 0x1000));
     host_fails(&odd, &[0; 64], &kernel("0x1000 bytes at 0x50000002: the flat binary is not aligned"));
@@ -314,5 +315,5 @@ fn no_room_for_the_host_dtb() {
     let platform = Platform::parse(GIC_V3).unwrap();
     let carve_out = PhysRange::new(0xb000_0000, 512).unwrap();
     let error = platform.write_host_dtb(carve_out, &mut [0; 0x2000]).unwrap_err();
-    assert_eq!(error.to_string(), "device tree: /: no room for the device tree of 0x2000 bytes");
+    assert_eq!(error.to_string(), "/: no room for the device tree of 0x2000 bytes");
 }
