@@ -6,16 +6,11 @@
 
 use core::arch::asm;
 
-use ravelin_abi::CALLS;
+use ravelin_abi::{CALLS, VERSION_MAJOR};
 
 use crate::{
-    rt::{
-        call::psci,
-        console::println,
-        memory::BLOCK,
-        platform,
-    },
-    tests::{Failure, Outcome},
+    rt::{call::psci, console::println, memory::BLOCK, platform},
+    tests::{Failure, Outcome, check, check_eq},
 };
 
 /// Numbers of pages that are measured; each has a block of its own.
@@ -36,12 +31,12 @@ pub(crate) fn calls() -> Outcome {
         return Err(Failure::new(format_args!("no {blocks} free blocks")));
     };
     for round in 0..2 {
-        for name in ["REVISION", "FEATURES"] {
-            let [_, x1, ..] = report(name, 0, round, measure_hvc([number(name), 0, 0, 0]));
-            if x1 == 0 {
-                return Err(Failure::new(format_args!("{name} says nothing")));
-            }
-        }
+        let revision = report("REVISION", 0, round, measure_hvc([number("REVISION"), 0, 0, 0]));
+        check_eq!(revision[0], u64::from(VERSION_MAJOR), "major version");
+        let features = report("FEATURES", 0, round, measure_hvc([number("FEATURES"), 0, 0, 0]));
+        check!(features[0] == 0 && features[1] != 0, "FEATURES says {features:#x?}");
+        let state = report("PAGE_STATE", 0, round, measure_hvc([number("PAGE_STATE"), arena.start, 0, 0]));
+        check_eq!(state[0], 0, "PAGE_STATE");
         report("unknown-HVC", 0, round, measure_hvc([0xC600_1FFF, 0, 0, 0]));
         report("PSCI_VERSION", 0, round, measure_smc([psci::VERSION, 0, 0, 0]));
         report("unknown-SMC", 0, round, measure_smc([0xC300_FF00, 0, 0, 0]));
@@ -49,12 +44,9 @@ pub(crate) fn calls() -> Outcome {
         for (pages, start) in SIZES.into_iter().zip((arena.start..).step_by(BLOCK as usize)) {
             measure_loads(start, pages);
             println!("bench touch {pages} {round}");
-            report("PAGE_STATE", 0, round, measure_hvc([number("PAGE_STATE"), start, 0, 0]));
             for name in RANGE_CALLS {
                 let [x0, x1, ..] = report(name, pages, round, measure_hvc([number(name), start, pages, 0]));
-                if x0 != 0 {
-                    return Err(Failure::new(format_args!("{name} of {pages} pages: {} at {x1:#x}", x0 as i64)));
-                }
+                check!(x0 == 0, "{name} of {pages} pages: {} at {x1:#x}", x0 as i64);
             }
         }
     }
