@@ -1,0 +1,48 @@
+//! Registers of a call as the SMC Calling Convention sees them.
+
+/// Registers x0 to x17 of whoever made the call, in and out.
+pub type Registers = [u64; 18];
+
+/// What bit 30 of a function identifier says.
+const CONVENTION_64: u32 = 1 << 30;
+
+/// Returns the W register to this X register.
+pub(crate) const fn low_half(x: u64) -> u32 {
+    let [a, b, c, d, ..] = x.to_le_bytes();
+    u32::from_le_bytes([a, b, c, d])
+}
+
+/// Returns the function identifier and x0 to x3 as a call has them: a 32-bit call passes W registers, whatever is in the
+/// upper halves. `None` if x0 holds more than a function identifier.
+pub(crate) fn call_registers(registers: &Registers) -> Option<(u32, [u64; 4])> {
+    let [x0, x1, x2, x3, ..] = *registers;
+    let function = u32::try_from(x0).ok()?;
+    let values = [x0, x1, x2, x3];
+    Some((function, if function & CONVENTION_64 == 0 { values.map(|x| low_half(x).into()) } else { values }))
+}
+
+/// Overwrites the first registers with results.
+pub(crate) fn set_results<const N: usize>(registers: &mut Registers, results: [u64; N]) {
+    for (register, result) in registers.iter_mut().zip(results) {
+        *register = result;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_32_bit_call_has_w_registers() {
+        let mut registers = [u64::MAX; 18];
+        registers[0] = 0x8400_0003;
+        assert_eq!(
+            call_registers(&registers),
+            Some((0x8400_0003, [0x8400_0003, 0xffff_ffff, 0xffff_ffff, 0xffff_ffff]))
+        );
+        registers[0] = 0xc400_0003;
+        assert_eq!(call_registers(&registers), Some((0xc400_0003, [0xc400_0003, u64::MAX, u64::MAX, u64::MAX])));
+        registers[0] = 0x1_8400_0003;
+        assert_eq!(call_registers(&registers), None);
+    }
+}
