@@ -27,11 +27,14 @@ pub(crate) fn string<'a>(node: FdtNode<'a>, name: &'static str) -> Result<Option
     value(node, name).map(|value| as_string(value).ok_or(Fault::Malformed(name))).transpose()
 }
 
+/// Returns whether a list of strings has `name` in it.
+pub(crate) fn lists(list: &[u8], name: &str) -> bool {
+    list.split(|byte| *byte == 0).any(|entry| entry == name.as_bytes())
+}
+
 /// Returns whether `compatible` of the node has one of `names`.
 pub(crate) fn is_compatible(node: FdtNode<'_>, names: &[&str]) -> bool {
-    value(node, "compatible").is_some_and(|list| {
-        list.split(|byte| *byte == 0).any(|entry| names.iter().any(|name| name.as_bytes() == entry))
-    })
+    value(node, "compatible").is_some_and(|list| names.iter().any(|name| lists(list, name)))
 }
 
 /// Returns whether `status`, if there is one, says that a node may be used.

@@ -8,7 +8,8 @@ use ravelin_memory::PhysRange;
 
 use crate::{
     DtbError, Fault, NodeName,
-    cells::{CellCounts, is_compatible, pairs, string, take, touched_pages, value},
+    cells::{CellCounts, is_compatible, lists, pairs, string, take, touched_pages, value},
+    error::node_name,
     memory::child,
 };
 
@@ -141,7 +142,7 @@ pub(crate) struct Chosen<'a> {
 /// Returns whether a child of `/chosen` is a module of a bootloader
 /// (Multiboot for Arm, as Xen's `docs/misc/arm/device-tree/booting.txt` has it).
 pub(crate) fn is_module(compatible: &[u8]) -> bool {
-    compatible.split(|byte| *byte == 0).any(|entry| entry == b"multiboot,module")
+    lists(compatible, "multiboot,module")
 }
 
 impl<'a> Chosen<'a> {
@@ -195,7 +196,7 @@ fn module(node: FdtNode<'_>, cells: CellCounts) -> Result<Module<'_>, Fault> {
         return Err(Fault::Malformed("reg"));
     }
     Ok(Module {
-        node: Fault::Malformed("reg").at(["/chosen/", node.name()]).node,
+        node: node_name(["/chosen/", node.name()]),
         bytes: ByteRange::new(base, size)?,
         bootargs: string(node, "bootargs")?.unwrap_or(""),
     })
@@ -216,8 +217,7 @@ fn linux_initrd(chosen: FdtNode<'_>) -> Result<Option<Module<'_>>, Fault> {
         (None, None) => Ok(None),
         (Some(start), Some(end)) => {
             let size = end.checked_sub(start).ok_or(Fault::Malformed("linux,initrd-end (before the start)"))?;
-            let node = Fault::Missing("").at(["/chosen"]).node;
-            Ok(Some(Module { node, bytes: ByteRange::new(start, size)?, bootargs: "" }))
+            Ok(Some(Module { node: node_name(["/chosen"]), bytes: ByteRange::new(start, size)?, bootargs: "" }))
         }
         (None, Some(_)) => Err(Fault::Missing("property linux,initrd-start")),
         (Some(_), None) => Err(Fault::Missing("property linux,initrd-end")),

@@ -83,12 +83,17 @@ pub enum Fault {
 impl Fault {
     /// Returns the error that blames the node at `path`, given in pieces, for this.
     pub(crate) fn at<'a>(self, path: impl IntoIterator<Item = &'a str>) -> DtbError {
-        let mut node = NodeName::new();
-        for character in path.into_iter().flat_map(str::chars) {
-            if node.try_push(character).is_err() {
-                break;
-            }
-        }
-        DtbError { node, fault: self }
+        DtbError { node: node_name(path), fault: self }
     }
+}
+
+/// Joins the pieces of a path, as far as they fit.
+pub(crate) fn node_name<'a>(path: impl IntoIterator<Item = &'a str>) -> NodeName {
+    let mut name = NodeName::new();
+    for character in path.into_iter().flat_map(str::chars) {
+        if name.try_push(character).is_err() {
+            break;
+        }
+    }
+    name
 }

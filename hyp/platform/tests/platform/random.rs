@@ -33,7 +33,7 @@ fn everything(dtb: &[u8], header: &[u8]) {
 const STRUCTURE: usize = 56;
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(2000) })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(if cfg!(miri) { 5 } else { 2000 }) })]
 
     #[test]
     fn corrupt_bytes_never_panic(
@@ -76,7 +76,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(300) })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 300 }) })]
 
     #[test]
     fn layouts_are_apart_and_within_the_budget(
@@ -134,6 +134,7 @@ proptest! {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "slow there")]
 fn truncation_never_panics() {
     for len in 0..GIC_V3.len() {
         assert!(Platform::parse(&GIC_V3[..len]).is_err());
@@ -142,6 +143,7 @@ fn truncation_never_panics() {
 
 /// The work is bounded by the size of the device tree, whatever its shape: deep, wide, or full of properties.
 #[test]
+#[cfg_attr(miri, ignore = "slow there")]
 fn the_largest_trees_take_no_time() {
     let start = std::time::Instant::now();
     let cell = |dtb: &mut Vec<u8>, cell: u32| dtb.extend(cell.to_be_bytes());
