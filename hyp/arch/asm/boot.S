@@ -227,13 +227,15 @@ dcache_invalidate:
     dsb     sy
     ret
 
-// Leaves the first tables and the place the bootloader chose. x0 = &CpuStart of this CPU, x1 = argument.
+// Leaves the first tables and the place the bootloader chose. x0 = &CpuStart of this CPU, x1 = argument, x2 = top of
+// another stack to use for now, or 0.
 // The new tables map other memory at the same addresses and with other block sizes: the MMU is off between the two
 // (Arm ARM DDI 0487, D8.17.1 "Using break-before-make when updating translation table entries").
 .global switch_to_carveout
 switch_to_carveout:
     hint    #34                         // bti c
     mov     x19, x1
+    mov     x20, x2
     mrs     x2, sctlr_el2
     mov     x3, #SCTLR_ON
     bic     x2, x2, x3
@@ -254,6 +256,7 @@ switch_to_carveout:
 secondary_entry:
     hint    #34                         // bti c
     mov     x19, xzr
+    mov     x20, xzr
     msr     daifset, #0xf
     mov     x2, #(1 << 31)
     msr     hcr_el2, x2
@@ -280,6 +283,8 @@ cpu_start:
     msr     sctlr_el2, x5
     isb
     msr     spsel, #1
+    cmp     x20, #0
+    csel    x6, x6, x20, eq
     mov     sp, x6
     mov     x29, xzr
     mov     x30, xzr

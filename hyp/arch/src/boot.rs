@@ -29,7 +29,7 @@ mod symbols {
         pub(super) static boot_tables_next: u64;
         pub(super) static boot_tables_end: u8;
         pub(super) fn relocate(image: u64, runs_at: u64);
-        pub(super) fn switch_to_carveout(start: u64, argument: u64) -> !;
+        pub(super) fn switch_to_carveout(start: u64, argument: u64, stack_top: u64) -> !;
         pub(super) fn secondary_entry();
         pub(super) fn enter_host(entry: u64, argument: u64, spsr: u64, stack_top: u64) -> !;
     }
@@ -179,15 +179,21 @@ impl CpuStart {
         clean_to_poc(page, size_of::<Self>() as u64);
     }
 
-    /// Goes on as the CPU described at `page`, on other tables, stack and image.
+    /// Goes on as the CPU described at `page`, on its tables, image and stack, or on the other stack that ends at `stack_top`.
     ///
     /// # Safety
     ///
-    /// [`CpuStart::place`] was called for the page, the tables map what the description names, and nothing of the present
-    /// stack is needed any more.
-    pub unsafe fn switch(page: PhysAddr, argument: u64) -> ! {
+    /// [`CpuStart::place`] was called for the page, its tables map what the description names and the other stack, and
+    /// nothing of the present stack is needed any more.
+    pub unsafe fn switch(page: PhysAddr, argument: u64, stack_top: Option<HypAddr>) -> ! {
         // SAFETY: The caller vouches for what the assembly loads.
-        unsafe { symbols::switch_to_carveout(page.raw(), argument) }
+        unsafe { symbols::switch_to_carveout(page.raw(), argument, stack_top.map_or(0, HypAddr::raw)) }
+    }
+
+    /// Returns where this description lies.
+    #[must_use]
+    pub fn page(&'static self) -> PhysAddr {
+        PhysAddr::from_bits_truncating(address(ptr::from_ref(self)))
     }
 
     /// Returns the description of the CPU that this runs on, if it has gone that far.

@@ -3,17 +3,18 @@
 use aarch64_cpu::registers::{
     ELR_EL1, ELR_EL2, ESR_EL1, ESR_EL2, FAR_EL1, FAR_EL2, HPFAR_EL2, SPSR_EL1, SPSR_EL2, VBAR_EL1,
 };
+use ravelin_hypercall::{Exception, PstateFeatures, Registers, Trapped};
 use ravelin_memory::Ipa;
 use tock_registers::interfaces::{Readable, Writeable};
 
-use crate::sysreg::read_sysreg;
+use crate::sysreg::{id_field, read_sysreg};
 
 /// The host's registers that the vector saved. The callee-saved ones, x19 to x28, stay in the CPU.
 #[repr(C)]
 #[derive(Debug)]
 pub struct HostFrame {
     /// x0 to x17: arguments and results of calls.
-    pub arguments: [u64; 18],
+    pub arguments: Registers,
     x18: u64,
     x29: u64,
     x30: u64,
@@ -68,35 +69,34 @@ pub fn skip_instruction() {
     ELR_EL2.set(ELR_EL2.get().wrapping_add(4));
 }
 
-/// The registers of the exception being handled that decide what the host sees of it.
-#[derive(Clone, Copy, Debug)]
-pub struct Syndrome {
-    /// ESR_EL2.
-    pub esr: u64,
-    /// FAR_EL2.
-    pub far: u64,
-    /// SPSR_EL2.
-    pub spsr: u64,
-    /// SCTLR_EL1 of the host.
-    pub sctlr_el1: u64,
+/// Reads the registers of the exception being handled that decide what the host sees of it.
+#[must_use]
+pub fn trapped() -> Trapped {
+    Trapped { esr: ESR_EL2.get(), far: FAR_EL2.get(), spsr: SPSR_EL2.get(), sctlr_el1: read_sysreg!("sctlr_el1") }
 }
 
-impl Syndrome {
-    /// Reads the registers of the exception being handled.
-    #[must_use]
-    pub fn read() -> Self {
-        Self { esr: ESR_EL2.get(), far: FAR_EL2.get(), spsr: SPSR_EL2.get(), sctlr_el1: read_sysreg!("sctlr_el1") }
+/// Returns the features of this CPU that have a part in what PSTATE is after an exception.
+#[must_use]
+pub fn pstate_features() -> PstateFeatures {
+    let pfr1 = read_sysreg!("id_aa64pfr1_el1");
+    PstateFeatures {
+        pan: id_field(read_sysreg!("id_aa64mmfr1_el1"), 20) != 0,
+        dit: id_field(read_sysreg!("id_aa64pfr0_el1"), 48) != 0,
+        ssbs: id_field(pfr1, 4) != 0,
+        mte: id_field(pfr1, 8) != 0,
+        nmi: id_field(pfr1, 36) != 0,
     }
 }
 
-/// Makes the host take an exception at EL1 when it continues: the given syndrome and fault address, the given offset in its
-/// vector table, the given PSTATE.
-pub fn inject(esr: u64, far: u64, pstate: u64, vector_offset: u64) {
-    ESR_EL1.set(esr);
-    FAR_EL1.set(far);
+/// Makes the host take `exception` at EL1 when it continues.
+pub fn take_exception(exception: &Exception) {
+    ESR_EL1.set(exception.esr);
+    if let Some(far) = exception.far {
+        FAR_EL1.set(far);
+    }
     ELR_EL1.set(ELR_EL2.get());
     SPSR_EL1.set(SPSR_EL2.get());
-    ELR_EL2.set(VBAR_EL1.get().wrapping_add(vector_offset));
-    SPSR_EL2.set(pstate);
+    ELR_EL2.set(VBAR_EL1.get().wrapping_add(exception.vector_offset));
+    SPSR_EL2.set(exception.pstate);
     // ERET is the context synchronisation event that these writes need.
 }

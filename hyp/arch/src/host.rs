@@ -56,13 +56,6 @@ pub fn physical_address_size() -> PhysicalSize {
     PhysicalSize::from_parange(read_sysreg!("id_aa64mmfr0_el1"))
 }
 
-/// Returns whether the CPU has features that decide what an exception at EL1 looks like: MTE with tag checks, and FEAT_NMI.
-#[must_use]
-pub fn exception_features() -> (bool, bool) {
-    let pfr1 = read_sysreg!("id_aa64pfr1_el1");
-    (id_field(pfr1, 8) >= 2, id_field(pfr1, 36) != 0)
-}
-
 /// Sets this CPU's EL2 for the host, except for stage 2.
 pub fn prepare_cpu() {
     floating_point_and_vectors();

@@ -1,8 +1,8 @@
 //! The only crate with assembly and system registers.
 //!
-//! It implements what the page tables ask of the machine ([`ravelin_pgtable::Machine`]) and gives the image the rest:
-//! start-up, vectors, the state that EL2 must be in for the host, calls to firmware, the console. On the build machine it is
-//! empty; the recording machine of `ravelin-pgtable` stands in for it there.
+//! It implements what the logic crates ask of the machine ([`ravelin_pgtable::Machine`], [`ravelin_hypercall::Firmware`]) and
+//! gives the image the rest: start-up, vectors, the state that EL2 must be in for the host, the console. On the build machine
+//! it is empty; the recording machine of `ravelin-pgtable` stands in for it there.
 
 #![no_std]
 #![cfg(target_os = "none")]
@@ -20,9 +20,9 @@ mod sysreg;
 
 pub use boot::{BootTables, CpuEntry, CpuStart, El2Tables, Image, secondary_entry};
 pub use console::Console;
-pub use exit::{Exit, HostFrame, Syndrome, host_exit, inject, skip_instruction};
-pub use firmware::smc;
+pub use exit::{Exit, HostFrame, host_exit, pstate_features, skip_instruction, take_exception, trapped};
+pub use firmware::El3;
 pub use hardware::{Hardware, clean_to_poc};
-pub use host::{Lacking, check_cpu, enable_stage2, exception_features, physical_address_size, prepare_cpu};
+pub use host::{Lacking, check_cpu, enable_stage2, physical_address_size, prepare_cpu};
 pub use power::{Conduit, halt, power_off, semihosting_exit};
 pub use report::{Backtrace, FatalFrame, mpidr};

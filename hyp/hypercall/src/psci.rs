@@ -60,17 +60,30 @@ impl Cpu {
     /// the entry points of [`Entries`] get in x0 on it.
     #[must_use]
     pub const fn off(mpidr: u64, argument: u64) -> Self {
-        Self::new(mpidr, argument, OFF)
+        Self::new(mpidr, argument, OFF, Start { entry: 0, context: 0 })
     }
 
-    /// Returns a CPU that is on. See [`Cpu::off`].
+    /// Returns the CPU that boots: it is about to take `start`. See [`Cpu::off`].
     #[must_use]
-    pub const fn on(mpidr: u64, argument: u64) -> Self {
-        Self::new(mpidr, argument, ON)
+    pub const fn booting(mpidr: u64, argument: u64, start: Start) -> Self {
+        Self::new(mpidr, argument, PENDING, start)
     }
 
-    const fn new(mpidr: u64, argument: u64, state: u8) -> Self {
-        Self { mpidr, argument, state: AtomicU8::new(state), entry: AtomicU64::new(0), context: AtomicU64::new(0) }
+    /// Returns a CPU that is on.
+    #[cfg(test)]
+    pub(crate) const fn on(mpidr: u64, argument: u64) -> Self {
+        Self::new(mpidr, argument, ON, Start { entry: 0, context: 0 })
+    }
+
+    const fn new(mpidr: u64, argument: u64, state: u8, start: Start) -> Self {
+        let Start { entry, context } = start;
+        Self {
+            mpidr,
+            argument,
+            state: AtomicU8::new(state),
+            entry: AtomicU64::new(entry),
+            context: AtomicU64::new(context),
+        }
     }
 
     fn change(&self, from: u8, to: u8) -> Result<(), u8> {

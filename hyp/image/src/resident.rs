@@ -1,0 +1,193 @@
+//! The image in the carve-out: it takes over memory, enters the host and serves it from then on.
+
+#![expect(
+    unsafe_code,
+    reason = "makes objects of the memory that start-up set apart, and is called from assembly by name"
+)]
+
+use core::{ptr, slice};
+
+use arrayvec::ArrayVec;
+use ravelin_arch::{
+    CpuStart, El3, Exit, Hardware, HostFrame, enable_stage2, halt, host_exit as read_exit, prepare_cpu,
+    pstate_features, secondary_entry, skip_instruction, take_exception, trapped,
+};
+use ravelin_hypercall::{Cpu, Entries, FaultAction, Firmware, Host};
+use ravelin_memory::{PAGE_SIZE, PhysAddr, PhysRange};
+use ravelin_ownership::{Memory, OwnershipTable, PAGES_PER_BLOCK};
+use ravelin_pgtable::{El2, Geometry, Machine, PageTable, PhysicalSize, Stage2};
+use ravelin_platform::{Layout, LogLevel, MAX_RAM_REGIONS};
+use spin::once::Once;
+
+use crate::{console, panic, pool::Pool};
+
+static MEMORY: Once<Memory<'static, Pool>> = Once::new();
+static HYPERVISOR: Once<Hypervisor> = Once::new();
+
+/// What every CPU needs to serve the host.
+struct Hypervisor {
+    machine: Hardware,
+    host: Host<'static, Pool, El3>,
+    stage2_root: PhysAddr,
+    vtcr_el2: u64,
+}
+
+/// What start-up leaves to the image in the carve-out. It holds no pointer into the image.
+pub(crate) struct Inheritance {
+    /// All CPUs, in the carve-out.
+    pub(crate) cpus: &'static [Cpu],
+    /// The EL2 stage 1 that is now in use.
+    pub(crate) el2: PageTable<El2>,
+    /// Who has which memory.
+    pub(crate) layout: Layout,
+    /// How much to log.
+    pub(crate) log_level: LogLevel,
+    /// Address size of the CPU.
+    pub(crate) physical: PhysicalSize,
+    /// Pages for tables, and for this.
+    pub(crate) pool: Pool,
+    /// RAM.
+    pub(crate) ram: ArrayVec<PhysRange, MAX_RAM_REGIONS>,
+    /// Whether a panic ends the machine through semihosting.
+    pub(crate) semihosting_exit: bool,
+    /// A stack for taking over, of [`Inheritance::STACK_PAGES`]: more than a CPU's own has room for.
+    pub(crate) stack: PhysAddr,
+    /// The console.
+    pub(crate) uart: PhysRange,
+}
+
+impl Inheritance {
+    /// Pages of [`Inheritance::stack`].
+    pub(crate) const STACK_PAGES: u64 = 4;
+
+    const PAGES: u64 = (size_of::<Self>() as u64).div_ceil(PAGE_SIZE).next_power_of_two();
+
+    /// Moves it to pages of its own pool and returns their address, or `None` if the pool is empty.
+    pub(crate) fn place(mut self) -> Option<PhysAddr> {
+        let place = self.pool.allocate_pages(Self::PAGES)?;
+        // SAFETY: The pages are mapped, large enough, and nobody else's.
+        unsafe { ptr::with_exposed_provenance_mut::<Self>(place.raw() as usize).write(self) };
+        Some(place)
+    }
+
+    /// Takes it from where [`Inheritance::place`] put it, and gives the pages back.
+    ///
+    /// # Safety
+    ///
+    /// `place` is what that returned, and this is the only call.
+    unsafe fn take(place: u64) -> Self {
+        // SAFETY: As the caller says.
+        let mut this = unsafe { ptr::with_exposed_provenance::<Self>(place as usize).read() };
+        this.pool.free_pages(PhysAddr::from_bits_truncating(place), Self::PAGES);
+        this
+    }
+}
+
+/// Places a list of CPUs in pages of the pool.
+pub(crate) fn place_cpus(pool: &mut Pool, count: usize, cpus: impl Iterator<Item = Cpu>) -> Option<&'static [Cpu]> {
+    let pages = ((count * size_of::<Cpu>()) as u64).div_ceil(PAGE_SIZE).next_power_of_two();
+    let place = ptr::with_exposed_provenance_mut::<Cpu>(pool.allocate_pages(pages)?.raw() as usize);
+    let mut placed = 0;
+    for cpu in cpus.take(count) {
+        // SAFETY: There is room for `count` in the pages, which are nobody else's.
+        unsafe { place.wrapping_add(placed).write(cpu) };
+        placed += 1;
+    }
+    // SAFETY: So many have just been written, and the pages are never given back.
+    Some(unsafe { slice::from_raw_parts(place, placed) })
+}
+
+/// Where every CPU starts to run in the carve-out: the first one with the address of the [`Inheritance`], then again like the
+/// others, when firmware has turned them on or resumed them, to enter the host.
+pub(crate) extern "C" fn cpu_main(start: &'static CpuStart, inheritance: u64) -> ! {
+    if inheritance != 0 {
+        // SAFETY: The first CPU comes here once, with what start-up placed.
+        take_over(unsafe { Inheritance::take(inheritance) });
+        // SAFETY: This CPU's own description, on its own stack; nothing of the present stack is needed again.
+        unsafe { CpuStart::switch(start.page(), 0, None) }
+    }
+    let Some(hypervisor) = HYPERVISOR.get() else { halt() };
+    let Some(asked) = hypervisor.host.take_start(start.index()) else { not_asked_for() };
+    prepare_cpu();
+    enable_stage2(hypervisor.stage2_root, hypervisor.vtcr_el2);
+    // SAFETY: EL2 is set up; the frames of this function and its callers are not needed again.
+    unsafe { start.enter_host(asked.entry, asked.context) }
+}
+
+/// Turns off a CPU that firmware has started though the host did not ask for it.
+fn not_asked_for() -> ! {
+    const CPU_OFF: u64 = 0x8400_0002;
+    // It returns only if firmware refuses.
+    let _refused = El3.smc([CPU_OFF, 0, 0, 0]);
+    halt()
+}
+
+/// Takes over memory and CPUs.
+fn take_over(mut inheritance: Inheritance) {
+    // SAFETY: Mapped in the tables that start-up built, and opened for the first time in this copy of the image.
+    unsafe { console::open(inheritance.uart.base(), inheritance.log_level) };
+    if inheritance.semihosting_exit {
+        panic::exit_by_semihosting();
+    }
+    // SAFETY: The MMU is on; the tables map the pool, which tables come from, and EL2's own lie in it too.
+    let machine = unsafe { Hardware::new() };
+    let layout = inheritance.layout;
+
+    let table = ownership_table(&inheritance.ram, &layout);
+    let geometry = Geometry::stage2(inheritance.physical.bits()).expect("a physical address size is one of stage 2");
+    let stage2_root =
+        inheritance.pool.allocate_pages(geometry.root_pages()).expect("the pool is large enough to start");
+    for page in 0..geometry.root_pages() {
+        machine.clear_table(PhysAddr::from_bits_truncating(stage2_root.raw() + page * PAGE_SIZE));
+    }
+    machine.publish();
+
+    // This stack. It stays in use until the next entry, but the pool writes at the other end of it only, and nobody takes
+    // pages from the pool before the host runs.
+    inheritance.pool.free_pages(inheritance.stack, Inheritance::STACK_PAGES);
+
+    let host_tables = PageTable::<Stage2>::new(stage2_root, geometry);
+    let memory = MEMORY.call_once(|| Memory::new(table, host_tables, inheritance.el2, inheritance.pool));
+    let entry = PhysAddr::from_bits_truncating(secondary_entry(layout.image.base()));
+    let entries = Entries { start: entry, resume: entry };
+    HYPERVISOR.call_once(|| Hypervisor {
+        machine,
+        host: Host::new(memory, El3, inheritance.cpus, entries),
+        stage2_root,
+        vtcr_el2: geometry.vtcr(inheritance.physical),
+    });
+}
+
+/// Makes the ownership table: the carve-out is the hypervisor's, all other RAM the host's.
+fn ownership_table(ram: &[PhysRange], layout: &Layout) -> OwnershipTable<'static> {
+    let blocks = ptr::with_exposed_provenance_mut::<u64>(layout.block_entries.base().raw() as usize);
+    let block_count = (layout.block_entries.size() / 8) as usize;
+    // SAFETY: The layout gives the entries their own part of the carve-out, mapped as data. Any contents are valid.
+    let blocks = unsafe { slice::from_raw_parts_mut(blocks, block_count) };
+    let pages = ptr::with_exposed_provenance_mut::<[u64; PAGES_PER_BLOCK]>(layout.page_entries.base().raw() as usize);
+    let page_count = layout.page_entries.size() as usize / size_of::<[u64; PAGES_PER_BLOCK]>();
+    // SAFETY: As above.
+    let pages = unsafe { slice::from_raw_parts_mut(pages, page_count) };
+    OwnershipTable::new(ram, layout.carve_out, &[], blocks, pages).expect("the layout is made for this table")
+}
+
+/// Called by the vectors when the host comes to EL2.
+#[unsafe(no_mangle)]
+extern "C" fn host_exit(frame: &mut HostFrame) {
+    let (Some(hypervisor), Some(cpu)) = (HYPERVISOR.get(), CpuStart::current()) else { halt() };
+    let registers = &mut frame.arguments;
+    match read_exit() {
+        Exit::Hvc(immediate) => hypervisor.host.hvc(&hypervisor.machine, immediate, registers),
+        Exit::Smc(immediate) => {
+            skip_instruction();
+            hypervisor.host.smc(cpu.index(), immediate, registers);
+        }
+        Exit::Stage2Fault(address) => {
+            if hypervisor.host.fault(&hypervisor.machine, address) == FaultAction::Inject {
+                take_exception(&trapped().abort(pstate_features()));
+            }
+        }
+        Exit::Abort => take_exception(&trapped().abort(pstate_features())),
+        Exit::Other => take_exception(&trapped().undefined(pstate_features())),
+    }
+}
