@@ -6,8 +6,8 @@
 /// Names the frame at an offset into the image: lines of text, the innermost function first.
 pub(crate) type Symbolize<'a> = dyn Fn(u64) -> Vec<String> + 'a;
 
-/// A console line that starts so is the hypervisor's panic message.
-const PANIC: &[u8] = b"ravelin panic";
+/// Console lines that start so are the hypervisor's last words.
+const FAILURES: [&[u8]; 2] = [b"ravelin panic", b"ravelin: cannot boot"];
 
 /// Lines are looked at up to this length only.
 const LINE_LIMIT: usize = 4096;
@@ -24,7 +24,7 @@ pub(crate) struct Filter<'a> {
     /// Digits behind the marker, while they are being read.
     digits: Option<String>,
     status: Option<i32>,
-    panicked: bool,
+    failed: bool,
 }
 
 impl<'a> Filter<'a> {
@@ -32,7 +32,7 @@ impl<'a> Filter<'a> {
     pub(crate) fn new(symbolize: Option<&'a Symbolize<'a>>, marker: Option<&str>, strip_returns: bool) -> Self {
         let marker = marker.map(|marker| marker.as_bytes().to_vec());
         let line = Vec::new();
-        Self { symbolize, marker, strip_returns, line, held: Vec::new(), digits: None, status: None, panicked: false }
+        Self { symbolize, marker, strip_returns, line, held: Vec::new(), digits: None, status: None, failed: false }
     }
 
     /// Status that was reported behind the marker.
@@ -40,9 +40,9 @@ impl<'a> Filter<'a> {
         self.status
     }
 
-    /// Whether the hypervisor has panicked.
-    pub(crate) fn panicked(&self) -> bool {
-        self.panicked
+    /// Whether the hypervisor has panicked, or said that it cannot run here.
+    pub(crate) fn failed(&self) -> bool {
+        self.failed
     }
 
     /// Takes bytes of the console and returns those to show.
@@ -98,14 +98,14 @@ impl<'a> Filter<'a> {
             if self.line.len() < LINE_LIMIT {
                 self.line.push(byte);
             }
-            self.panicked |= self.line == PANIC;
+            self.failed |= FAILURES.contains(&self.line.as_slice());
             shown.push(byte);
             return;
         }
         let line = std::mem::take(&mut self.line);
         let returned = line.last() == Some(&b'\r');
         if let Some(symbolize) = self.symbolize
-            && self.panicked
+            && self.failed
             && let Some(offset) = frame_offset(&String::from_utf8_lossy(&line))
         {
             if returned {
@@ -159,7 +159,7 @@ mod tests {
         assert_eq!(text(filter.push(b"no newline MARK:1")), "no newline ");
         assert_eq!(text(filter.push(b"7\r\nafter")), "after");
         assert_eq!(filter.status(), Some(17));
-        assert!(!filter.panicked());
+        assert!(!filter.failed());
     }
 
     #[test]
@@ -179,9 +179,9 @@ mod tests {
         let names = |offset: u64| vec![format!("f{offset:x} at a.rs:1"), "g at b.rs:2".to_owned()];
         let mut filter = Filter::new(Some(&names), None, true);
         assert_eq!(text(filter.push(b"  #0 0x10\r\n")), "  #0 0x10\n");
-        assert!(!filter.panicked());
+        assert!(!filter.failed());
         let out = text(filter.push(b"ravelin panic on CPU 1\r\n  #0 0x1f0\r\n"));
-        assert!(filter.panicked());
+        assert!(filter.failed());
         assert_eq!(out, "ravelin panic on CPU 1\n  #0 0x1f0 f1f0 at a.rs:1\n      inlined into g at b.rs:2\n");
         let mut raw = Filter::new(Some(&names), None, false);
         let out = text(raw.push(b"ravelin panic\r\n  #1 0x4\r\n"));

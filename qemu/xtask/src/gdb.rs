@@ -1,14 +1,15 @@
 //! `cargo xtask gdb`: a machine that waits for a debugger, and the debugger with the hypervisor's symbols.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode, Stdio};
+use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::run::{Options, Ready};
 use crate::setup::{self, Needs};
-use crate::{qemu, workspace};
+use crate::{image, qemu, workspace};
 
 /// Starts QEMU, stopped before its first instruction, and gdb on it.
 pub(crate) fn gdb(options: &Options) -> Result<ExitCode> {
@@ -18,32 +19,40 @@ pub(crate) fn gdb(options: &Options) -> Result<ExitCode> {
     let console = workspace::output_dir()?.join("gdb-console.log");
     let socket = ready.scratch.path("gdb");
     let mut qemu = prepared.command;
-    qemu.arg("-S").args(["-serial", "stdio"]);
-    qemu.arg("-chardev").arg(format!("socket,path={},server=on,wait=off,id=gdb", socket.display()));
-    qemu.args(["-gdb", "chardev:gdb"]).stdin(Stdio::null()).stdout(File::create(&console)?);
-    // gdb takes Ctrl-C as "stop the machine"; QEMU, in the same process group, would end at it.
+    qemu.args(["-S", "-serial", "stdio", "-gdb", "chardev:gdb", "-chardev"]);
+    qemu.arg(format!("socket,path={},server=on,wait=off,id=gdb", socket.display()));
+    qemu.stdin(Stdio::null()).stdout(File::create(&console)?);
+    // Ctrl-C is for gdb, which stops the machine at it; QEMU would end if it were in the same process group.
     qemu.process_group(0);
-    let mut child = qemu.spawn().context("cannot start qemu-system-aarch64")?;
-    println!("The console goes to {}", console.display());
-
-    let mut gdb = Command::new("gdb-multiarch");
-    gdb.args(["-q", "-ex", "set architecture aarch64", "-ex", "set confirm off"]);
-    if let Some((image, _)) = &ready.boot.hypervisor {
-        for address in [prepared.load_address, ready.boot.machine.carve_out()?] {
-            gdb.arg("-ex").arg(format!("add-symbol-file {} -o {address:#x}", image.elf.display()));
-        }
-    }
+    let mut qemu = qemu::Guard(qemu.spawn().context("cannot start qemu-system-aarch64")?);
     while !socket.exists() {
-        if let Some(status) = child.try_wait()? {
-            anyhow::bail!("QEMU ended: {status}");
+        if let Some(status) = qemu.0.try_wait()? {
+            bail!("QEMU ended: {status}");
         }
-        std::thread::sleep(std::time::Duration::from_millis(50));
+        std::thread::sleep(Duration::from_millis(20));
     }
-    gdb.arg("-ex").arg(format!("target remote {}", socket.display()));
-    // Ctrl-C is gdb's business alone from here on, so this program must not be there to die of it.
-    let status = gdb.status();
-    child.kill()?;
-    child.wait()?;
-    status.context("cannot start gdb-multiarch")?;
-    Ok(ExitCode::SUCCESS)
+
+    let mut script = String::from("set architecture aarch64\nset confirm off\nset pagination off\n");
+    if let Some((image, _)) = &ready.boot.hypervisor {
+        let elf = image.elf.display();
+        let vectors = image::symbol(&fs::read(&image.elf)?, "vectors")?;
+        script += &format!("add-symbol-file {elf} -o {:#x}\n", prepared.load_address);
+        // The image goes on from a copy of itself, whose place it chooses at boot; its vectors say where that is.
+        script +=
+            &format!("define ravelin-symbols\neval \"add-symbol-file {elf} -o %#lx\", $VBAR_EL2 - {vectors:#x}\nend\n");
+        script +=
+            "document ravelin-symbols\nAdds the symbols of the copy in the carve-out. Use it once that runs.\nend\n";
+        script += "echo ravelin-symbols: adds the symbols of the copy in the carve-out once that runs\\n\n";
+    }
+    script += &format!("target remote {}\n", socket.display());
+    println!("The console goes to {}", console.display());
+    let commands = ready.scratch.file("gdb-commands", script.as_bytes())?;
+    // gdb stops the machine at Ctrl-C, which would end this program, so a shell that bears it takes its place.
+    let error = Command::new("sh")
+        .args(["-c", "trap : INT; gdb-multiarch -q -x \"$1\"; kill $2; rm -r \"$3\"", "sh"])
+        .arg(commands)
+        .arg(qemu.0.id().to_string())
+        .arg(ready.scratch.path(""))
+        .exec();
+    Err(error).context("cannot start sh")
 }

@@ -2,10 +2,11 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
 use object::read::elf::ElfFile64;
-use object::{Object, ObjectSection, ObjectSegment, SectionFlags, SectionKind, elf};
+use object::{Object, ObjectSection, ObjectSegment, ObjectSymbol, SectionFlags, SectionKind, elf};
 
 use crate::arm64_image::Header;
 use crate::setup::rust;
@@ -62,8 +63,19 @@ impl std::fmt::Display for Sizes {
     }
 }
 
-/// Builds the image and its flat binary, `target/ravelin/<variant>/ravelin.{elf,bin}`.
+/// Builds the image and its flat binary, `target/ravelin/<variant>/ravelin.{elf,bin}`, once in a run of this program.
 pub(crate) fn build(variant: Variant) -> Result<Image> {
+    static BUILT: Mutex<Vec<(Variant, Image)>> = Mutex::new(Vec::new());
+    let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, image)) = built.iter().find(|(other, _)| *other == variant) {
+        return Ok(image.clone());
+    }
+    let image = build_now(variant)?;
+    built.push((variant, image.clone()));
+    Ok(image)
+}
+
+fn build_now(variant: Variant) -> Result<Image> {
     let mut cargo = rust::cargo("build")?;
     cargo.args(["--package", "ravelin"]);
     if !variant.dev {
@@ -127,6 +139,13 @@ pub(crate) fn flatten(file: &[u8]) -> Result<(Vec<u8>, Sizes)> {
         *size += section.size();
     }
     Ok((binary, sizes))
+}
+
+/// Link-time address of a symbol, by its exact name.
+pub(crate) fn symbol(file: &[u8], name: &str) -> Result<u64> {
+    let file = ElfFile64::<object::Endianness>::parse(file).context("not a 64-bit ELF file")?;
+    let symbol = file.symbol_by_name(name).with_context(|| format!("the image has no symbol {name}"))?;
+    Ok(symbol.address())
 }
 
 /// Reads the Image header of a file, if it has one, and the size of its memory.

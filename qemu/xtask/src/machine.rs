@@ -53,7 +53,7 @@ impl Machine {
 }
 
 /// Parses a size as QEMU's `-m` takes it: a number with `M` or `G`, without a suffix in MiB.
-fn parse_size(text: &str) -> Result<u64> {
+pub(crate) fn parse_size(text: &str) -> Result<u64> {
     let (digits, shift) = match text.strip_suffix(['G', 'g']) {
         Some(digits) => (digits, 30),
         None => (text.strip_suffix(['M', 'm']).unwrap_or(text), 20),

@@ -6,6 +6,7 @@ mod arm64_image;
 mod bench;
 mod console;
 mod cpio;
+mod gdb;
 mod image;
 mod initramfs;
 mod machine;
@@ -15,6 +16,7 @@ mod qemu;
 mod run;
 mod setup;
 mod symbols;
+mod test;
 mod workspace;
 
 use std::process::ExitCode;
@@ -46,6 +48,12 @@ enum Command {
     },
     /// Boot a host on the hypervisor in QEMU: a Linux with a shell on this terminal, unless told otherwise
     Run(Box<run::Options>),
+    /// Run the tests
+    Test(test::Options),
+    /// Boot as `run` does, stopped before the first instruction, under gdb
+    Gdb(Box<run::Options>),
+    /// What .ci/run runs: all tests, without the whole matrix
+    Ci,
     /// Count what the hypervisor costs, beside the targets
     Bench(bench::Options),
 }
@@ -55,6 +63,9 @@ fn main() -> ExitCode {
         Command::Setup => setup::setup().map(|()| ExitCode::SUCCESS),
         Command::Build { checked, dev } => build(Variant { checked, dev }).map(|()| ExitCode::SUCCESS),
         Command::Run(options) => run::run(&options),
+        Command::Test(options) => test::test(&options),
+        Command::Gdb(options) => gdb::gdb(&options),
+        Command::Ci => test::test(&test::Options::default()),
         Command::Bench(options) => bench::bench(&options),
     };
     result.unwrap_or_else(|error| {

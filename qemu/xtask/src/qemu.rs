@@ -60,9 +60,14 @@ impl Scratch {
         Ok(Self(dir))
     }
 
+    /// Path of a file in it.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
     /// Writes a file into it.
     pub(crate) fn file(&self, name: &str, contents: &[u8]) -> Result<PathBuf> {
-        let path = self.0.join(name);
+        let path = self.path(name);
         fs::write(&path, contents).with_context(|| format!("cannot write {}", path.display()))?;
         Ok(path)
     }
@@ -158,8 +163,8 @@ pub(crate) enum Outcome {
     Status(i32),
     /// QEMU ended with this status, without a word from the host.
     Ended(i32),
-    /// The hypervisor panicked.
-    Panicked,
+    /// The hypervisor panicked, or could not boot.
+    Failed,
     /// The time was up.
     TimedOut,
     /// The command ended with this status, but the machine did not power off.
@@ -193,7 +198,7 @@ pub(crate) fn supervise(
         match receiver.recv_timeout(wait) {
             Ok(bytes) => {
                 sink.write_all(&filter.push(&bytes)).and_then(|()| sink.flush()).context("cannot show the console")?;
-                if grace.is_none() && filter.panicked() {
+                if grace.is_none() && filter.failed() {
                     grace = Some(Instant::now() + PANIC_GRACE);
                 } else if grace.is_none() && filter.status().is_some() {
                     grace = Some(Instant::now() + GRACE);
@@ -202,7 +207,7 @@ pub(crate) fn supervise(
             Err(RecvTimeoutError::Timeout) if deadline.is_none_or(|at| Instant::now() < at) => {}
             Err(RecvTimeoutError::Timeout) => {
                 break match filter.status() {
-                    _ if filter.panicked() => Outcome::Panicked,
+                    _ if filter.failed() => Outcome::Failed,
                     Some(status) => Outcome::StillOn(status),
                     None => Outcome::TimedOut,
                 };
@@ -210,7 +215,7 @@ pub(crate) fn supervise(
             Err(RecvTimeoutError::Disconnected) => {
                 let status = child.0.wait()?;
                 break match filter.status() {
-                    _ if filter.panicked() => Outcome::Panicked,
+                    _ if filter.failed() => Outcome::Failed,
                     Some(status) => Outcome::Status(status),
                     None => Outcome::Ended(status.code().unwrap_or(1)),
                 };
@@ -222,7 +227,7 @@ pub(crate) fn supervise(
 }
 
 /// Ends QEMU when its supervisor leaves early.
-struct Guard(Child);
+pub(crate) struct Guard(pub(crate) Child);
 
 impl Drop for Guard {
     fn drop(&mut self) {
@@ -274,7 +279,7 @@ mod tests {
     fn every_end_has_its_outcome() {
         assert_eq!(shell("echo hi; echo MARK:5", None), (Outcome::Status(5), "hi\n".into()));
         assert_eq!(shell("echo hi; exit 3", None), (Outcome::Ended(3), "hi\n".into()));
-        assert_eq!(shell("echo ravelin panic; exit 101", None).0, Outcome::Panicked);
+        assert_eq!(shell("echo ravelin panic; exit 101", None).0, Outcome::Failed);
         assert_eq!(shell("echo MARK:0; exec sleep 60", Some(300)).0, Outcome::StillOn(0));
         assert_eq!(shell("printf partial; exec sleep 60", Some(300)), (Outcome::TimedOut, "partial".into()));
     }

@@ -24,8 +24,8 @@ const TIMED_OUT: u8 = 124;
 /// Exit status when the machine did not do what it should.
 const MACHINE_FAILED: u8 = 125;
 
-/// Exit status after a panic of the hypervisor, the same that it gives to QEMU.
-const PANICKED: u8 = 101;
+/// Exit status when the hypervisor panicked or could not boot; it gives the same to QEMU by semihosting.
+const HYPERVISOR_FAILED: u8 = 101;
 
 /// Options of `run` and `gdb`.
 #[derive(Args, Clone, Debug, Default)]
@@ -224,7 +224,7 @@ fn verdict(outcome: Outcome, expects_status: bool) -> (u8, Option<&'static str>)
             (MACHINE_FAILED, Some("error: the machine ended before the command did"))
         }
         Outcome::Ended(status) => (byte(status), None),
-        Outcome::Panicked => (PANICKED, Some("error: the hypervisor panicked")),
+        Outcome::Failed => (HYPERVISOR_FAILED, Some("error: the hypervisor failed")),
         Outcome::TimedOut => (TIMED_OUT, Some("error: the time is up")),
         Outcome::StillOn(_) => (MACHINE_FAILED, Some("error: the command ended, but the machine did not power off")),
     }
@@ -316,7 +316,7 @@ mod tests {
         assert_eq!(verdict(Outcome::Status(0), true).0, 0);
         assert_eq!(verdict(Outcome::Status(1), true).0, 1);
         assert_eq!(verdict(Outcome::Ended(0), false).0, 0);
-        for bad in [Outcome::Ended(0), Outcome::Panicked, Outcome::TimedOut, Outcome::StillOn(0), Outcome::Ended(-1)] {
+        for bad in [Outcome::Ended(0), Outcome::Failed, Outcome::TimedOut, Outcome::StillOn(0), Outcome::Ended(-1)] {
             assert_ne!(verdict(bad, true).0, 0, "{bad:?}");
         }
     }

@@ -54,7 +54,7 @@ fn installed() -> Result<bool> {
 }
 
 /// The compiler that cargo uses in this checkout.
-fn rustc() -> Command {
+pub(crate) fn rustc() -> Command {
     let mut command = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()));
     command.current_dir(workspace::root());
     command

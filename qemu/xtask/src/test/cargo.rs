@@ -1,0 +1,158 @@
+//! The suites that cargo and its tools run.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result};
+
+use super::Report;
+use crate::setup::{self, Needs, rust};
+use crate::{process, workspace};
+
+/// Crates that only exist for the bare-metal target.
+const BARE_METAL: [&str; 3] = ["ravelin-arch", "ravelin", "ravelin-payload"];
+
+/// Crates whose tests run under Miri: those of the hypervisor that forbid unsafe code.
+const MIRI: [&str; 6] =
+    ["ravelin-memory", "ravelin-pgtable", "ravelin-ownership", "ravelin-platform", "ravelin-hypercall", "ravelin-abi"];
+
+/// Formatting.
+pub(super) fn fmt(_full: bool, report: &mut Report) -> Result<()> {
+    report.check("cargo fmt", process::run(process::cargo().args(["fmt", "--all", "--check"])));
+    Ok(())
+}
+
+/// Lints.
+pub(super) fn clippy(_full: bool, report: &mut Report) -> Result<()> {
+    let deny = ["--", "--deny", "warnings"];
+    let mut here = process::cargo();
+    here.args(["clippy", "--quiet", "--workspace", "--all-targets"]).args(deny);
+    report.check("this machine", process::run(&mut here));
+
+    setup::ensure(&Needs { bare_metal: true, ..Needs::default() })?;
+    for features in [&[][..], &["--features", "ravelin/checked"]] {
+        let mut bare = rust::cargo("clippy")?;
+        bare.arg("--quiet").args(BARE_METAL.iter().flat_map(|package| ["--package", package]));
+        bare.args(features).args(deny);
+        let name = if features.is_empty() { "bare metal" } else { "bare metal, checking build" };
+        report.check(name, process::run(&mut bare));
+    }
+    Ok(())
+}
+
+/// Documentation.
+pub(super) fn doc(_full: bool, report: &mut Report) -> Result<()> {
+    let mut doc = process::cargo();
+    doc.args(["doc", "--quiet", "--workspace", "--no-deps", "--document-private-items"]);
+    report.check("cargo doc", process::run(doc.env("RUSTDOCFLAGS", "--deny warnings")));
+    Ok(())
+}
+
+/// Tests on this machine.
+pub(super) fn host(_full: bool, report: &mut Report) -> Result<()> {
+    let mut test = process::cargo();
+    test.args(["test", "--workspace", "--no-fail-fast"]);
+    libtest(&mut test, report)
+}
+
+/// Tests under Miri.
+pub(super) fn miri(full: bool, report: &mut Report) -> Result<()> {
+    if let Err(error) = ensure_miri() {
+        report.skip("all of it", &format!("no nightly toolchain with Miri: {error:#}"));
+        return Ok(());
+    }
+    let mut test = Command::new("cargo");
+    test.current_dir(workspace::root()).args(["+nightly", "miri", "test", "--no-fail-fast", "--lib", "--tests"]);
+    test.args(MIRI.iter().flat_map(|package| ["--package", package]));
+    // Miri is some hundred times slower; the suite `host` has run the properties on many cases.
+    test.env("PROPTEST_CASES", if full { "16" } else { "2" });
+    // Property tests look for the file of their earlier failures.
+    test.env("MIRIFLAGS", "-Zmiri-disable-isolation");
+    // Kept apart: Miri's builds and ours would throw each other's away.
+    test.arg("--target-dir").arg(workspace::target_dir()?.join("miri"));
+    libtest(&mut test, report)
+}
+
+fn ensure_miri() -> Result<()> {
+    let installed = || process::output(Command::new("cargo").args(["+nightly", "miri", "--version"])).is_ok();
+    if !installed() {
+        let mut install = Command::new("rustup");
+        install.args(["toolchain", "install", "nightly", "--profile", "minimal"]);
+        process::run(install.args(["--component", "miri", "--component", "rust-src"]))?;
+    }
+    // Builds the standard library for Miri, which says what is missing.
+    process::output(Command::new("cargo").args(["+nightly", "miri", "setup"])).map(drop)
+}
+
+/// Runs a command that prints libtest's lines, shows what it prints, and counts.
+pub(super) fn libtest(command: &mut Command, report: &mut Report) -> Result<()> {
+    let line = process::line(command);
+    let mut child =
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().with_context(|| format!("cannot start {line}"))?;
+    let output = BufReader::new(child.stdout.take().context("the command has no output")?);
+    let mut failures = 0;
+    for text in output.lines() {
+        let text = text?;
+        match parse_libtest(&text) {
+            Some((_, Verdict::Passed)) => report.add(1),
+            Some((name, Verdict::Failed(why))) => {
+                report.fail(name, why);
+                failures += 1;
+            }
+            Some((name, Verdict::Ignored(why))) => report.skip(name, why),
+            None => {}
+        }
+        println!("{text}");
+    }
+    let status = child.wait()?;
+    if !status.success() && failures == 0 {
+        report.fail(&line, &format!("{status}"));
+    }
+    Ok(())
+}
+
+/// What a line of libtest says of a test.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict<'a> {
+    Passed,
+    Failed(&'a str),
+    Ignored(&'a str),
+}
+
+/// Parses `test NAME ... ok`, `... FAILED` and `... ignored`, the latter two with a reason or without.
+fn parse_libtest(line: &str) -> Option<(&str, Verdict<'_>)> {
+    let (name, verdict) = line.strip_prefix("test ")?.split_once(" ... ")?;
+    let verdict = if verdict == "ok" {
+        Verdict::Passed
+    } else if let Some(why) = verdict.strip_prefix("FAILED") {
+        Verdict::Failed(why.trim_start_matches([':', ',', ' ']))
+    } else {
+        Verdict::Ignored(verdict.strip_prefix("ignored")?.trim_start_matches([':', ',', ' ']))
+    };
+    Some((name, verdict))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_libtest() {
+        assert_eq!(parse_libtest("test a::b ... ok"), Some(("a::b", Verdict::Passed)));
+        assert_eq!(parse_libtest("test a::b ... FAILED"), Some(("a::b", Verdict::Failed(""))));
+        assert_eq!(parse_libtest("test a ... ignored, slow"), Some(("a", Verdict::Ignored("slow"))));
+        assert_eq!(parse_libtest("test a ... FAILED: CPU 1: stale"), Some(("a", Verdict::Failed("CPU 1: stale"))));
+        for other in ["running 3 tests", "test result: ok. 3 passed; 0 failed", "test a ... bench: 3", "tests a ... ok"]
+        {
+            assert_eq!(parse_libtest(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn a_command_that_fails_without_a_word_counts() {
+        let mut report = Report::default();
+        libtest(Command::new("sh").args(["-c", "echo 'test a ... ok'; exit 101"]), &mut report).unwrap();
+        libtest(Command::new("sh").args(["-c", "echo 'test a ... FAILED'; exit 101"]), &mut report).unwrap();
+        assert_eq!(report.summary(), "1 passed, 2 failed, 0 skipped");
+    }
+}
