@@ -43,15 +43,115 @@ const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
 tests! {
-    psci.version("PSCI is 1.0 or later and says what it offers");
+    discovery.uid("the vendor UID tells that it is Ravelin, whatever the arguments", calls: [UID]);
+    discovery.revision("the version of the interface", calls: [REVISION]);
+    discovery.features("the calls offered and the limits; an unknown index is INVALID", calls: [FEATURES]);
+    discovery.unknown_numbers("numbers that differ in any bit from a call's are NOT_SUPPORTED and change x0 only");
+    discovery.upper_half("function identifiers with a dirty upper half are NOT_SUPPORTED");
+    discovery.immediate("HVC with an immediate is NOT_SUPPORTED");
+    discovery.registers("calls change the registers of their results and no others");
+    discovery.vectors("calls keep the SIMD registers", calls: [SHARE, UNSHARE, DONATE, TAKE_BACK]);
+
+    arguments.reserved("flags that are not zero are RESERVED", calls: [SHARE, UNSHARE, DONATE, TAKE_BACK, PIN, UNPIN]);
+    arguments.unaligned("addresses inside a page are UNALIGNED", calls: [SHARE, UNSHARE, DONATE, TAKE_BACK, PIN, UNPIN]);
+    arguments.invalid("no pages at all are INVALID", calls: [SHARE, UNSHARE, DONATE, TAKE_BACK, PIN, UNPIN]);
+    arguments.overflow("ranges beyond 48 bits OVERFLOW", calls: [SHARE, UNSHARE, DONATE, TAKE_BACK, PIN, UNPIN]);
+    arguments.too_large("ranges above the limit are TOO_LARGE", calls: [SHARE, UNSHARE, DONATE, TAKE_BACK, PIN, UNPIN]);
+    arguments.page_state("bad arguments of PAGE_STATE", calls: [PAGE_STATE]);
+    arguments.statistics("bad arguments of STATISTICS, and pages that it cannot write to", calls: [STATISTICS]);
+
+    ownership.every_call_from_every_state("the table of transitions, cell by cell", calls: [SHARE, UNSHARE, DONATE, TAKE_BACK, PIN, UNPIN, PAGE_STATE], memory: 8 * MIB);
+    ownership.one_page_spoils_a_range("all or nothing, and the failing page is named", calls: [SHARE, UNSHARE, DONATE, TAKE_BACK, PIN, UNPIN], memory: 8 * MIB);
+    ownership.first_failure_is_named("of several failing pages the first is named", calls: [SHARE, DONATE], memory: 8 * MIB);
+    ownership.carve_out_is_out_of_reach("no call does anything with the carve-out", calls: [SHARE, UNSHARE, DONATE, TAKE_BACK, PIN, UNPIN, PAGE_STATE]);
+    ownership.devices_do_not_change_hands("what is not RAM is NOT_RAM", calls: [SHARE, UNSHARE, DONATE, TAKE_BACK, PIN, UNPIN]);
+
+    contents.kept_when_shared("share, pin, unpin and unshare keep contents", calls: [SHARE, UNSHARE, PIN, UNPIN], memory: 8 * MIB);
+    contents.zero_when_taken_back("what is taken back is zero, and its neighbours are untouched", calls: [DONATE, TAKE_BACK], memory: 8 * MIB);
+    contents.kept_when_donated("donated pages keep their contents, as someone who sees physical memory confirms", calls: [DONATE], memory: 8 * MIB);
+
+    abort.owned_and_shared_pages("what the host owns or lends it may read, write and execute, at EL1 and EL0", memory: 2 * MIB);
+    abort.donated_page("every access to a donated page is aborted", calls: [DONATE, TAKE_BACK], memory: 4 * MIB);
+    abort.donated_block("every access to a donated block is aborted", calls: [DONATE, TAKE_BACK], memory: 8 * MIB);
+    abort.carve_out_page("every access to the carve-out is aborted");
+    abort.whole_carve_out("no page of the carve-out can be read, and the aborts are counted", calls: [STATISTICS]);
+    abort.access_across_pages("an access that ends in a page of someone else is aborted", calls: [DONATE], memory: 2 * MIB);
+    abort.translation_table("walks through tables in memory of someone else are aborted", calls: [DONATE], memory: 2 * MIB);
+    abort.many("all CPUs take thousands of aborts");
+    abort.all_of_ram_is_there("the host can read all of its RAM");
+
+    stale.same_cpu("a donation is seen by the CPU that makes it", calls: [DONATE, TAKE_BACK], memory: 4 * MIB);
+    stale.other_cpu("a donation is seen by CPUs that use the page", calls: [DONATE, TAKE_BACK], cpus: 2, memory: 4 * MIB);
+    stale.range("a donation of a range is seen by CPUs that use a page of it", calls: [DONATE, TAKE_BACK], cpus: 2, memory: 8 * MIB);
+    stale.in_large_block("a donation out of the largest block is seen by CPUs that use the page", calls: [DONATE], cpus: 2, memory: GIB);
+    stale.neighbours_stay("pages next to one that changes hands can be read all the time", calls: [DONATE, TAKE_BACK], cpus: 2, memory: 4 * MIB);
+    stale.split_keeps_mappings("pages next to one that changes hands stay mapped", calls: [DONATE], memory: 8 * MIB);
+
+    range.sizes("ranges of 1 to 513 pages, in and across blocks", calls: [SHARE, UNSHARE, DONATE, TAKE_BACK, PIN, UNPIN], memory: 16 * MIB);
+    range.many_blocks("ranges of many blocks", calls: [SHARE, UNSHARE, DONATE, TAKE_BACK, PIN, UNPIN], memory: 64 * MIB);
+    range.gigabyte("a gigabyte in one call", calls: [SHARE, UNSHARE, DONATE, TAKE_BACK], memory: GIB);
+    range.invalidations("sharing needs no invalidation, a donation one, and one for each split", calls: [SHARE, DONATE], memory: 32 * MIB);
+
+    pins.add_up("pins of a page add up and keep it from being unshared", calls: [PIN, UNPIN, UNSHARE], memory: 2 * MIB);
+    pins.overlap("pins of overlapping ranges", calls: [PIN, UNPIN, UNSHARE], memory: 8 * MIB);
+    pins.limit("more pins than a page can count are refused with LIMIT", calls: [PIN, UNPIN], memory: 2 * MIB);
+    pins.from_all_cpus("pins from all CPUs at once", calls: [PIN, UNPIN], memory: 8 * MIB);
+
+    statistics.layout("version, size, and counts that agree with the device tree", calls: [STATISTICS]);
+    statistics.page("nothing but the announced bytes is written, and no pin is left", calls: [STATISTICS], memory: 2 * MIB);
+    statistics.calls("each use of a call is counted", calls: [FEATURES, STATISTICS], memory: 2 * MIB);
+    statistics.events("aborts, SMCs and invalidations are counted", calls: [STATISTICS], memory: 2 * MIB);
+
+    stress.random_calls("random calls of all CPUs on overlapping ranges; the totals agree", calls: [SHARE, UNSHARE, DONATE, TAKE_BACK, PIN, UNPIN], memory: 8 * MIB);
+    stress.one_winner("of all CPUs that want a page one gets it", calls: [SHARE, UNSHARE, DONATE, TAKE_BACK], memory: 2 * MIB);
+    stress.fault_race("CPUs fault on a block that is being split and joined", calls: [DONATE, TAKE_BACK], cpus: 2, memory: 4 * MIB);
+    stress.hotplug("a CPU goes off and on while others make calls", calls: [DONATE, TAKE_BACK], cpus: 3, memory: 2 * MIB);
+
+    bugs.frame_number_overflow("CVE-2026-0028, -0030, -0031", calls: [SHARE, DONATE], memory: 2 * MIB);
+    bugs.share_outside_ram("CVE-2026-0032, and donation of what is no memory", calls: [SHARE, DONATE]);
+    bugs.region_straddle("a range that starts in one region and ends in another", calls: [SHARE, DONATE]);
+    bugs.hypervisor_memory("CVE-2023-21264", calls: [SHARE, DONATE, STATISTICS]);
+    bugs.smc_immediate("an SMC with an immediate is no call");
+    bugs.function_id_upper_half("a dirty upper half of the function identifier is no call");
+    bugs.unaligned_regions("regions that are not multiples of blocks", calls: [DONATE]);
+    bugs.pin_underflow("a page released more often than taken", calls: [UNPIN], memory: 2 * MIB);
+    bugs.leak_on_failure("failing calls leave neither pins nor tables (as CVE-2026-46147)", calls: [PIN, DONATE], memory: 8 * MIB);
+    bugs.leak_in_the_long_run("a thousand rounds leave the totals alone", calls: [DONATE, TAKE_BACK], memory: 8 * MIB);
+    bugs.arbitrary_pointers("pointers into the hypervisor in every register", calls: [SHARE, UNSHARE, DONATE, TAKE_BACK, PIN, UNPIN, STATISTICS]);
+
+    smc.unknown_functions("functions that are not on the list are NOT_SUPPORTED and change x0 only");
+    smc.ffa("FF-A is refused, whatever version is asked for");
+    smc.immediate("SMC with an immediate is NOT_SUPPORTED");
+    smc.upper_half("function identifiers with a dirty upper half are NOT_SUPPORTED");
+    smc.discovery("SMCCC 1.1 and what it offers");
+    smc.registers("calls that are relayed keep x4 to x30");
+
+    psci.version("PSCI is 1.0 or later");
+    psci.features("FEATURES and the calls agree");
     psci.entry_state("a CPU enters at EL1h with the MMU off, DAIF masked and the context id in x0", cpus: 2);
     psci.affinity("AFFINITY_INFO knows which CPUs are on", cpus: 2);
-    psci.already_on("CPU_ON of a CPU that is on returns ALREADY_ON, by both calls, and leaves it alone", cpus: 2);
+    psci.already_on("CPU_ON of a CPU that is on returns ALREADY_ON and leaves it alone", cpus: 2);
     psci.bad_target("CPU_ON and AFFINITY_INFO of a CPU that does not exist return INVALID_PARAMETERS");
-    psci.bad_entry("CPU_ON at the carve-out, a device, a hole or an unaligned address is refused", cpus: 2);
+    psci.bad_entry("CPU_ON in the carve-out, a donated page, a device, a hole or at an unaligned address is refused", cpus: 2);
     psci.off_and_on("a CPU goes off and on 50 times, by 32-bit and 64-bit calls", cpus: 2);
     psci.race("of two CPUs that turn on a third one, one succeeds and the other learns why not", cpus: 3);
     psci.suspend("CPU_SUSPEND to standby returns when a timer fires");
-    psci.features("FEATURES and the calls agree");
+
+    device.known_devices("UART, GIC, flash and PCI are reachable");
+    device.nobody_home("space where no device answers kills nobody");
+    device.warm("a device costs no faults once it has been used");
+    device.not_executable("code does not run from devices");
+
+    features.basics("FP, SIMD, timers, GIC registers and maintenance");
+    features.time("the virtual counter is the physical one");
+    features.debug_and_pmu("debug and performance registers");
+    features.pointer_authentication("pointer authentication, if offered");
+    features.scalable_vectors("SVE and SME, if offered");
+    features.memory_tagging("MTE, if offered and only then (CVE-2026-0038)");
+    features.extensions("later extensions, if offered");
+    features.waiting("WFE comes back");
+
+    bench.calls("every call succeeds on ranges of 1, 8 and 512 pages between the marks of the counter", memory: 8 * MIB);
+
+    bench.calls("every call succeeds between the marks of the counter", memory: 8 * MIB);
 }
-const _: (u64, u64) = (MIB, GIB);

@@ -27,7 +27,6 @@ pub(crate) mod psci {
     pub(crate) const SUCCESS: i64 = 0;
     pub(crate) const NOT_SUPPORTED: i64 = -1;
     pub(crate) const INVALID_PARAMETERS: i64 = -2;
-    pub(crate) const DENIED: i64 = -3;
     pub(crate) const ALREADY_ON: i64 = -4;
     pub(crate) const ON_PENDING: i64 = -5;
     pub(crate) const INVALID_ADDRESS: i64 = -9;

@@ -1,16 +1,12 @@
 //! CPUs: stacks, turning them on and off through PSCI, and running closures on them.
 
 use core::{
-    arch::asm,
     cell::UnsafeCell,
     mem,
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
-use crate::rt::{
-    call::{self, psci},
-    platform::platform,
-};
+use crate::rt::{call::psci, platform::platform};
 
 /// Most CPUs that tests use.
 pub(crate) const MAX_CPUS: usize = 8;

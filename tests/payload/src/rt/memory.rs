@@ -55,6 +55,11 @@ pub(crate) fn store(address: u64, value: u64) {
 /// Writes one instruction and makes it visible to instruction fetches.
 pub(crate) fn store_instruction(address: u64, instruction: u32) {
     store(address, instruction.into());
+    publish_code();
+}
+
+/// Makes instructions that were written visible to fetches.
+pub(crate) fn publish_code() {
     instruction!("dsb ish");
     instruction!("ic ialluis");
     instruction!("dsb ish");

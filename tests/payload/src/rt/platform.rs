@@ -3,7 +3,7 @@
 use core::{ptr, slice, str};
 
 use arrayvec::{ArrayString, ArrayVec};
-use dtoolkit::{Node, Property, fdt::Fdt, standard::NodeStandard};
+use dtoolkit::{Node, Property, fdt::Fdt};
 use spin::Once;
 
 use crate::rt::{
@@ -198,10 +198,5 @@ impl Platform {
                 }
             }
         })
-    }
-
-    /// Whether the address is RAM, the host's or the hypervisor's.
-    pub(crate) fn is_ram(&self, address: u64) -> bool {
-        self.ram.iter().chain(&self.carve_out).any(|region| (region.start..region.end).contains(&address))
     }
 }

@@ -1,6 +1,11 @@
 //! Single accesses that may abort.
 
-use core::arch::asm;
+use core::{
+    arch::asm,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use crate::rt::cpu::instruction;
 
 /// Offset of the EL0 alias: the same physical addresses again, usable from EL0.
 const EL0_ALIAS: u64 = 1 << 47;
@@ -109,11 +114,6 @@ pub(crate) fn read(address: u64) -> Result<u64, Fault> {
     probe(Access::Read, address)
 }
 
-/// Writes 8 bytes.
-pub(crate) fn write(address: u64, value: u64) -> Result<(), Fault> {
-    probe(Access::Write(value), address).map(|_| ())
-}
-
 #[expect(unsafe_code, reason = "addresses of assembly routines")]
 fn el0_entry(access: Access) -> u64 {
     unsafe extern "C" {
@@ -127,4 +127,28 @@ fn el0_entry(access: Access) -> u64 {
         _ => el0_execute as *const (),
     };
     routine.expose_provenance() as u64 | EL0_ALIAS
+}
+
+/// Lets a level 1 table of stage 1 lie at `table` and calls `body` with an address that is translated through it.
+#[expect(unsafe_code, reason = "changes the translation tables")]
+pub(crate) fn with_table<T>(table: u64, body: impl FnOnce(u64) -> T) -> T {
+    /// An entry of the level 0 table that nothing else uses.
+    const INDEX: usize = 300;
+    unsafe extern "C" {
+        static stage1_level0: AtomicU64;
+    }
+    let entries = &raw const stage1_level0;
+    let entry = entries.wrapping_add(INDEX);
+    // SAFETY: The table has 512 entries. Nobody uses the part of the address space that this one maps.
+    let entry = unsafe { &*entry };
+    entry.store(table | 3, Ordering::Relaxed);
+    instruction!("dsb ish");
+    instruction!("isb");
+    let result = body((INDEX as u64) << 39 | 0x1234_5000);
+    entry.store(0, Ordering::Relaxed);
+    instruction!("dsb ishst");
+    instruction!("tlbi vmalle1is");
+    instruction!("dsb ish");
+    instruction!("isb");
+    result
 }

@@ -128,6 +128,7 @@ mmu_on:
 
 .section .data.tables, "aw"
 .balign 4096
+.global stage1_level0
 stage1_level0:
     .quad   stage1_low + 3
     .quad   stage1_high + 3

@@ -3,13 +3,8 @@
 use core::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
 use crate::{
-    rt::{
-        call::{self, psci},
-        cpu, gic,
-        memory::PAGE,
-        platform::platform,
-    },
-    tests::{Failure, Outcome, check, check_eq},
+    rt::{call::psci, cpu, gic, memory::PAGE, platform::platform},
+    tests::{Failure, Op, Outcome, arena, check, check_eq, has_hypervisor},
 };
 
 fn affinity_info(cpu: usize) -> i64 {
@@ -115,6 +110,13 @@ pub(crate) fn bad_entry() -> Outcome {
         for entry in [carve_out.start, carve_out.start + carve_out.size() / 2, carve_out.end - 4] {
             refused(entry)?;
         }
+    }
+    if has_hypervisor() {
+        let page = arena(PAGE);
+        Op::Donate.succeeds(page, 1)?;
+        let outcome = refused(page);
+        Op::TakeBack.succeeds(page, 1)?;
+        outcome?;
     }
     let end = platform.ram.iter().chain(&platform.carve_out).map(|region| region.end).max().unwrap_or(0);
     for entry in [0, PAGE, platform.ram[0].start - 4, end, 1 << 47, 1 << 48, 1 << 52, u64::MAX & !3] {

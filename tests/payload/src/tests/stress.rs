@@ -1,0 +1,215 @@
+//! All CPUs at once.
+
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use arrayvec::ArrayVec;
+use ravelin_abi::{PageStateCode, Status};
+use spin::Mutex;
+
+use crate::{
+    rt::{
+        cpu,
+        memory::{BLOCK, PAGE},
+        platform::platform,
+        probe::{self, Access, probe},
+    },
+    tests::{
+        Failure, Op, Outcome, abort::ALIGNMENT, arena, carve_out, check, check_eq, on_all_cpus, page_counts, state,
+    },
+};
+
+/// A generator of test values (xorshift64*).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
+    }
+
+    fn below(&mut self, end: u64) -> u64 {
+        (self.next() >> 16) % end
+    }
+}
+
+/// The statuses with which a well-formed call may end when others work on the same pages.
+fn is_expected(op: Op, status: Status) -> bool {
+    match status {
+        Status::Success | Status::Denied => true,
+        Status::Busy => op == Op::Unshare,
+        Status::Limit => op == Op::Pin,
+        _ => false,
+    }
+}
+
+/// Random calls on overlapping ranges, and accesses in between. Then the pages' states add up to the counts.
+pub(crate) fn random_calls() -> Outcome {
+    const PAGES: u64 = 1024;
+    let base = arena(4 * BLOCK) + BLOCK;
+    let before = page_counts()?;
+    on_all_cpus(|cpu| {
+        let mut random = Random(0x1234_5678_9ABC_DEF1 * (cpu as u64 + 1));
+        for _ in 0..1500 {
+            let index = random.below(PAGES);
+            let page = base + index * PAGE;
+            let pages = match random.below(8) {
+                0 => 1 + random.below(PAGES - index).min(511),
+                1..4 => 1 + random.below(8.min(PAGES - index)),
+                _ => 1,
+            };
+            match random.below(10) {
+                0 => {
+                    let (code, pins) = state(page)?;
+                    check!(code == PageStateCode::SharedOwned || pins == 0, "{code:?} with {pins} pins");
+                }
+                1 => match probe(Access::Read, page) {
+                    Ok(_) => {}
+                    Err(fault) => check_eq!((fault.status(), fault.far), (ALIGNMENT, page), "read of {page:#x}"),
+                },
+                2 => match probe(Access::Write(1), page + 8) {
+                    Ok(_) => {}
+                    Err(fault) => check_eq!((fault.status(), fault.far), (ALIGNMENT, page + 8), "write to {page:#x}"),
+                },
+                _ => {
+                    let op = Op::ALL[random.below(6) as usize];
+                    let (status, failed) = op.call(page, pages);
+                    check!(is_expected(op, status), "{op:?} of {pages} pages at {page:#x}: {status:?}");
+                    let within = (page..page + pages * PAGE).contains(&failed);
+                    check!(
+                        if status == Status::Success { failed == 0 } else { within },
+                        "{op:?} of {pages} pages at {page:#x}: {status:?} names {failed:#x}"
+                    );
+                }
+            }
+        }
+        Ok(())
+    })?;
+
+    let (mut shared, mut donated) = (0, 0);
+    for page in (0..PAGES).map(|index| base + index * PAGE) {
+        let (code, _) = state(page)?;
+        let accessible = probe::read(page).is_ok();
+        check_eq!(accessible, code != PageStateCode::NoPage, "access to {page:#x}, which is {code:?}");
+        shared += u64::from(code == PageStateCode::SharedOwned);
+        donated += u64::from(code == PageStateCode::NoPage);
+    }
+    let [owned, all_shared, hypervisor, all_donated] = before;
+    let expected = [owned - shared - donated, all_shared + shared, hypervisor, all_donated + donated];
+    check_eq!(page_counts()?, expected, "pages by state");
+
+    for page in (0..PAGES).map(|index| base + index * PAGE) {
+        let (code, pins) = state(page)?;
+        (0..pins).try_for_each(|_| Op::Unpin.succeeds(page, 1))?;
+        match code {
+            PageStateCode::SharedOwned => Op::Unshare.succeeds(page, 1)?,
+            PageStateCode::NoPage => Op::TakeBack.succeeds(page, 1)?,
+            _ => {}
+        }
+    }
+    check_eq!(page_counts()?, before, "pages by state at the end");
+    Ok(())
+}
+
+/// Of all CPUs that want the same page, one gets it.
+pub(crate) fn one_winner() -> Outcome {
+    let count = platform().cpus.len() as u64;
+    let page = arena(BLOCK) + 9 * PAGE;
+    for (there, back) in [(Op::Share, Op::Unshare), (Op::Donate, Op::TakeBack)] {
+        for round in 0..100 {
+            for op in [there, back] {
+                let (ready, winners) = (AtomicU64::new(0), AtomicU64::new(0));
+                on_all_cpus(|_| {
+                    ready.fetch_add(1, Ordering::AcqRel);
+                    while ready.load(Ordering::Acquire) < count {
+                        core::hint::spin_loop();
+                    }
+                    match op.call(page, 1) {
+                        (Status::Success, 0) => {
+                            winners.fetch_add(1, Ordering::AcqRel);
+                        }
+                        (Status::Denied, failed) if failed == page => {}
+                        other => return Err(Failure::new(format_args!("{op:?} in round {round}: {other:x?}"))),
+                    }
+                    Ok(())
+                })?;
+                check_eq!(winners.load(Ordering::Acquire), 1, "CPUs that succeeded with {op:?} in round {round}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// CPUs fault on pages of a block while another one donates and takes back pages of the same block.
+pub(crate) fn fault_race() -> Outcome {
+    let base = arena(2 * BLOCK);
+    let carve_out = carve_out()?;
+    let stop = AtomicBool::new(false);
+    let failure = Mutex::new(Ok(()));
+    let mut others = ArrayVec::<usize, { cpu::MAX_CPUS }>::new();
+    others.extend(1..platform().cpus.len());
+    let touch = |cpu: usize| {
+        let mut random = Random(0xABCD_EF01 + cpu as u64);
+        while !stop.load(Ordering::Acquire) {
+            let page = base + random.below(1024) * PAGE;
+            let access = [Access::Read, Access::Write(1), Access::El0Read][random.below(3) as usize];
+            if let Err(fault) = probe(access, page)
+                && (fault.status(), fault.far) != (ALIGNMENT, page)
+            {
+                *failure.lock() = Err(Failure::new(format_args!("{access:?} of {page:#x}: {fault:x?}")));
+                return;
+            }
+            let _ = probe::read(carve_out.start + random.below(carve_out.size() / PAGE) * PAGE);
+        }
+    };
+    let change_hands = || {
+        let mut random = Random(0x77);
+        for _ in 0..400 {
+            let pages = 1 + random.below(64);
+            let address = base + random.below(1024 - pages) * PAGE;
+            Op::Donate.succeeds(address, pages)?;
+            Op::TakeBack.succeeds(address, pages)?;
+        }
+        Ok(())
+    };
+    let result = cpu::run_on(&others, &touch, || {
+        let result = change_hands();
+        stop.store(true, Ordering::Release);
+        result
+    });
+    result?;
+    failure.into_inner()
+}
+
+/// A CPU goes off and on while others make calls.
+pub(crate) fn hotplug() -> Outcome {
+    let base = arena(BLOCK);
+    let stop = AtomicBool::new(false);
+    let failure = Mutex::new(Ok(()));
+    let work = |_: usize| {
+        while !stop.load(Ordering::Acquire) {
+            let outcome = Op::Donate.succeeds(base, 16).and_then(|()| Op::TakeBack.succeeds(base, 16));
+            if outcome.is_err() {
+                *failure.lock() = outcome;
+                return;
+            }
+        }
+    };
+    let result = cpu::run_on(&[1], &work, || {
+        let result = (0..20).try_for_each(|_| {
+            cpu::turn_off(2);
+            cpu::turn_on(2).map_err(|status| Failure::new(format_args!("CPU_ON: {status}")))
+        });
+        stop.store(true, Ordering::Release);
+        result
+    });
+    result?;
+    failure.into_inner()?;
+    // The CPU that came back is under the same rules.
+    Op::Donate.succeeds(base, 1)?;
+    let outcome = Mutex::new(Ok(()));
+    cpu::run_on(&[2], &|_| *outcome.lock() = super::abort::is_denied(Access::Read, base).map(|_| ()), || ());
+    outcome.into_inner()?;
+    Op::TakeBack.succeeds(base, 1)
+}
