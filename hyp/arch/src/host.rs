@@ -88,6 +88,7 @@ pub fn enable_stage2(root: PhysAddr, vtcr_el2: u64) {
 /// HCR_EL2 for the host: AArch64, stage 2, SMC trapped; no other traps, and physical interrupts stay at EL1.
 fn hcr() -> u64 {
     const VM: u64 = 1 << 0;
+    const SWIO: u64 = 1 << 1; // no set/way invalidation without a clean, which could undo EL2's writes
     const TSC: u64 = 1 << 19;
     const RW: u64 = 1 << 31;
     const APK: u64 = 1 << 40;
@@ -95,7 +96,7 @@ fn hcr() -> u64 {
     const FIEN: u64 = 1 << 47;
     const ENSCXT: u64 = 1 << 53;
     const ATA: u64 = 1 << 56;
-    let mut hcr = VM | TSC | RW;
+    let mut hcr = VM | SWIO | TSC | RW;
     let isar1 = read_sysreg!("id_aa64isar1_el1");
     let isar2 = read_sysreg!("s3_0_c0_c6_2");
     // Pointer authentication, whichever algorithm: APA, API, GPA, GPI in ISAR1, GPA3, APA3 in ISAR2.

@@ -4,7 +4,7 @@
 //! strings block that its validation does not look at as a whole. The edits are few and local, so one pass that copies
 //! the tokens of the structure block and changes some of them is simpler, and checks every access.
 
-use ravelin_memory::PhysRange;
+use ravelin_memory::{PAGE_SIZE, PhysRange};
 
 use crate::{
     DtbError, Fault, MAX_DTB_SIZE, Platform,
@@ -29,7 +29,23 @@ const HEADER_SIZE: usize = 40;
 const NAMES: &[u8] =
     b"#address-cells\0#size-cells\0ranges\0reg\0no-map\0bootargs\0linux,initrd-start\0linux,initrd-end\0";
 
+/// Room for what the edits add besides the host's command line, in bytes: two nodes and four properties with their names, a
+/// reservation block, and a few cells more in a memory node.
+const ADDED: u64 = 4 << 10;
+
 impl Platform<'_> {
+    /// Returns the pages that [`Platform::write_host_dtb`] needs at most, in bytes; at most [`MAX_DTB_SIZE`].
+    pub(crate) fn host_dtb_room(&self) -> u64 {
+        /// Offsets of `size_dt_strings` and `size_dt_struct` in the header.
+        const BLOCKS: [usize; 2] = [32, 36];
+        let field = |offset: usize| self.fdt().data().get(offset..)?.first_chunk().copied().map(u32::from_be_bytes);
+        let blocks = BLOCKS.iter().filter_map(|&offset| field(offset)).map(u64::from);
+        let more = [self.kernel.bootargs.len(), SLACK].map(|size| u64::try_from(size).unwrap_or(u64::MAX));
+        let limit = u64::try_from(MAX_DTB_SIZE).unwrap_or(u64::MAX);
+        let room = blocks.chain(more).fold(ADDED, u64::saturating_add).min(limit);
+        room.checked_next_multiple_of(PAGE_SIZE).unwrap_or(limit)
+    }
+
     /// Writes the device tree for the host to the front of `out` and returns its size in bytes.
     ///
     /// It is the one that the platform was read from, except that the carve-out is neither in a memory node nor without

@@ -47,14 +47,14 @@ pub struct Layout {
     pub cpus: PhysRange,
     /// The pages that translation tables are made of: all that is left.
     pub pool: PhysRange,
-    /// One 2 MiB block outside the carve-out, for the host's device tree.
+    /// Where the host's device tree goes: from a multiple of 2 MiB, outside the carve-out, and as much as it may need.
     pub host_dtb: PhysRange,
 }
 
 impl Layout {
     /// Chooses a place for everything.
     ///
-    /// The device tree goes into the lowest free block, because hosts that are firmware look for it at the base of RAM;
+    /// The device tree goes as low as it can, because hosts that are firmware look for it at the base of RAM;
     /// the carve-out goes as high as it can, out of the way of what has fixed ideas about addresses.
     ///
     /// # Errors
@@ -72,8 +72,9 @@ impl Layout {
             fixed.into_iter().flatten().chain(platform.reserved.iter().copied())
         };
 
-        let host_dtb = lowest_block(&platform.ram, used)
-            .ok_or_else(|| Fault::NoRoom { what: "the host's device tree", size: BLOCK_SIZE }.at(["/"]))?;
+        let room = platform.host_dtb_room();
+        let host_dtb = lowest(&platform.ram, room, used)
+            .ok_or_else(|| Fault::NoRoom { what: "the host's device tree", size: room }.at(["/"]))?;
 
         let no_room = |size| Fault::NoRoom { what: "the hypervisor", size }.at(["/"]);
         let sizes = Sizes::of(platform, demand.image_size).ok_or_else(|| no_room(u64::MAX))?;
@@ -157,13 +158,14 @@ fn highest<I: Iterator<Item = PhysRange>>(regions: &[PhysRange], size: u64, used
     })
 }
 
-/// Returns the lowest 2 MiB block of the regions that has nothing in common with what is used.
-fn lowest_block<I: Iterator<Item = PhysRange>>(regions: &[PhysRange], used: impl Fn() -> I) -> Option<PhysRange> {
+/// Returns the lowest range of `size` bytes that begins at a multiple of 2 MiB, lies in one of the regions and has nothing in
+/// common with what is used.
+fn lowest<I: Iterator<Item = PhysRange>>(regions: &[PhysRange], size: u64, used: impl Fn() -> I) -> Option<PhysRange> {
     regions.iter().find_map(|region| {
         let mut base = region.base().raw();
         loop {
             base = base.checked_next_multiple_of(BLOCK_SIZE)?;
-            let candidate = PhysRange::from_bounds(base, base.checked_add(BLOCK_SIZE)?).ok()?;
+            let candidate = PhysRange::from_bounds(base, base.checked_add(size)?).ok()?;
             if !region.covers(&candidate) {
                 return None;
             }

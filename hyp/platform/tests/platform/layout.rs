@@ -27,7 +27,7 @@ pub(crate) fn check(platform: &Platform<'_>, layout: &Layout, demand: &Demand, f
     assert!(layout.image.size() >= demand.image_size);
     assert_eq!(layout.cpus.size(), CPU_BLOCK_SIZE * platform.cpu_count() as u64);
 
-    assert_eq!((layout.host_dtb.base().raw() % BLOCK_SIZE, layout.host_dtb.size()), (0, BLOCK_SIZE));
+    assert!(layout.host_dtb.base().is_aligned(BLOCK_SIZE) && layout.host_dtb.size() <= BLOCK_SIZE);
     assert!(!layout.host_dtb.overlaps(&carve_out));
     for ours in [carve_out, layout.host_dtb] {
         assert!(platform.ram.iter().any(|region| region.covers(&ours)), "{ours} is not RAM");
@@ -110,8 +110,10 @@ fn the_host_dtb_gives_way() {
     // By default the image is right behind it.
     let kernel_below = Tree::virt().set(KERNEL, "reg", reg(RAM_BASE, 0x1000));
     assert_eq!(at(&kernel_below, &demand()), RAM_BASE + (16 << 20));
-    let running = PhysRange::new(RAM_BASE + 0x8_0000, 32).unwrap();
-    assert_eq!(at(&Tree::virt(), &Demand { running, ..demand() }), RAM_BASE + BLOCK_SIZE);
+    let right_behind = PhysRange::new(RAM_BASE + 0x8_0000, 32).unwrap();
+    assert_eq!(at(&Tree::virt(), &Demand { running: right_behind, ..demand() }), RAM_BASE);
+    let inside = PhysRange::new(RAM_BASE + 0x4000, 32).unwrap();
+    assert_eq!(at(&Tree::virt(), &Demand { running: inside, ..demand() }), RAM_BASE + BLOCK_SIZE);
     let dtb = PhysRange::new(RAM_BASE, 2).unwrap();
     assert_eq!(at(&Tree::virt(), &Demand { dtb, ..demand() }), RAM_BASE + 2 * BLOCK_SIZE);
     let unaligned = Tree::virt().ram(&[(RAM_BASE + PAGE_SIZE, GIB)]);
