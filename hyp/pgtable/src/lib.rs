@@ -23,8 +23,23 @@ mod descriptor;
 mod flush;
 mod geometry;
 mod machine;
+#[cfg(any(test, feature = "recording"))]
+#[cfg_attr(
+    not(test),
+    expect(
+        clippy::arithmetic_side_effects,
+        clippy::as_conversions,
+        clippy::indexing_slicing,
+        clippy::panic,
+        clippy::unwrap_used,
+        reason = "never part of the hypervisor: it exists to panic in tests"
+    )
+)]
+pub mod recording;
 mod regime;
 mod table;
+#[cfg(test)]
+mod tests;
 
 pub use descriptor::{Descriptor, Kind};
 pub use flush::Flush;

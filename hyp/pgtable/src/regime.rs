@@ -29,6 +29,9 @@ const INNER_SHAREABLE: u64 = 0b11 << 8;
 /// XN of EL2 stage 1; XN\[1\] of stage 2, where it forbids execution at EL1 and EL0 with and without FEAT_XNX.
 const EXECUTE_NEVER: u64 = 1 << 54;
 
+/// From this many pages on, all of stage 2 is invalidated: more than one range instruction of FEAT_TLBIRANGE covers.
+const INVALIDATE_ALL_PAGES: u64 = 1 << 21;
+
 /// Stage 2 of EL1 and EL0.
 #[derive(Debug)]
 pub enum Stage2 {}
@@ -65,7 +68,11 @@ impl Regime for Stage2 {
 
     #[inline]
     fn invalidate<M: Machine>(machine: &M, range: IpaRange, leaf_only: bool) {
-        machine.invalidate_stage2(range, leaf_only);
+        if range.pages() < INVALIDATE_ALL_PAGES {
+            machine.invalidate_stage2(range, leaf_only);
+        } else {
+            machine.invalidate_stage2_all();
+        }
     }
 }
 
