@@ -251,9 +251,9 @@ impl Instruction<'_> {
     }
 
     /// Calls `callback(cpu, data)` before each execution.
-    pub(crate) fn call(&self, callback: ExecutionCallback, data: usize) {
+    pub(crate) fn call(&self, callback: ExecutionCallback, access: Access, data: usize) {
         // SAFETY: the instruction is alive; the callback takes its data as a number.
-        unsafe { qemu_plugin_register_vcpu_insn_exec_cb(self.0, callback, Access::None, userdata(data)) }
+        unsafe { qemu_plugin_register_vcpu_insn_exec_cb(self.0, callback, access, userdata(data)) }
     }
 
     /// Adds 1 to `counter` of the executing CPU before each execution.

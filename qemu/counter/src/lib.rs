@@ -1,7 +1,7 @@
 //! A QEMU TCG plugin that counts what a virtual CPU executes, per exception level and to the instruction.
 //!
 //! ```text
-//! qemu-system-aarch64 ... -plugin file=libravelin_counter.so,out=COUNTS
+//! qemu-system-aarch64 ... -plugin file=libravelin_counter.so,out=COUNTS[,profile=on]
 //! ```
 //!
 //! `COUNTS` receives one line of text per event, `EVENT KEY=VALUE..`, counters that are zero left out:
@@ -12,6 +12,8 @@
 //!   share of the others is a snapshot of running CPUs.
 //! * `first-el1`: a CPU is about to execute its first instruction below EL2; the counters are all it did until then.
 //! * `total`: one line per CPU when QEMU ends.
+//! * `profile`, with `profile=on`: precedes `mark` and `first-el1`. For each address at which something was executed at
+//!   EL2 since the last of these, on any CPU, how often; `vectors` is VBAR_EL2. This makes QEMU slow.
 //!
 //! `elN.instructions`, `elN.loads` and `elN.stores` are what was executed at ELn. An instruction that takes an
 //! exception counts where it was tried, and once more when it is tried again; marks themselves count nothing. A load

@@ -6,7 +6,7 @@ use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::fs::File;
 use std::io::Write;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use crate::counters::{COUNTERS, Counts, class, instructions, loads, operation, stores, vector};
@@ -27,6 +27,8 @@ struct Plugin {
     /// CPUs that have been below EL2.
     entered: AtomicUsize,
     report: Mutex<Report>,
+    /// How often each address was executed at EL2 since the event before, if that is wanted.
+    profile: Option<Mutex<BTreeMap<u64, u64>>>,
 }
 
 /// What is read in callbacks. ESR_EL2 and VBAR_EL2 are missing where the CPU has no EL2.
@@ -68,9 +70,18 @@ impl Plugin {
         sum
     }
 
+    /// Writes the profile and begins a new one.
+    fn end_profile(&self, report: &mut Report) {
+        let (Some(profile), Some(registers)) = (&self.profile, self.registers.get()) else { return };
+        let counts = std::mem::take(&mut *profile.lock().unwrap_or_else(PoisonError::into_inner));
+        let vectors = registers.vbar.as_ref().map_or(0, Register::read);
+        let counts: String = counts.iter().map(|(address, count)| format!(" {address:#x}={count}")).collect();
+        report.line(&format!("profile vectors={vectors}{counts}"));
+    }
+
     /// Runs `action` on the report; a CPU that panicked in one leaves the others to go on.
     fn with_report(&self, action: impl FnOnce(&mut Report)) {
-        action(&mut self.report.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
+        action(&mut self.report.lock().unwrap_or_else(PoisonError::into_inner));
     }
 }
 
@@ -83,7 +94,7 @@ impl Report {
     }
 }
 
-/// Called by QEMU when it loads the plugin. Arguments: `out=FILE`.
+/// Called by QEMU when it loads the plugin. Arguments: `out=FILE`, and `profile=on` if that is wanted.
 ///
 /// # Safety
 ///
@@ -111,8 +122,16 @@ fn install(target: &str, arguments: &[String]) -> Result<Plugin, String> {
     if target != "aarch64" {
         return Err(format!("counts aarch64 only, not {target}"));
     }
-    let [argument] = arguments else { return Err("takes one argument, out=FILE".into()) };
-    let path = argument.strip_prefix("out=").ok_or_else(|| format!("unknown argument {argument}"))?;
+    let (mut path, mut profile) = (None, None);
+    for argument in arguments {
+        match argument.split_once('=') {
+            Some(("out", value)) => path = Some(value),
+            // QEMU makes `profile=on` of a mere `profile`.
+            Some(("profile", "on")) => profile = Some(Mutex::default()),
+            _ => return Err(format!("unknown argument {argument}")),
+        }
+    }
+    let path = path.ok_or("needs the argument out=FILE")?;
     let output = File::create(path).map_err(|error| format!("{path}: {error}"))?;
     Ok(Plugin {
         board: Scoreboard::new(COUNTERS),
@@ -120,6 +139,7 @@ fn install(target: &str, arguments: &[String]) -> Result<Plugin, String> {
         registers: OnceLock::new(),
         entered: AtomicUsize::new(0),
         report: Mutex::new(Report { output, cpus: BTreeMap::new(), all_at_mark: Counts::default() }),
+        profile,
     })
 }
 
@@ -146,7 +166,7 @@ extern "C" fn on_translation(_: PluginId, block: *mut c_void) {
     let level = if a64 { (pstate >> 2 & 3) as usize } else { usize::from(pstate & 0xf != 0) };
 
     if level < 2 && plugin.entered.load(Ordering::Relaxed) < ffi::cpus() as usize {
-        block.call(on_lower_level, Access::None, level);
+        block.call(on_lower_level, Access::Read, level);
     }
     if let (2, Some(vbar)) = (level, &registers.vbar) {
         // Code at the start of a vector is only reached by taking that exception.
@@ -155,10 +175,10 @@ extern "C" fn on_translation(_: PluginId, block: *mut c_void) {
             block.call(on_vector, Access::Read, (offset / 0x80) as usize);
         }
     }
-    for instruction in block.instructions() {
+    for (instruction, address) in block.instructions().zip((block.address()..).step_by(4)) {
         let kind = if a64 { instruction.word().and_then(decode) } else { None };
         if let Some(Operation::Mark(number)) = kind {
-            instruction.call(on_mark, number as usize * 4 + level);
+            instruction.call(on_mark, Access::Read, number as usize * 4 + level);
             continue;
         }
         instruction.count(plugin.board, instructions(level));
@@ -166,6 +186,9 @@ extern "C" fn on_translation(_: PluginId, block: *mut c_void) {
         instruction.count_accesses(Direction::Store, plugin.board, stores(level));
         if let Some(counter) = kind.and_then(|kind| operation(level, kind)) {
             instruction.count(plugin.board, counter);
+        }
+        if level == 2 && plugin.profile.is_some() {
+            instruction.call(on_profiled, Access::None, address as usize);
         }
     }
 }
@@ -195,9 +218,17 @@ extern "C" fn on_lower_level(cpu: c_uint, level: *mut c_void) {
         if !std::mem::replace(&mut state.entered, true) {
             plugin.entered.fetch_add(1, Ordering::Relaxed);
             let counts = plugin.counts(report, cpu).report();
+            plugin.end_profile(report);
             report.line(&format!("first-el1 cpu={cpu} level={}{counts}", level.addr()));
         }
     });
+}
+
+/// A CPU executes the instruction at the address `data` at EL2.
+extern "C" fn on_profiled(_: c_uint, data: *mut c_void) {
+    if let Some(profile) = PLUGIN.get().and_then(|plugin| plugin.profile.as_ref()) {
+        *profile.lock().unwrap_or_else(PoisonError::into_inner).entry(data.addr() as u64).or_default() += 1;
+    }
 }
 
 /// A CPU executes a mark; `data` is its number and exception level.
@@ -209,6 +240,7 @@ extern "C" fn on_mark(cpu: c_uint, data: *mut c_void) {
         let now = plugin.counts(report, cpu);
         let before = std::mem::replace(&mut report.cpus.entry(cpu).or_default().at_mark, now.clone());
         let counts = now.since(&before).report();
+        plugin.end_profile(report);
         report.line(&format!("mark number={number} cpu={cpu} level={level} nanoseconds={time}{counts}"));
         if ffi::cpus() > 1 {
             let now = plugin.sum(report);

@@ -104,7 +104,7 @@ fn qemu() -> Option<String> {
 }
 
 /// Runs the program and returns the plugin's report without the times, which alone may differ between runs.
-fn run(qemu: &str, name: &str, cpu: &str, cpus: u32) -> Vec<String> {
+fn run(qemu: &str, name: &str, cpu: &str, cpus: u32, option: &str) -> Vec<String> {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let (image, report) = (folder.join(format!("{name}.bin")), folder.join(format!("{name}.txt")));
     let mut bytes = vec![0; VECTORS + 0x400];
@@ -121,7 +121,7 @@ fn run(qemu: &str, name: &str, cpu: &str, cpus: u32) -> Vec<String> {
         .arg("-device")
         .arg(format!("loader,file={},addr={ENTRY:#x},cpu-num=0,force-raw=on", image.display()))
         .arg("-plugin")
-        .arg(format!("file={},out={}", plugin().display(), report.display()))
+        .arg(format!("file={},out={}{option}", plugin().display(), report.display()))
         .output()
         .expect("QEMU has run before");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -150,7 +150,7 @@ const EXPECTED: [&str; 6] = [
 fn one_cpu_counts_exactly_and_repeats() {
     let Some(qemu) = qemu() else { return };
     for cpu in ["cortex-a53", "cortex-a76", "max"] {
-        let first = run(&qemu, cpu, cpu, 1);
+        let first = run(&qemu, cpu, cpu, 1, "");
         assert_eq!(first[..EXPECTED.len()], EXPECTED, "{cpu}");
         assert_eq!(
             first[EXPECTED.len()..],
@@ -158,14 +158,14 @@ fn one_cpu_counts_exactly_and_repeats() {
               el2.isb=2 el2.tlbi.vmalle1is=1 el2.tlbi.ipas2e1is=1 entry.lower64.sync=2 class.0x16=2 call.0xc6001000=2"],
             "{cpu}"
         );
-        assert_eq!(first, run(&qemu, cpu, cpu, 1), "{cpu}");
+        assert_eq!(first, run(&qemu, cpu, cpu, 1, ""), "{cpu}");
     }
 }
 
 #[test]
 fn two_cpus_are_counted_apart() {
     let Some(qemu) = qemu() else { return };
-    let report = run(&qemu, "two", "cortex-a72", 2);
+    let report = run(&qemu, "two", "cortex-a72", 2, "");
     let of = |event: &str| report.iter().filter(|line| line.starts_with(event)).cloned().collect::<Vec<_>>();
 
     // The second CPU counts its own 21 instructions, whatever the first, which waits for it, does meanwhile.
@@ -179,6 +179,19 @@ fn two_cpus_are_counted_apart() {
     let totals = of("total ");
     assert_eq!(totals.len(), 2);
     assert!(totals[1].starts_with("total cpu=1 el2.instructions=2"), "{}", totals[1]);
+}
+
+#[test]
+fn profile_has_every_instruction_at_el2() {
+    let Some(qemu) = qemu() else { return };
+    let report = run(&qemu, "profile", "cortex-a72", 1, ",profile=on");
+    let vectors = ENTRY + VECTORS as u64;
+    // Marks have a place in the order of instructions, but are not counted.
+    let first = format!("profile vectors={vectors} {:#x}=1 {:#x}=1 {:#x}=1", ENTRY, ENTRY + 4, ENTRY + 8);
+    assert_eq!(report[..2], [first, EXPECTED[0].into()]);
+    let calls = format!("profile vectors={vectors} {:#x}=2 {:#x}=2", vectors + 0x400, vectors + 0x404);
+    let last_mark = report.iter().position(|line| line == EXPECTED[5]).expect("the report has the same events");
+    assert_eq!(report[last_mark - 1], calls);
 }
 
 #[test]
