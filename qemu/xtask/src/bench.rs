@@ -10,12 +10,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
+use object::{Object, ObjectSegment, ObjectSymbol};
 
 use crate::image::{self, BUDGET, Variant};
 use crate::initramfs::ExtraFile;
-use crate::qemu::Outcome;
+use crate::qemu::{self, Outcome};
 use crate::run::{self, Ready};
 use crate::setup::rust;
+use crate::symbols::Symbols;
 use crate::{process, workspace};
 
 /// Sizes of RAM in MiB, and what pKVM reserves in them, in MiB.
@@ -63,11 +65,18 @@ pub(crate) struct Options {
     /// Also write the numbers to FILE, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Print instead in which functions of the hypervisor the instructions are executed
+    #[arg(long, conflicts_with = "json")]
+    profile: bool,
 }
 
 /// `cargo xtask bench`.
 pub(crate) fn bench(options: &Options) -> Result<ExitCode> {
     let bench = Bench { plugin: build_plugin()?, payload: build_payload()? };
+    if options.profile {
+        bench.profile()?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let mut report = Report::default();
 
     let sizes = image::build(Variant::default())?.sizes;
@@ -149,17 +158,20 @@ struct Call {
 }
 
 impl Bench {
-    /// Runs the payload in that many MiB of RAM.
-    fn payload(&self, memory: u64) -> Result<PayloadRun> {
-        let options = run::Options {
+    fn payload_options(&self, memory: u64) -> run::Options {
+        run::Options {
             cpu: Some("cortex-a72".into()),
             smp: Some(1),
             memory: Some(format!("{memory}M")),
             host_image: Some(self.payload.display().to_string()),
             append: Some("test=bench.calls".into()),
             ..run::Options::default()
-        };
-        let (console, events) = self.run(&options, Outcome::Ended(0))?;
+        }
+    }
+
+    /// Runs the payload in that many MiB of RAM.
+    fn payload(&self, memory: u64) -> Result<PayloadRun> {
+        let (console, events) = self.run(&self.payload_options(memory), "", Outcome::Ended(0))?;
         let words = |line: &str, first: &str| -> Option<Vec<String>> {
             Some(line.trim().strip_prefix(first)?.strip_prefix(' ')?.split(' ').map(str::to_owned).collect())
         };
@@ -190,7 +202,10 @@ impl Bench {
             extra_files: vec![ExtraFile { path: "bin/mark".into(), contents: mark_program() }],
             ..run::Options::default()
         };
-        let (_, events) = self.run(&options, Outcome::Status(0))?;
+        let (_, events) = self.run(&options, "", Outcome::Status(0))?;
+        let second = events.iter().find(|event| event.kind == "first-el1" && event.get("cpu") == 1);
+        let second = second.context("the second CPU has not started")?.get("el2.instructions");
+        report.add("host.start-of-second-cpu.instructions", second as f64);
         let marks: Vec<_> = events.iter().filter(|event| event.kind == "mark-all").collect();
         let [boot, warm, idle, busy_start, busy] = marks[..] else { bail!("{} marks, not 5", marks.len()) };
 
@@ -210,19 +225,93 @@ impl Bench {
         Ok(())
     }
 
+    /// Prints where the instructions are executed.
+    fn profile(&self) -> Result<()> {
+        let options = self.payload_options(USUAL_MEMORY);
+        let ready = Ready::new(&options)?;
+        let load_address = qemu::prepare(&ready.boot, &ready.scratch)?.load_address;
+        let elf = &ready.boot.hypervisor.as_ref().context("there is no hypervisor")?.0.elf;
+        let functions = Functions::load(elf, load_address)?;
+
+        let (console, events) = self.run(&options, ",profile=on", Outcome::Ended(0))?;
+        let mut labels = console.lines().filter_map(|line| line.trim().strip_prefix("bench "));
+        for pair in events.windows(2).filter(|pair| pair[0].kind == "profile") {
+            let title = match pair[1].get("number") {
+                _ if pair[1].kind == "first-el1" => "start",
+                1 => labels.next().context("more measurements than labels")?,
+                _ => continue,
+            };
+            functions.print(title, &pair[0]);
+        }
+        Ok(())
+    }
+
     /// Runs a machine with the counter and returns its console and the counter's report.
-    fn run(&self, options: &run::Options, expected: Outcome) -> Result<(String, Vec<Event>)> {
+    fn run(&self, options: &run::Options, plugin_option: &str, expected: Outcome) -> Result<(String, Vec<Event>)> {
         let mut options = options.clone();
         let counts = workspace::output_dir()?.join("counts.txt");
         let comma = |path: &Path| path.display().to_string().replace(',', ",,");
         options.qemu_arg.push("-plugin".into());
-        options.qemu_arg.push(format!("file={},out={}", comma(&self.plugin), comma(&counts)));
+        options.qemu_arg.push(format!("file={},out={}{plugin_option}", comma(&self.plugin), comma(&counts)));
         let mut console = Vec::new();
         let outcome = Ready::new(&options)?.run(&mut console, Some(TIMEOUT))?;
         let console = String::from_utf8_lossy(&console).into_owned();
         ensure!(outcome == expected, "{outcome:?} instead of {expected:?}; the console:\n{console}");
         let report = fs::read_to_string(&counts).with_context(|| format!("no counts in {}", counts.display()))?;
         Ok((console, report.lines().map(Event::parse).collect::<Result<_>>()?))
+    }
+}
+
+/// Names the hypervisor's functions by the addresses that they are executed at.
+struct Functions {
+    symbols: Symbols,
+    /// Where QEMU loads the image; later it runs from a copy elsewhere, which has VBAR_EL2.
+    load_address: u64,
+    /// Offset of the vectors in the image.
+    vectors: u64,
+    size: u64,
+}
+
+impl Functions {
+    fn load(elf: &Path, load_address: u64) -> Result<Self> {
+        let bytes = fs::read(elf).with_context(|| elf.display().to_string())?;
+        let file = object::File::parse(&*bytes).with_context(|| elf.display().to_string())?;
+        let vectors = file.symbol_by_name("vectors").context("the image has no vectors")?.address();
+        let size = file.segments().map(|segment| segment.address() + segment.size()).max().unwrap_or(0);
+        Ok(Self { symbols: Symbols::load(elf)?, load_address, vectors, size })
+    }
+
+    /// Prints the functions that most instructions were executed in.
+    fn print(&self, title: &str, profile: &Event) {
+        let copy = profile.get("vectors").wrapping_sub(self.vectors);
+        let mut functions = BTreeMap::<String, u64>::new();
+        for (address, count) in &profile.fields {
+            let Some(digits) = address.strip_prefix("0x") else { continue };
+            let address = u64::from_str_radix(digits, 16).unwrap_or(0);
+            let offset = [copy, self.load_address]
+                .map(|base| address.wrapping_sub(base))
+                .into_iter()
+                .find(|offset| *offset < self.size);
+            let name = offset.map_or_else(|| "outside of the image".into(), |offset| self.name(offset));
+            *functions.entry(name).or_default() += count;
+        }
+        let total: u64 = functions.values().sum();
+        println!("{title}: {}", digits(total as f64));
+        let mut functions: Vec<_> = functions.into_iter().collect();
+        functions.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+        for (name, count) in functions.iter().take(12).filter(|(_, count)| count * 50 >= total) {
+            println!("  {:>12} {:>3} %  {name}", digits(*count as f64), count * 100 / total);
+        }
+    }
+
+    /// The function at an offset that is not inlined into another one, or the file of what is assembly.
+    fn name(&self, offset: u64) -> String {
+        let frame = self.symbols.describe(offset).pop().unwrap_or_default();
+        match frame.rsplit_once(" at ") {
+            Some(("(unknown function)", place)) => place.split(':').next().unwrap_or(place).to_owned(),
+            Some((function, _)) => function.to_owned(),
+            None => frame,
+        }
     }
 }
 
@@ -467,8 +556,6 @@ fn digits(value: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use object::{Object, ObjectSegment};
-
     use super::*;
 
     #[test]
