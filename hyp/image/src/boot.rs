@@ -180,7 +180,7 @@ fn start(memory: &mut BootMemory, dtb: &'static [u8], level: u64) -> Result<core
     memory.open_console(platform.uart, log_level);
     log::info!("version {}", env!("CARGO_PKG_VERSION"));
     if let Some(option) = platform.options.unknown {
-        log::warn!("unknown option {option:?}");
+        log::warn!("unknown option {option}");
     }
     let boot_cpu = check_platform(&platform)?;
 

@@ -168,7 +168,10 @@ fn ownership_table(ram: &[PhysRange], layout: &Layout) -> OwnershipTable<'static
     let page_count = layout.page_entries.size() as usize / size_of::<[u64; PAGES_PER_BLOCK]>();
     // SAFETY: As above.
     let pages = unsafe { slice::from_raw_parts_mut(pages, page_count) };
-    OwnershipTable::new(ram, layout.carve_out, &[], blocks, pages).expect("the layout is made for this table")
+    match OwnershipTable::new(ram, layout.carve_out, &[], blocks, pages) {
+        Ok(table) => table,
+        Err(error) => panic!("the layout is made for this table: {error}"),
+    }
 }
 
 /// Called by the vectors when the host comes to EL2.
