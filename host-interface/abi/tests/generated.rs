@@ -11,11 +11,13 @@ fn assert_committed(path: &str, expected: &str) {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "reads files")]
 fn the_header_is_current() {
     assert_committed("host-interface/include/ravelin.h", &CHeader.to_string());
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "reads files")]
 fn the_reference_is_current() {
     assert_committed("docs/hypercalls.md", &Reference.to_string());
 }

@@ -242,6 +242,12 @@ mod tests {
     }
 
     proptest::proptest! {
+        #![proptest_config(proptest::test_runner::Config {
+            cases: if cfg!(miri) { 16 } else { 1024 },
+            failure_persistence: None,
+            ..Default::default()
+        })]
+
         #[test]
         fn no_registers_do_harm(
             immediate in proptest::prop_oneof![proptest::strategy::Just(0_u16), proptest::arbitrary::any::<u16>()],

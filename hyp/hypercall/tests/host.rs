@@ -183,6 +183,7 @@ impl World<'_> {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "walks the tables of all RAM after each call")]
 fn discovery() {
     in_world(64, |world| {
         assert_eq!(world.hvc([0x8600_ff01, 1, 2, 3]), VENDOR_UID.map(u64::from));
@@ -193,6 +194,7 @@ fn discovery() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "walks the tables of all RAM after each call")]
 fn what_is_no_call_changes_x0_alone() {
     in_world(64, |world| {
         let refused = |immediate, function| {
@@ -219,6 +221,7 @@ fn what_is_no_call_changes_x0_alone() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "walks the tables of all RAM after each call")]
 fn the_life_of_a_page() {
     in_world(64, |world| {
         assert_eq!(world.state(PAGE), (PageStateCode::Owned, 0));
@@ -241,6 +244,7 @@ fn the_life_of_a_page() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "walks the tables of all RAM after each call")]
 fn every_way_to_fail() {
     in_world(64, |world| {
         world.succeeds(SHARE, PAGE + 0x2000, 1);
@@ -271,6 +275,7 @@ fn every_way_to_fail() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "walks the tables of all RAM after each call")]
 fn nobody_is_to_blame_for_a_lack_of_tables() {
     in_world(HOST_RESERVE + 2, |world| {
         world.succeeds(SHARE, PAGE, 1);
@@ -282,6 +287,7 @@ fn nobody_is_to_blame_for_a_lack_of_tables() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "walks the tables of all RAM after each call")]
 fn statistics_tell_what_happened() {
     in_world(64, |world| {
         world.succeeds(DONATE, PAGE + 0x20_0000, 600);
@@ -320,8 +326,9 @@ fn statistics_tell_what_happened() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "walks the tables of all RAM after each call")]
 fn the_host_cannot_take_back_a_pin_of_the_hypervisors() {
-    const ROUNDS: usize = if cfg!(miri) { 10 } else { 300 };
+    const ROUNDS: usize = 300;
     in_world(64, |world| {
         world.succeeds(SHARE, PAGE, 1);
         let done = AtomicBool::new(false);
@@ -343,6 +350,7 @@ fn the_host_cannot_take_back_a_pin_of_the_hypervisors() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "walks the tables of all RAM after each call")]
 fn a_cpu_starts_only_in_memory_of_the_host() {
     in_world(64, |world| {
         let start = |entry| {
@@ -395,13 +403,14 @@ fn flags() -> impl Strategy<Value = u64> {
 
 proptest! {
     #![proptest_config(proptest::test_runner::Config {
-        cases: if cfg!(miri) { 2 } else { 32 },
+        cases: 32,
         failure_persistence: None,
         ..Default::default()
     })]
 
     /// Whatever the host sends, nothing panics, the tables agree, and what fails changes nothing.
     #[test]
+    #[cfg_attr(miri, ignore = "walks the tables of all RAM after each call")]
     fn no_registers_do_harm(
         steps in proptest::collection::vec((function(), address(), pages(), flags(), any::<bool>()), 1..40),
         pool in 32..80_usize,
