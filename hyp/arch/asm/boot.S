@@ -188,29 +188,36 @@ boot_map_block:
     b       7b
 11: ret
 
-// Applies the relative relocations of the image at x0 for running at x1. Clobbers x2-x7.
+// Adds x1 to each word of the image at x0 that holds an address, as the RELR relocations list them: an even entry is the
+// offset of such a word, an odd one has a bit for each of the 63 words that follow. Clobbers x2-x7.
 .global relocate
 relocate:
     hint    #34                         // bti c
-    adrp    x4, image_start
-    adrp    x2, rela_start
-    add     x2, x2, :lo12:rela_start
-    adrp    x3, rela_end
-    add     x3, x3, :lo12:rela_end
-    sub     x2, x2, x4
-    sub     x3, x3, x4
-    add     x2, x2, x0
-    add     x3, x3, x0
+    adrp    x2, relr_start
+    add     x2, x2, :lo12:relr_start
+    adrp    x3, relr_end
+    add     x3, x3, :lo12:relr_end
 1:  cmp     x2, x3
-    b.hs    3f
-    ldp     x4, x5, [x2], #16           // r_offset, r_info
-    ldr     x6, [x2], #8                // r_addend
-    cmp     x5, #1027                   // R_AARCH64_RELATIVE
-    b.ne    1b
+    b.hs    5f
+    ldr     x5, [x2], #8
+    tbnz    x5, #0, 2f
+    add     x4, x0, x5
+    ldr     x6, [x4]
     add     x6, x6, x1
-    str     x6, [x0, x4]
+    str     x6, [x4], #8
     b       1b
-3:  ret
+2:  mov     x7, x4
+3:  lsr     x5, x5, #1
+    cbz     x5, 4f
+    tbz     x5, #0, 6f
+    ldr     x6, [x7]
+    add     x6, x6, x1
+    str     x6, [x7]
+6:  add     x7, x7, #8
+    b       3b
+4:  add     x4, x4, #(63 * 8)
+    b       1b
+5:  ret
 
 // Invalidates the data cache lines from x0 up to x1 to the point of coherency. Clobbers x0, x2, x3.
 dcache_invalidate:

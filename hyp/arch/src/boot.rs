@@ -2,8 +2,7 @@
 
 use core::{arch::global_asm, ptr};
 
-use ravelin_memory::{HypAddr, PAGE_SIZE, PhysAddr};
-use ravelin_pgtable::TablePool;
+use ravelin_memory::{HypAddr, PAGE_SIZE, PhysAddr, PhysRange};
 
 use crate::{
     hardware::{clean_to_poc, synchronise_instructions},
@@ -28,7 +27,7 @@ mod symbols {
         pub(super) static boot_tables: u8;
         pub(super) static boot_tables_next: u64;
         pub(super) static boot_tables_end: u8;
-        pub(super) fn relocate(image: u64, runs_at: u64);
+        pub(super) fn relocate(image: u64, delta: u64);
         pub(super) fn switch_to_carveout(start: u64, argument: u64, stack_top: u64) -> !;
         pub(super) fn secondary_entry();
         pub(super) fn enter_host(entry: u64, argument: u64, spsr: u64, stack_top: u64) -> !;
@@ -98,7 +97,7 @@ impl Image {
         // SAFETY: As above; `.bss` is what remains of the copy.
         unsafe { ptr::write_bytes(target.wrapping_add(file_size), 0, self.size() as usize - file_size) };
         // SAFETY: The relocations are the link editor's and stay within the copy.
-        unsafe { symbols::relocate(base.raw(), base.raw()) };
+        unsafe { symbols::relocate(base.raw(), base.raw().wrapping_sub(self.start)) };
         clean_to_poc(base, self.size());
         synchronise_instructions();
     }
@@ -237,54 +236,27 @@ pub fn secondary_entry(image: PhysAddr) -> u64 {
     (symbols::secondary_entry as *const () as usize as u64).wrapping_sub(running.start).wrapping_add(image.raw())
 }
 
-/// The first tables, which the assembly built, and the pages that it left over.
-#[derive(Debug)]
+/// The first tables, which the assembly built.
+#[derive(Clone, Copy, Debug)]
 pub struct BootTables {
-    next: u64,
-    end: u64,
-    used: usize,
+    /// The level 0 table.
+    pub root: PhysAddr,
+    /// Pages that are left over for more of them. Nobody else uses them.
+    pub spare: PhysRange,
 }
 
 impl BootTables {
-    /// Takes over the first tables.
+    /// Finds the first tables, or returns `None` if no pages are left over.
     ///
     /// # Safety
     ///
     /// Called once, on the boot CPU, before [`CpuStart::switch`].
     #[must_use]
-    pub unsafe fn take() -> Self {
+    pub unsafe fn take() -> Option<Self> {
         // SAFETY: The assembly has written the word, and nobody else reads or writes it.
         let next = unsafe { (&raw const symbols::boot_tables_next).read() };
-        Self { next, end: address(&raw const symbols::boot_tables_end), used: 0 }
-    }
-
-    /// Returns the level 0 table.
-    #[must_use]
-    pub fn root() -> PhysAddr {
-        PhysAddr::from_bits_truncating(address(&raw const symbols::boot_tables))
-    }
-}
-
-impl TablePool for BootTables {
-    fn allocate(&mut self) -> Option<PhysAddr> {
-        let table = self.next;
-        if table >= self.end {
-            return None;
-        }
-        self.next += PAGE_SIZE;
-        self.used += 1;
-        PhysAddr::new(table)
-    }
-
-    fn free(&mut self, _table: PhysAddr) {
-        // The first tables are thrown away as a whole.
-    }
-
-    fn available(&self) -> usize {
-        ((self.end - self.next) / PAGE_SIZE) as usize
-    }
-
-    fn in_use(&self) -> usize {
-        self.used
+        let root = PhysAddr::new(address(&raw const symbols::boot_tables))?;
+        let spare = PhysRange::from_bounds(next, address(&raw const symbols::boot_tables_end)).ok()?;
+        Some(Self { root, spare })
     }
 }

@@ -87,8 +87,10 @@ impl From<MapError> for BootError {
 extern "C" fn boot_main(dtb: u64, _image: u64, level: u64) -> ! {
     let conduit = if level == 2 { Conduit::Smc } else { Conduit::Hvc };
     // SAFETY: The first call, on the boot CPU.
-    let pool = unsafe { BootTables::take() };
-    let tables = PageTable::new(BootTables::root(), Geometry::EL2);
+    let Some(first) = (unsafe { BootTables::take() }) else { panic::exit(conduit) };
+    // SAFETY: The pages lie in the image's 2 MiB, which the first tables map, and no others are in use.
+    let pool = unsafe { Pool::new(first.spare) };
+    let tables = PageTable::new(first.root, Geometry::EL2);
     // SAFETY: The MMU is on; the first tables lie in the image's 2 MiB, which they map.
     let machine = unsafe { Hardware::new() };
     let mut memory = BootMemory { machine, tables, pool };
@@ -110,7 +112,7 @@ extern "C" fn boot_main(dtb: u64, _image: u64, level: u64) -> ! {
 struct BootMemory {
     machine: Hardware,
     tables: PageTable<El2>,
-    pool: BootTables,
+    pool: Pool,
 }
 
 impl BootMemory {
