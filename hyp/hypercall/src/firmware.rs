@@ -14,15 +14,15 @@ pub trait Firmware {
 
 /// A version in the format of PSCI and SMCCC: major in bits 30 to 16, minor in bits 15 to 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Version(pub u32);
+pub(crate) struct Version(pub(crate) u32);
 
 impl Version {
     /// 1.0, the first PSCI with PSCI_FEATURES.
-    pub const V1_0: Self = Self(0x1_0000);
+    pub(crate) const V1_0: Self = Self(0x1_0000);
     /// 1.1.
-    pub const V1_1: Self = Self(0x1_0001);
+    pub(crate) const V1_1: Self = Self(0x1_0001);
     /// 1.2.
-    pub const V1_2: Self = Self(0x1_0002);
+    pub(crate) const V1_2: Self = Self(0x1_0002);
 }
 
 pub(crate) const SMCCC_VERSION: u32 = 0x8000_0000;

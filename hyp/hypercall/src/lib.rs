@@ -28,7 +28,7 @@ mod registers;
 mod smc;
 
 pub use exception::{Exception, PstateFeatures, Trapped};
-pub use firmware::{Firmware, Version};
+pub use firmware::Firmware;
 pub use host::{FaultAction, Host, MappedMemory};
 pub use psci::{Cpu, Entries, Start};
 pub use registers::Registers;

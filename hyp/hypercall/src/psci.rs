@@ -13,9 +13,9 @@
 //!                firmware refuses                 CPU_OFF
 //! ```
 //!
-//! The slot of a CPU is written by the one that claimed it, or by the CPU itself before it suspends. It is read by that CPU
-//! after its start-up code has turned on MMU and caches, so that release and acquire are all that the slot needs; no cache
-//! maintenance.
+//! The CPU that boots starts out as Pending. The slot of a CPU is written by the one that claimed it, or by the CPU itself
+//! before it suspends. It is read by that CPU after its start-up code has turned on MMU and caches, so that release and
+//! acquire are all that the slot needs; no cache maintenance.
 
 use core::sync::atomic::{
     AtomicU8, AtomicU64,
