@@ -53,20 +53,26 @@ fn abort(iss: u64) -> Exit {
     const S1PTW: u64 = 1 << 7;
     // HPFAR_EL2 is valid for stage-2 address size, translation and access flag faults, and for any on a stage-1 walk.
     match iss & 0x3f {
-        0b00_0000..=0b00_1011 => Exit::Stage2Fault(fault_address()),
-        0b00_1100..=0b00_1111 if iss & S1PTW != 0 => Exit::Stage2Fault(fault_address()),
+        0b00_0000..=0b00_1011 => stage2_fault(),
+        0b00_1100..=0b00_1111 if iss & S1PTW != 0 => stage2_fault(),
         _ => Exit::Abort,
     }
 }
 
-fn fault_address() -> Ipa {
-    // FIPA, bits 4 and up, holds IPA[47:12] and up; the rest comes from FAR_EL2, but pages are all that matters.
-    Ipa::from_bits_truncating((HPFAR_EL2.get() >> 4) << 12)
+/// Reads the page of a stage-2 fault: FIPA, bits 43:4 or, with FEAT_LPA, 47:4, holds IPA\[51:12\].
+fn stage2_fault() -> Exit {
+    let fipa = (HPFAR_EL2.get() >> 4) & ((1 << 44) - 1);
+    // Above 48 bits there is nothing that stage 2 could map.
+    Ipa::new(fipa << 12).map_or(Exit::Abort, Exit::Stage2Fault)
 }
 
-/// Lets the host continue behind the instruction that trapped.
+/// Lets the host continue behind the instruction that trapped, as if it had been executed: what a branch expects of its
+/// target (BTYPE) and a pending single step (SS) are done with.
 pub fn skip_instruction() {
+    const BTYPE: u64 = 0b11 << 10;
+    const SS: u64 = 1 << 21;
     ELR_EL2.set(ELR_EL2.get().wrapping_add(4));
+    SPSR_EL2.set(SPSR_EL2.get() & !(BTYPE | SS));
 }
 
 /// Reads the registers of the exception being handled that decide what the host sees of it.

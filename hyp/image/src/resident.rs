@@ -180,7 +180,11 @@ extern "C" fn host_exit(frame: &mut HostFrame) {
     let (Some(hypervisor), Some(cpu)) = (HYPERVISOR.get(), CpuStart::current()) else { halt() };
     let registers = &mut frame.arguments;
     match read_exit() {
-        Exit::Hvc(immediate) => hypervisor.host.hvc(&hypervisor.machine, immediate, registers),
+        Exit::Hvc(immediate) => {
+            hypervisor.host.hvc(&hypervisor.machine, immediate, registers);
+            #[cfg(feature = "checked")]
+            check(hypervisor);
+        }
         Exit::Smc(immediate) => {
             skip_instruction();
             hypervisor.host.smc(cpu.index(), immediate, registers);
@@ -192,5 +196,13 @@ extern "C" fn host_exit(frame: &mut HostFrame) {
         }
         Exit::Abort => take_exception(&trapped().abort(pstate_features())),
         Exit::Other => take_exception(&trapped().undefined(pstate_features())),
+    }
+}
+
+/// Stops the machine if a table disagrees with the ownership entries.
+#[cfg(feature = "checked")]
+fn check(hypervisor: &Hypervisor) {
+    if let Some(Err(inconsistency)) = MEMORY.get().map(|memory| memory.check(&hypervisor.machine)) {
+        panic!("{inconsistency}");
     }
 }
