@@ -25,6 +25,8 @@ mod fault;
 mod memory;
 mod step;
 mod table;
+#[cfg(test)]
+mod tests;
 
 pub use check::Inconsistency;
 pub use counts::Counts;

@@ -360,6 +360,12 @@ impl<'a> OwnershipTable<'a> {
         })
     }
 
+    /// Returns copies of all entries.
+    #[cfg(test)]
+    pub(crate) fn raw(&self) -> (Vec<u64>, Vec<[u64; PAGES_PER_BLOCK]>) {
+        (self.blocks.to_vec(), self.pages.to_vec())
+    }
+
     /// Returns whether `page` is RAM.
     fn is_ram(&self, page: PhysAddr) -> bool {
         self.regions.iter().any(|region| region.range.contains(page))

@@ -1,0 +1,159 @@
+//! What happens when something runs out.
+
+use super::*;
+
+/// Memory with so few tables that pages in different blocks soon use them up.
+fn scarce(tables: usize) -> Layout {
+    Layout { tables: u64::try_from(tables).unwrap(), ..large() }
+}
+
+fn page_of_block(block: u64) -> u64 {
+    GIB + block * 2 * MIB
+}
+
+#[test]
+fn pins_stop_at_their_limit() {
+    let layout = small();
+    let mut store = Store::for_ram(&layout.ram);
+    let rig = Rig::new(&layout, &mut store);
+    rig.call(Share, range(GIB, 3)).unwrap();
+    let limit = if cfg!(miri) { 40 } else { 4095 };
+    for _ in 0..limit {
+        rig.memory.pin(&rig.machine, range(GIB + PAGE, 1)).unwrap();
+    }
+    assert_eq!(rig.state(GIB + PAGE), (HostState::SharedOwned, limit));
+    if !cfg!(miri) {
+        let before = rig.everything();
+        assert_eq!(rig.call(Pin, range(GIB, 3)), fails(Reason::PinLimit, GIB + PAGE));
+        assert!(rig.everything() == before);
+    }
+    for _ in 0..limit {
+        rig.memory.unpin(&rig.machine, range(GIB + PAGE, 1)).unwrap();
+    }
+    rig.call(Unshare, range(GIB, 3)).unwrap();
+    rig.check();
+}
+
+#[test]
+fn the_host_is_left_its_reserve() {
+    // Tables of level 1 and 2, and three of level 3.
+    let layout = scarce(HOST_RESERVE + 5);
+    let mut store = Store::for_ram(&layout.ram);
+    let rig = Rig::new(&layout, &mut store);
+    for call in [Donate, Share] {
+        for block in 0..3 {
+            rig.call(call, range(page_of_block(block), 1)).unwrap();
+            if call == Share {
+                rig.call(Pin, range(page_of_block(block), 1)).unwrap();
+            }
+        }
+        assert_eq!(rig.memory.counts().el2_tables, 5);
+        let last = page_of_block(3);
+        if call == Share {
+            rig.call(Share, range(last, 1)).unwrap();
+        }
+        let before = rig.everything();
+        let refused = if call == Share { Pin } else { Donate };
+        assert_eq!(rig.call(refused, range(last, 1)), fails(Reason::NoMemory, last));
+        assert!(rig.everything() == before);
+        // The same block as one needs no table, nor does a page next to one that is mapped.
+        if call == Donate {
+            rig.call(Donate, range(page_of_block(4), 512)).unwrap();
+            rig.call(TakeBack, range(page_of_block(4), 512)).unwrap();
+            rig.call(Donate, range(page_of_block(2) + PAGE, 1)).unwrap();
+            rig.call(TakeBack, range(page_of_block(2) + PAGE, 1)).unwrap();
+            (0..3).for_each(|block| rig.call(TakeBack, range(page_of_block(block), 1)).unwrap());
+            assert_eq!(rig.memory.counts().el2_tables, 0, "nothing is kept");
+        }
+    }
+    rig.check();
+}
+
+#[test]
+fn cutting_a_large_mapping_of_el2_may_lack_a_table() {
+    let layout = scarce(HOST_RESERVE + 3);
+    let mut store = Store::for_ram(&layout.ram);
+    let rig = Rig::new(&layout, &mut store);
+    rig.call(Donate, range(GIB, 1024)).unwrap();
+    assert_eq!(rig.memory.counts().el2_tables, 2);
+    rig.call(TakeBack, range(GIB + PAGE, 1)).unwrap();
+    let before = rig.everything();
+    assert_eq!(rig.call(TakeBack, range(GIB + 2 * MIB, 1)), fails(Reason::NoMemory, GIB + 2 * MIB));
+    assert!(rig.everything() == before);
+    rig.call(TakeBack, range(GIB + 2 * MIB, 512)).unwrap();
+    rig.check();
+}
+
+/// RAM with lone pages, one a GiB: the host's stage 2 takes two tables for each.
+fn scattered(tables: usize) -> Layout {
+    let mut layout = scarce(tables);
+    layout.ram.extend((0..30).map(lone_page).map(|page| range(page, 1)));
+    layout
+}
+
+fn lone_page(index: u64) -> u64 {
+    (8 + index) * GIB + MIB
+}
+
+#[test]
+fn the_hosts_stage_2_is_dropped_when_tables_run_out() {
+    let layout = scattered(HOST_RESERVE);
+    let mut store = Store::for_ram(&layout.ram);
+    let rig = Rig::new(&layout, &mut store);
+    for index in 0..30 {
+        assert_eq!(rig.touch(lone_page(index)), HostFault::Resolved);
+    }
+    let counts = rig.memory.counts();
+    assert_eq!((counts.evictions, counts.stage2_invalidations), (1, 1));
+    assert!(!rig.host_reaches(lone_page(0)) && rig.host_reaches(lone_page(29)));
+    rig.check();
+}
+
+#[test]
+fn a_donation_takes_the_hosts_tables_if_it_must() {
+    let layout = scattered(HOST_RESERVE + 3);
+    let mut store = Store::for_ram(&layout.ram);
+    let rig = Rig::new(&layout, &mut store);
+    (0..17).for_each(|index| assert_eq!(rig.touch(lone_page(index)), HostFault::Resolved));
+    assert_eq!((rig.memory.counts().free_tables, rig.memory.counts().evictions), (1, 0));
+    rig.call(Donate, range(2 * GIB, 1)).unwrap();
+    let counts = rig.memory.counts();
+    assert_eq!((counts.evictions, counts.el2_tables, counts.host_tables), (1, 3, 0));
+    assert_eq!(rig.touch(GIB), HostFault::Resolved);
+    rig.check();
+}
+
+#[test]
+fn a_cut_without_a_table_costs_the_neighbours_a_fault_and_no_more() {
+    let layout = scattered(HOST_RESERVE + 4);
+    let mut store = Store::for_ram(&layout.ram);
+    let rig = Rig::new(&layout, &mut store);
+    // EL2 has its tables for the block already, the host maps it as one, and has used up all other tables.
+    rig.call(Share, range(GIB + 5 * PAGE, 1)).unwrap();
+    rig.call(Pin, range(GIB + 5 * PAGE, 1)).unwrap();
+    rig.touch(GIB);
+    (0..16).for_each(|index| assert_eq!(rig.touch(lone_page(index)), HostFault::Resolved));
+    assert_eq!((rig.memory.counts().free_tables, rig.memory.counts().host_tables), (0, 33));
+    rig.call(Donate, range(GIB + 6 * PAGE, 1)).unwrap();
+    assert_eq!(rig.memory.counts().evictions, 0);
+    assert!(!rig.host_reaches(GIB) && !rig.host_reaches(GIB + 6 * PAGE));
+    assert_eq!(rig.touch(GIB), HostFault::Resolved);
+    assert_eq!(rig.memory.counts().evictions, 1);
+    rig.check();
+}
+
+#[test]
+fn the_largest_range_takes_steps_by_the_block() {
+    let layout = Layout { ram: vec![range(GIB, 1 << 19)], ..large() };
+    let mut store = Store::for_ram(&layout.ram);
+    let rig = Rig::new(&layout, &mut store);
+    // Not aligned, so that both ends are split.
+    let largest = range(GIB + 5 * PAGE, 1 << 18);
+    for call in [Share, Pin, Unpin, Unshare, Donate, TakeBack] {
+        let _ = rig.machine.take_log();
+        rig.call(call, largest).unwrap();
+        let log = rig.machine.take_log();
+        assert!(log.len() < 4000, "{call:?} took {} operations", log.len());
+    }
+    rig.check();
+}
