@@ -153,5 +153,4 @@ tests! {
 
     bench.calls("every call succeeds on ranges of 1, 8 and 512 pages between the marks of the counter", memory: 8 * MIB);
 
-    bench.calls("every call succeeds between the marks of the counter", memory: 8 * MIB);
 }

@@ -105,6 +105,7 @@ pub(crate) fn call_with_vectors(
     let mut arguments = arguments;
     let mut vectors = vectors;
     let smc = u64::from(instruction == Instruction::Smc);
+    note(arguments[0]);
     // SAFETY: As in `call`; the compiler does not use SIMD registers on this target.
     unsafe {
         asm!(
@@ -146,10 +147,14 @@ pub(crate) fn psci(function: u64, x1: u64, x2: u64, x3: u64) -> i64 {
 
 /// Calls the hypervisor; returns x0 to x3. That the other registers survive is checked on every call.
 pub(crate) fn hypervisor(arguments: [u64; 4]) -> [u64; 4] {
-    if let Some(index) = CALLS.iter().position(|call| u64::from(call.number) == arguments[0]) {
+    note(arguments[0]);
+    checked(Instruction::Hvc, arguments)
+}
+
+fn note(function: u64) {
+    if let Some(index) = CALLS.iter().position(|call| u64::from(call.number) == function) {
         ISSUED.fetch_or(1 << index, Ordering::Relaxed);
     }
-    checked(Instruction::Hvc, arguments)
 }
 
 fn checked(instruction: Instruction, arguments: [u64; 4]) -> [u64; 4] {

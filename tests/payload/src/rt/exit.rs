@@ -8,10 +8,16 @@ use crate::rt::{
 };
 
 static SEMIHOSTING: AtomicBool = AtomicBool::new(false);
+static RESET: AtomicBool = AtomicBool::new(false);
 
 /// Ends QEMU through semihosting with a status, instead of turning the machine off.
 pub(crate) fn use_semihosting() {
     SEMIHOSTING.store(true, Ordering::Relaxed);
+}
+
+/// Ends the run with a reset of the machine, instead of turning it off.
+pub(crate) fn use_reset() {
+    RESET.store(true, Ordering::Relaxed);
 }
 
 /// Ends the run with a status (which PSCI cannot carry).
@@ -19,7 +25,8 @@ pub(crate) fn exit(status: u64) -> ! {
     if SEMIHOSTING.load(Ordering::Relaxed) {
         semihosting_exit(status);
     }
-    call::firmware([psci::SYSTEM_OFF, 0, 0, 0]);
+    let end = if RESET.load(Ordering::Relaxed) { psci::SYSTEM_RESET } else { psci::SYSTEM_OFF };
+    call::firmware([end, 0, 0, 0]);
     loop {
         core::hint::spin_loop();
     }

@@ -11,10 +11,7 @@ pub(crate) const BLOCK: u64 = 2 << 20;
 /// Bytes in a level 1 block.
 pub(crate) const GIB: u64 = 1 << 30;
 
-/// Word `index` of the pattern that a test puts into `page`.
-pub(crate) fn pattern(page: u64, index: u64, seed: u64) -> u64 {
-    (page ^ index << 3 ^ seed << 48).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1
-}
+pub(crate) use crate::pattern;
 
 /// Fills a page with its pattern. The caller knows that the host may access it.
 pub(crate) fn fill(page: u64, seed: u64) {

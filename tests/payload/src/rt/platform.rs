@@ -10,7 +10,7 @@ use crate::rt::{
     call, console,
     cpu::{self, MAX_CPUS},
     exit,
-    memory::PAGE,
+    memory::{BLOCK, PAGE},
 };
 
 /// Addresses from `start` up to and without `end`.
@@ -164,12 +164,16 @@ fn parse(address: usize) -> Platform {
             _ => {}
         }
     }
-    if platform.bootargs.split_whitespace().any(|word| word == "exit=semihosting") {
+    if platform.argument("exit") == Some("semihosting") {
         exit::use_semihosting();
     }
-    let page = platform.free(PAGE, PAGE).expect("a free page");
-    platform.taken.push(page);
-    platform.statistics = page.start;
+    if platform.argument("end") == Some("reset") {
+        exit::use_reset();
+    }
+    // Away from the end of RAM, which tests have a special interest in.
+    let Region { start, .. } = platform.free(4 * BLOCK, PAGE).expect("free pages");
+    platform.taken.push(Region { start, end: start + PAGE });
+    platform.statistics = start;
     platform
 }
 

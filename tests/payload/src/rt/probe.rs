@@ -133,7 +133,7 @@ fn el0_entry(access: Access) -> u64 {
 #[expect(unsafe_code, reason = "changes the translation tables")]
 pub(crate) fn with_table<T>(table: u64, body: impl FnOnce(u64) -> T) -> T {
     /// An entry of the level 0 table that nothing else uses.
-    const INDEX: usize = 300;
+    const INDEX: usize = 100;
     unsafe extern "C" {
         static stage1_level0: AtomicU64;
     }

@@ -1,0 +1,96 @@
+//! The machines that the tests run on.
+
+use std::fmt;
+
+#[cfg(test)]
+use ravelin_payload::Test;
+
+/// A machine of the matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Machine {
+    /// QEMU's CPU model.
+    pub(crate) cpu: &'static str,
+    /// Number of CPUs.
+    pub(crate) smp: u32,
+    /// RAM in MiB.
+    pub(crate) memory: u32,
+    /// Where the payload is loaded, as a flat binary, if not where `xtask` puts an arm64 Image.
+    pub(crate) address: Option<u64>,
+    /// Whether the hypervisor checks its tables after each call.
+    pub(crate) checked: bool,
+}
+
+impl Machine {
+    /// The machine for what needs only one.
+    pub(crate) const USUAL: Self = Self::new("cortex-a76", 2, 1024);
+
+    const fn new(cpu: &'static str, smp: u32, memory: u32) -> Self {
+        Self { cpu, smp, memory, address: None, checked: false }
+    }
+
+    const fn at(self, address: u64) -> Self {
+        Self { address: Some(address), ..self }
+    }
+
+    const fn checked(self) -> Self {
+        Self { checked: true, ..self }
+    }
+
+    /// Whether the test is not left out here. A range must be free at a multiple of its size, so the top of RAM with the
+    /// carve-out and the bottom with what is loaded do not count.
+    #[cfg(test)]
+    pub(crate) fn has_what_it_takes(&self, test: &Test) -> bool {
+        test.cpus <= self.smp as usize && 3 * test.memory <= u64::from(self.memory) << 20
+    }
+}
+
+impl fmt::Display for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { cpu, smp, memory, .. } = self;
+        write!(f, "{cpu} x{smp}, {memory} MiB")?;
+        if let Some(address) = self.address {
+            write!(f, ", at {address:#x}")?;
+        }
+        if self.checked { f.write_str(", checked") } else { Ok(()) }
+    }
+}
+
+const CPUS: [&str; 6] = ["cortex-a53", "cortex-a72", "cortex-a76", "neoverse-n1", "neoverse-v1", "max"];
+const NUMBERS: [u32; 4] = [1, 2, 4, 8];
+const SIZES: [u32; 5] = [512, 1024, 2048, 4096, 8192];
+
+/// The machines: a few that have everything among them, or all combinations of CPU models and numbers of CPUs, with the
+/// sizes of RAM in turn.
+pub(crate) fn matrix(full: bool) -> Vec<Machine> {
+    // 0x40080000 is where old bootloaders put a flat binary; 0x60000000 is far up.
+    let mut machines = vec![
+        Machine::new("cortex-a53", 1, 512).at(0x4008_0000),
+        Machine::new("cortex-a72", 2, 4096),
+        Machine::new("max", 4, 2048).at(0x6000_0000),
+    ];
+    if full {
+        let numbers = CPUS.iter().flat_map(|cpu| NUMBERS.map(|smp| (cpu, smp)));
+        machines.extend(numbers.zip(SIZES.iter().cycle()).map(|((cpu, smp), &memory)| Machine::new(cpu, smp, memory)));
+        machines.push(Machine::new("cortex-a76", 2, 512).checked());
+    }
+    machines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_full_matrix_has_everything() {
+        let full = matrix(true);
+        assert!(CPUS.iter().all(|&cpu| NUMBERS.iter().all(|&smp| full.iter().any(|m| (m.cpu, m.smp) == (cpu, smp)))));
+        assert!(SIZES.iter().all(|&memory| full.iter().any(|machine| machine.memory == memory)));
+        assert!(matrix(false).iter().all(|machine| full.contains(machine)));
+    }
+
+    #[test]
+    fn names() {
+        assert_eq!(Machine::new("max", 4, 2048).to_string(), "max x4, 2048 MiB");
+        assert_eq!(Machine::new("max", 1, 512).at(0x1000).checked().to_string(), "max x1, 512 MiB, at 0x1000, checked");
+    }
+}

@@ -1,0 +1,152 @@
+//! Runs the on-target tests of the payload in QEMU, on machines of several kinds, and prints a line for each test on each.
+//!
+//! ```text
+//! ravelin-conformance [--full] [--payload FILE] [--list] [TEST..]
+//! ```
+//!
+//! TEST is the name of a test, or the beginning of one and a `*`. `--payload` names the payload as a flat binary; without it,
+//! it is built. `cargo xtask run` starts the machines.
+
+#![forbid(unsafe_code)]
+
+mod machine;
+mod monitor;
+mod output;
+mod payload;
+mod run;
+
+use std::{collections::BTreeSet, path::PathBuf, process::ExitCode};
+
+use anyhow::{Result, bail};
+use ravelin_abi::CALLS;
+use ravelin_payload::TESTS;
+
+use crate::{machine::Machine, output::Verdict};
+
+/// What the command line asks for.
+#[derive(Debug, Default)]
+struct Options {
+    full: bool,
+    list: bool,
+    payload: Option<PathBuf>,
+    tests: Vec<String>,
+}
+
+impl Options {
+    fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Self> {
+        let mut options = Self::default();
+        while let Some(argument) = arguments.next() {
+            match argument.as_str() {
+                "--full" => options.full = true,
+                "--list" => options.list = true,
+                "--payload" => {
+                    options.payload = Some(arguments.next().map_or_else(|| bail!("--payload wants a file"), Ok)?.into())
+                }
+                option if option.starts_with('-') => bail!("unknown option {option}"),
+                _ => options.tests.push(argument),
+            }
+        }
+        Ok(options)
+    }
+}
+
+fn main() -> ExitCode {
+    match Options::parse(std::env::args().skip(1)).and_then(|options| conformance(&options)) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Prints a line for each test on each machine; returns whether none failed.
+fn conformance(options: &Options) -> Result<bool> {
+    if options.list {
+        TESTS.iter().for_each(|test| println!("{}: {}", test.name, test.about));
+        return Ok(true);
+    }
+    let mut failed = 0_usize;
+    let mut report = |name: &str, verdict: &Verdict| {
+        println!("test {name} ... {verdict}");
+        failed += usize::from(matches!(verdict, Verdict::Failed(_)));
+    };
+
+    let untested = calls_without_test();
+    let verdict = if untested.is_empty() { Verdict::Passed } else { Verdict::Failed(untested.join(", ")) };
+    report("every call of the table has a test", &verdict);
+
+    let payload = options.payload.clone().map_or_else(payload::build, Ok)?;
+    let wanted = if options.tests.is_empty() { "all".into() } else { options.tests.join(",") };
+    let mut seen = BTreeSet::new();
+    for machine in machine::matrix(options.full) {
+        let mut on_machine = |test: &str, verdict: &Verdict| {
+            // What this machine lacks, another one has; if none has it, that is a failure, below.
+            if !matches!(verdict, Verdict::Ignored(_)) {
+                seen.insert(test.to_owned());
+                report(&format!("{machine}: {test}"), verdict);
+            }
+        };
+        run::run(&machine, &payload, &wanted, &mut on_machine)?;
+    }
+    if options.tests.is_empty() {
+        for test in TESTS.iter().filter(|test| !seen.contains(test.name)) {
+            report(test.name, &Verdict::Failed("no machine of the matrix has what it needs".into()));
+        }
+        let reset = Machine::USUAL;
+        report(&format!("{reset}: the payload resets the machine"), &run::resets(&reset, &payload)?);
+    }
+    Ok(failed == 0)
+}
+
+/// Hypercalls that no test of the payload names.
+fn calls_without_test() -> Vec<&'static str> {
+    let has_test = |name| TESTS.iter().any(|test| test.calls.contains(&name));
+    CALLS.iter().map(|call| call.name).filter(|&name| !has_test(name)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_call_has_a_test() {
+        assert_eq!(calls_without_test(), [""; 0]);
+    }
+
+    #[test]
+    fn tests_name_calls_of_the_table() {
+        for test in TESTS {
+            for name in test.calls {
+                assert!(CALLS.iter().any(|call| call.name == *name), "{}: {name}", test.name);
+            }
+        }
+    }
+
+    #[test]
+    fn tests_have_different_names_that_fit_on_the_command_line() {
+        let names: BTreeSet<_> = TESTS.iter().map(|test| test.name).collect();
+        assert_eq!(names.len(), TESTS.len());
+        assert!(names.iter().all(|name| name.chars().all(|c| c.is_ascii_lowercase() || "._0123456789".contains(c))));
+    }
+
+    #[test]
+    fn every_test_fits_a_machine_of_the_default_matrix() {
+        let matrix = machine::matrix(false);
+        for test in TESTS {
+            assert!(matrix.iter().any(|machine| machine.has_what_it_takes(test)), "{}", test.name);
+        }
+    }
+
+    #[test]
+    fn options() {
+        let parse = |text: &str| Options::parse(text.split_whitespace().map(str::to_owned));
+        let options = parse("--full --payload x.bin pins.* psci.race").unwrap();
+        assert!(options.full);
+        assert_eq!(options.payload, Some("x.bin".into()));
+        assert_eq!(options.tests, ["pins.*", "psci.race"]);
+        assert!(parse("--payload").is_err());
+        assert!(parse("--fast").is_err());
+    }
+}

@@ -1,0 +1,62 @@
+//! Builds the payload.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, ensure};
+use object::{Object, ObjectSegment, read::elf::ElfFile64};
+
+const TARGET: &str = "aarch64-unknown-none-softfloat";
+
+/// Root of the checkout.
+pub(crate) fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).map_or_else(PathBuf::new, Path::to_path_buf)
+}
+
+/// `cargo` in the checkout.
+pub(crate) fn cargo() -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(root());
+    command
+}
+
+/// Directory for what this program makes: beside cargo's own, wherever the user has put them.
+pub(crate) fn output_dir() -> Result<PathBuf> {
+    let own = env::current_exe().context("the path of this program")?;
+    let target = own.ancestors().nth(2).context("this program lies outside a target directory")?;
+    let dir = target.join("conformance");
+    fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    Ok(dir)
+}
+
+/// Builds the payload and returns the path of its flat binary.
+pub(crate) fn build() -> Result<PathBuf> {
+    let dir = output_dir()?;
+    let status = cargo()
+        .args(["build", "--quiet", "--release", "--package", "ravelin-payload", "--target", TARGET, "--target-dir"])
+        .arg(&dir)
+        .status()
+        .context("cannot start cargo")?;
+    ensure!(status.success(), "the payload does not build");
+    let elf = dir.join(TARGET).join("release/ravelin-payload");
+    let elf = fs::read(&elf).with_context(|| format!("cannot read {}", elf.display()))?;
+    let path = dir.join("payload.bin");
+    fs::write(&path, flatten(&elf)?).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(path)
+}
+
+/// The loaded bytes of an ELF file that is linked at 0.
+fn flatten(elf: &[u8]) -> Result<Vec<u8>> {
+    let file = ElfFile64::<object::Endianness>::parse(elf).context("the payload is no ELF file")?;
+    let mut flat = Vec::new();
+    for segment in file.segments() {
+        let data = segment.data()?;
+        let start = usize::try_from(segment.address())?;
+        flat.resize(flat.len().max(start + data.len()), 0);
+        flat[start..start + data.len()].copy_from_slice(data);
+    }
+    Ok(flat)
+}

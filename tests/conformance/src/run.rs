@@ -1,0 +1,194 @@
+//! One machine: starts it, follows the tests, and goes on behind one that hangs or kills the machine.
+
+use std::{
+    io::{Read, Write},
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::{
+        atomic::{AtomicU32, Ordering},
+        mpsc::{self, RecvTimeoutError},
+    },
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+
+use crate::{
+    machine::Machine,
+    monitor::Monitor,
+    output::{Event, Parser, Verdict},
+    payload,
+};
+
+/// How long a test may take. The longest takes some seconds where the machine is not busy otherwise.
+const TEST_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// How long it may take until the first test begins, builds included.
+const START_TIMEOUT: Duration = Duration::from_secs(900);
+
+/// Ends the machine when it goes out of scope.
+struct Guard(Child);
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        // Both fail only if it has ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A machine that runs.
+struct Session {
+    child: Guard,
+    output: mpsc::Receiver<Vec<u8>>,
+    socket: std::path::PathBuf,
+}
+
+/// What happened next.
+enum Next {
+    Events(Vec<Event>),
+    /// Nothing, for too long.
+    Silence,
+    /// The machine ended with this status.
+    End(i32),
+}
+
+impl Session {
+    fn start(machine: &Machine, image: &Path, arguments: &str) -> Result<Self> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let socket = payload::output_dir()?.join(format!("monitor-{}-{number}", std::process::id()));
+        let mut child = command(machine, image, arguments, &socket)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("cannot start cargo xtask run")?;
+        let mut output = child.stdout.take().context("the machine has no output")?;
+        let (sender, receiver) = mpsc::channel();
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(read @ 1..) = output.read(&mut buffer) {
+                if sender.send(buffer[..read].to_vec()).is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(Self { child: Guard(child), output: receiver, socket })
+    }
+
+    fn next(&mut self, parser: &mut Parser, timeout: Duration, console: &mut String) -> Result<Next> {
+        match self.output.recv_timeout(timeout) {
+            Ok(bytes) => {
+                let text = String::from_utf8_lossy(&bytes);
+                console.push_str(&text);
+                Ok(Next::Events(parser.push(&text)))
+            }
+            Err(RecvTimeoutError::Timeout) => Ok(Next::Silence),
+            Err(RecvTimeoutError::Disconnected) => Ok(Next::End(self.child.0.wait()?.code().unwrap_or(-1))),
+        }
+    }
+
+    fn answer(&mut self, page: u64, seed: u64) -> Result<()> {
+        let answer = if Monitor::connect(&self.socket)?.page_has_pattern(page, seed)? { b"y" } else { b"n" };
+        let stdin = self.child.0.stdin.as_mut().context("the machine has no input")?;
+        stdin.write_all(answer)?;
+        Ok(stdin.flush()?)
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // QEMU removes it at an orderly end.
+        let _ = std::fs::remove_file(&self.socket);
+    }
+}
+
+/// `cargo xtask run` is the one place that knows QEMU's command line.
+fn command(machine: &Machine, image: &Path, arguments: &str, socket: &Path) -> Command {
+    let mut image = image.as_os_str().to_owned();
+    if let Some(address) = machine.address {
+        image.push(format!("@{address:#x}"));
+    }
+    let mut command = payload::cargo();
+    command.args(["xtask", "run", "--cpu", machine.cpu, "--smp", &machine.smp.to_string()]);
+    command.args(["--memory", &format!("{}M", machine.memory), "--append", arguments, "--host-image"]).arg(image);
+    command.args(["--qemu-arg", "-monitor", "--qemu-arg"]);
+    let mut monitor = std::ffi::OsString::from("unix:");
+    monitor.push(socket);
+    monitor.push(",server=on,wait=off");
+    command.arg(monitor);
+    if machine.checked {
+        command.arg("--checked");
+    }
+    command
+}
+
+/// Runs the wanted tests on the machine and reports each.
+pub(crate) fn run(
+    machine: &Machine,
+    image: &Path,
+    wanted: &str,
+    report: &mut impl FnMut(&str, &Verdict),
+) -> Result<()> {
+    let mut last: Option<String> = None;
+    loop {
+        let after = last.as_ref().map_or_else(String::new, |test| format!(" after={test}"));
+        let mut session = Session::start(machine, image, &format!("test={wanted} inspector=yes{after}"))?;
+        let mut parser = Parser::default();
+        let mut console = String::new();
+        let mut current: Option<String> = None;
+        let mut done = false;
+        // Why it ended early.
+        let why = loop {
+            let timeout = if current.is_some() { TEST_TIMEOUT } else { START_TIMEOUT };
+            match session.next(&mut parser, timeout, &mut console)? {
+                Next::Events(events) => {
+                    for event in events {
+                        match event {
+                            Event::Begun(test) => current = Some(test),
+                            Event::Ended(verdict) => {
+                                if let Some(test) = current.take() {
+                                    report(&test, &verdict);
+                                    last = Some(test);
+                                }
+                            }
+                            Event::Inspect { page, seed } => session.answer(page, seed)?,
+                            Event::Done => done = true,
+                        }
+                    }
+                }
+                Next::Silence => break format!("nothing for {} s", timeout.as_secs()),
+                Next::End(0 | 1) if done => return Ok(()),
+                Next::End(status) => break format!("the machine ended with status {status}"),
+            }
+        };
+        let lines: Vec<_> = console.lines().rev().take(20).collect();
+        eprintln!("{machine}: {why}; the last lines of its console:");
+        lines.iter().rev().for_each(|line| eprintln!("    {line}"));
+        match current {
+            Some(test) => {
+                report(&test, &Verdict::Failed(why));
+                last = Some(test);
+            }
+            None => {
+                report("the run", &Verdict::Failed(why));
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// The payload ends with SYSTEM_RESET in place of SYSTEM_OFF: QEMU ends (it is told not to reboot), and the tests before it
+/// were in order.
+pub(crate) fn resets(machine: &Machine, image: &Path) -> Result<Verdict> {
+    let mut session = Session::start(machine, image, "test=psci.version end=reset")?;
+    let (mut parser, mut console, mut done) = (Parser::default(), String::new(), false);
+    loop {
+        match session.next(&mut parser, START_TIMEOUT, &mut console)? {
+            Next::Events(events) => done |= events.contains(&Event::Done),
+            Next::Silence => return Ok(Verdict::Failed("it did not".into())),
+            Next::End(0) if done => return Ok(Verdict::Passed),
+            Next::End(status) => return Ok(Verdict::Failed(format!("the machine ended with status {status}"))),
+        }
+    }
+}
