@@ -73,6 +73,7 @@ impl<'a, P: TablePool, F: Firmware> Host<'a, P, F> {
 
     /// Handles `SMC #immediate` from EL1 on `cpu`, the index of the CPU it runs on. The caller has moved the host's program
     /// counter behind the instruction. Does not return if the host turns off or suspends that CPU, or ends the machine.
+    #[inline(never)]
     pub fn smc(&self, cpu: usize, immediate: u16, registers: &mut Registers) {
         let is_hosts = |page| self.memory.page_state(page).state != HostState::NoPage;
         self.gate.smc(cpu, immediate, registers, &self.counters, is_hosts);
@@ -85,6 +86,7 @@ impl<'a, P: TablePool, F: Firmware> Host<'a, P, F> {
     }
 
     /// Handles a stage 2 translation fault at `address`.
+    #[inline(never)]
     pub fn fault<M: Machine>(&self, machine: &M, address: Ipa) -> FaultAction {
         match self.memory.host_fault(machine, address) {
             HostFault::Resolved => FaultAction::Resume,

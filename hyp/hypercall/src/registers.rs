@@ -12,13 +12,13 @@ pub(crate) const fn low_half(x: u64) -> u32 {
     u32::from_le_bytes([a, b, c, d])
 }
 
-/// Returns the function identifier and x0 to x3 as a call has them: a 32-bit call passes W registers, whatever is in the
-/// upper halves. `None` if x0 holds more than a function identifier.
-pub(crate) fn call_registers(registers: &Registers) -> Option<(u32, [u64; 4])> {
-    let [x0, x1, x2, x3, ..] = *registers;
+/// Returns x0 to x3 as a call has them: a 32-bit call passes W registers, whatever is in the upper halves. `None` if x0 holds
+/// more than a function identifier.
+pub(crate) fn call_registers(registers: &Registers) -> Option<[u64; 4]> {
+    let &[x0, x1, x2, x3, ..] = registers;
     let function = u32::try_from(x0).ok()?;
-    let values = [x0, x1, x2, x3];
-    Some((function, if function & CONVENTION_64 == 0 { values.map(|x| low_half(x).into()) } else { values }))
+    let mask = if function & CONVENTION_64 == 0 { u32::MAX.into() } else { u64::MAX };
+    Some([x0, x1 & mask, x2 & mask, x3 & mask])
 }
 
 /// Overwrites the first registers with results.
@@ -36,12 +36,9 @@ mod tests {
     fn a_32_bit_call_has_w_registers() {
         let mut registers = [u64::MAX; 18];
         registers[0] = 0x8400_0003;
-        assert_eq!(
-            call_registers(&registers),
-            Some((0x8400_0003, [0x8400_0003, 0xffff_ffff, 0xffff_ffff, 0xffff_ffff]))
-        );
+        assert_eq!(call_registers(&registers), Some([0x8400_0003, 0xffff_ffff, 0xffff_ffff, 0xffff_ffff]));
         registers[0] = 0xc400_0003;
-        assert_eq!(call_registers(&registers), Some((0xc400_0003, [0xc400_0003, u64::MAX, u64::MAX, u64::MAX])));
+        assert_eq!(call_registers(&registers), Some([0xc400_0003, u64::MAX, u64::MAX, u64::MAX]));
         registers[0] = 0x1_8400_0003;
         assert_eq!(call_registers(&registers), None);
     }

@@ -61,12 +61,13 @@ impl<'a, F: Firmware> Gate<'a, F> {
             set_results(registers, [NOT_SUPPORTED]);
         };
 
-        let Some((function, values)) = call_registers(registers).filter(|_| immediate == 0) else {
+        let (Some(values), 0) = (call_registers(registers), immediate) else {
             return refuse(registers);
         };
         // Firmware without SMCCC 1.1 has none of these, and might not even refuse them properly.
         let known = |calls: &[u32], function| self.offer.smccc.is_some() && calls.contains(&function);
-        let [_, argument, ..] = values;
+        let [function, argument, ..] = values;
+        let function = low_half(function);
         match function {
             SMCCC_VERSION => set_results(registers, [self.smccc_version().0.into()]),
             ARCH_FEATURES => match low_half(argument) {

@@ -12,7 +12,7 @@ use ravelin_arch::{
     CpuStart, El3, Exit, Hardware, HostFrame, enable_stage2, halt, host_exit as read_exit, prepare_cpu,
     pstate_features, secondary_entry, skip_instruction, take_exception, trapped,
 };
-use ravelin_hypercall::{Cpu, Entries, FaultAction, Firmware, Host};
+use ravelin_hypercall::{Cpu, Entries, Exception, FaultAction, Firmware, Host, PstateFeatures, Trapped};
 use ravelin_memory::{PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_ownership::{Memory, OwnershipTable, PAGES_PER_BLOCK};
 use ravelin_pgtable::{El2, Geometry, Machine, PageTable, PhysicalSize, Stage2};
@@ -191,12 +191,18 @@ extern "C" fn host_exit(frame: &mut HostFrame) {
         }
         Exit::Stage2Fault(address) => {
             if hypervisor.host.fault(&hypervisor.machine, address) == FaultAction::Inject {
-                take_exception(&trapped().abort(pstate_features()));
+                inject(Trapped::abort);
             }
         }
-        Exit::Abort => take_exception(&trapped().abort(pstate_features())),
-        Exit::Other => take_exception(&trapped().undefined(pstate_features())),
+        Exit::Abort => inject(Trapped::abort),
+        Exit::Other => inject(Trapped::undefined),
     }
+}
+
+/// Makes the host take an exception in place of what it did. Out of line, to keep it out of the way of calls.
+#[inline(never)]
+fn inject(exception: fn(&Trapped, PstateFeatures) -> Exception) {
+    take_exception(&exception(&trapped(), pstate_features()));
 }
 
 /// Stops the machine if a table disagrees with the ownership entries.
