@@ -138,8 +138,7 @@ pub(crate) fn run(
         let mut console = String::new();
         let mut current: Option<String> = None;
         let mut done = false;
-        // Why it ended early.
-        let why = loop {
+        let why_early = loop {
             let timeout = if current.is_some() { TEST_TIMEOUT } else { START_TIMEOUT };
             match session.next(&mut parser, timeout, &mut console)? {
                 Next::Events(events) => {
@@ -149,7 +148,6 @@ pub(crate) fn run(
                             Event::Ended(verdict) => {
                                 if let Some(test) = current.take() {
                                     report(&test, &verdict);
-                                    last = Some(test);
                                 }
                             }
                             Event::Inspect { page, seed } => session.answer(page, seed)?,
@@ -163,15 +161,15 @@ pub(crate) fn run(
             }
         };
         let lines: Vec<_> = console.lines().rev().take(20).collect();
-        eprintln!("{machine}: {why}; the last lines of its console:");
+        eprintln!("{machine}: {why_early}; the last lines of its console:");
         lines.iter().rev().for_each(|line| eprintln!("    {line}"));
         match current {
             Some(test) => {
-                report(&test, &Verdict::Failed(why));
+                report(&test, &Verdict::Failed(why_early));
                 last = Some(test);
             }
             None => {
-                report("the run", &Verdict::Failed(why));
+                report("the run", &Verdict::Failed(why_early));
                 return Ok(());
             }
         }

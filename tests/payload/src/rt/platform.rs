@@ -135,10 +135,8 @@ fn parse(address: usize) -> Platform {
                     platform.cpus.extend(affinity.filter(|&affinity| affinity != boot));
                 }
             }
-            "psci" => {
-                if node.property("method").is_some_and(|method| method.value() == b"hvc\0") {
-                    call::firmware_is_hvc();
-                }
+            "psci" if node.property("method").is_some_and(|method| method.value() == b"hvc\0") => {
+                call::firmware_is_hvc()
             }
             "pl011" => {
                 if let Some(region) = reg_of(node).next() {

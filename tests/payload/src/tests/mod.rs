@@ -31,7 +31,7 @@ pub(crate) mod stress;
 
 /// Why a test failed.
 #[derive(Clone)]
-pub(crate) struct Failure(ArrayString<240>);
+pub(crate) struct Failure(ArrayString<120>);
 
 impl Failure {
     pub(crate) fn new(reason: fmt::Arguments<'_>) -> Self {

@@ -119,7 +119,7 @@ pub(crate) fn bad_entry() -> Outcome {
         outcome?;
     }
     let end = platform.ram.iter().chain(&platform.carve_out).map(|region| region.end).max().unwrap_or(0);
-    for entry in [0, PAGE, platform.ram[0].start - 4, end, 1 << 47, 1 << 48, 1 << 52, u64::MAX & !3] {
+    for entry in [0, PAGE, platform.ram[0].start - 4, end, 1 << 47, 1 << 48, 1 << 52, !3] {
         refused(entry)?;
     }
     turn_on(1)?;
