@@ -9,7 +9,7 @@ use super::Report;
 use crate::setup::{self, Needs, rust};
 use crate::{process, workspace};
 
-/// Crates that only exist for the bare-metal target.
+/// Crates whose code is for the bare-metal target.
 const BARE_METAL: [&str; 3] = ["ravelin-arch", "ravelin", "ravelin-payload"];
 
 /// Crates whose tests run under Miri: those of the hypervisor that forbid unsafe code.
@@ -42,9 +42,16 @@ pub(super) fn clippy(_full: bool, report: &mut Report) -> Result<()> {
 
 /// Documentation.
 pub(super) fn doc(_full: bool, report: &mut Report) -> Result<()> {
-    let mut doc = process::cargo();
-    doc.args(["doc", "--quiet", "--workspace", "--no-deps", "--document-private-items"]);
-    report.check("cargo doc", process::run(doc.env("RUSTDOCFLAGS", "--deny warnings")));
+    let common = ["--quiet", "--no-deps", "--document-private-items"];
+    let deny = |command: &mut Command| process::run(command.args(common).env("RUSTDOCFLAGS", "--deny warnings"));
+    let mut here = process::cargo();
+    here.args(["doc", "--workspace"]).args(BARE_METAL.iter().flat_map(|package| ["--exclude", package]));
+    report.check("this machine", deny(&mut here));
+
+    setup::ensure(&Needs { bare_metal: true, ..Needs::default() })?;
+    let mut bare = rust::cargo("doc")?;
+    bare.args(BARE_METAL.iter().flat_map(|package| ["--package", package]));
+    report.check("bare metal", deny(&mut bare));
     Ok(())
 }
 
