@@ -224,6 +224,11 @@ impl<P: TablePool> Inner<'_, P> {
 
     /// Makes sure that the pool has the tables that `step` takes for the EL2 stage 1, and leaves enough to the host.
     fn reserve<M: Machine>(&mut self, machine: &M, range: PhysRange, step: &Step) -> Result<(), Failure> {
+        let available = self.pool.available();
+        let enough = PageTable::<El2>::most_tables(range.pages()).saturating_add(HOST_RESERVE);
+        if step.el2 == El2Change::None || enough <= available {
+            return Ok(());
+        }
         let mut needed = 0_usize;
         let mut after = None;
         let Self { table, el2, .. } = self;
@@ -247,7 +252,6 @@ impl<P: TablePool> Inner<'_, P> {
         if needed == 0 {
             return Ok(());
         }
-        let available = self.pool.available();
         // The host's own tables count as left to it: it can be made to build them anew.
         if needed.saturating_add(HOST_RESERVE) > available.saturating_add(self.host.tables()) {
             return Err(Failure { reason: Reason::NoMemory, page: range.base() });

@@ -10,12 +10,16 @@ use crate::{
 pub(crate) struct Step {
     pub(crate) before: State,
     pub(crate) after: State,
-    /// Fewest and most pins that the page may have.
-    pins: (u64, u64),
-    /// What to answer if it has others.
+    /// What to answer if a page has too few or too many pins.
     otherwise: Reason,
+    /// The entry with the fewest pins that the step may be taken from.
+    least: Entry,
+    /// How many pins more there may be.
+    spare_pins: u64,
     /// What is added to the entry, modulo 2^64.
     delta: u64,
+    /// What is added to the number of pages that the host owns and does not share, for each page, modulo 2^64.
+    pub(crate) owned: u64,
     /// Which pages the EL2 stage 1 has to map or to unmap.
     pub(crate) el2: El2Change,
 }
@@ -45,23 +49,34 @@ impl Step {
     pub(crate) const PIN: Self = Self {
         before: State::HOST_SHARED,
         after: State::HOST_SHARED,
-        pins: (0, Entry::MAX_PINS.wrapping_sub(1)),
         otherwise: Reason::PinLimit,
+        least: Entry::new(State::HOST_SHARED, 0),
+        spare_pins: Entry::MAX_PINS.wrapping_sub(1),
         delta: ONE_PIN,
+        owned: 0,
         el2: El2Change::MapFirst,
     };
     pub(crate) const UNPIN: Self = Self {
         before: State::HOST_SHARED,
         after: State::HOST_SHARED,
-        pins: (1, Entry::MAX_PINS),
         otherwise: Reason::Denied,
+        least: Entry::new(State::HOST_SHARED, 1),
+        spare_pins: Entry::MAX_PINS.wrapping_sub(1),
         delta: ONE_PIN.wrapping_neg(),
+        owned: 0,
         el2: El2Change::UnmapLast,
     };
 
+    /// The step between two different states; pinned pages cannot take it.
     const fn unpinned(before: State, after: State, el2: El2Change) -> Self {
-        let delta = Entry::new(after, 0).bits().wrapping_sub(Entry::new(before, 0).bits());
-        Self { before, after, pins: (0, 0), otherwise: Reason::Busy, delta, el2 }
+        let least = Entry::new(before, 0);
+        let delta = Entry::new(after, 0).bits().wrapping_sub(least.bits());
+        let owned = match (before, after) {
+            (State::HOST_OWNED, _) => 1_u64.wrapping_neg(),
+            (_, State::HOST_OWNED) => 1,
+            _ => 0,
+        };
+        Self { before, after, otherwise: Reason::Busy, least, spare_pins: 0, delta, owned, el2 }
     }
 
     /// Returns whether the step may be taken from `entry`.
@@ -69,9 +84,7 @@ impl Step {
     /// State and pins are adjacent fields, so this is one comparison.
     #[inline]
     pub(crate) const fn allows(&self, entry: Entry) -> bool {
-        let least = Entry::new(self.before, self.pins.0).bits();
-        let most = Entry::new(self.before, self.pins.1).bits();
-        entry.bits().wrapping_sub(least) <= most.wrapping_sub(least)
+        entry.bits().wrapping_sub(self.least.bits()) <= self.spare_pins
     }
 
     /// Returns why the step may not be taken from `entry`.
@@ -85,10 +98,11 @@ impl Step {
         Entry::from_bits(entry.bits().wrapping_add(self.delta))
     }
 
-    /// Returns whether the step puts a page into the EL2 stage 1 or takes it out, from `entry`.
+    /// Returns whether the step, which is allowed, puts a page into the EL2 stage 1 or takes it out, from `entry`: the one
+    /// with the fewest pins.
     #[inline]
     pub(crate) const fn changes_el2(&self, entry: Entry) -> bool {
-        entry.in_el2() != self.apply(entry).in_el2()
+        entry.bits() == self.least.bits() && !matches!(self.el2, El2Change::None)
     }
 
     /// Returns whether the host loses its access.
@@ -105,13 +119,28 @@ mod tests {
     const STATES: [State; 5] =
         [State::NOBODY, State::HOST_OWNED, State::HOST_SHARED, State::HYP_OWNED, State::HYP_DONATED];
 
+    impl Step {
+        fn pins(&self) -> std::ops::RangeInclusive<u64> {
+            let least = self.least.pins();
+            least..=least + self.spare_pins
+        }
+    }
+
+    #[test]
+    fn the_owned_column_agrees_with_the_states() {
+        let owned = |state| u64::from(state == State::HOST_OWNED);
+        for step in STEPS {
+            assert_eq!(owned(step.before).wrapping_add(step.owned), owned(step.after), "{step:?}");
+        }
+    }
+
     #[test]
     fn a_step_is_allowed_from_its_state_alone() {
         for step in STEPS {
             for state in STATES {
                 for pins in [0, 1, 2, Entry::MAX_PINS - 1, Entry::MAX_PINS] {
                     let entry = Entry::new(state, pins);
-                    let expected = state == step.before && (step.pins.0..=step.pins.1).contains(&pins);
+                    let expected = state == step.before && step.pins().contains(&pins);
                     assert_eq!(step.allows(entry), expected, "{step:?} from {entry:?}");
                     if expected {
                         assert_eq!(step.apply(entry).state(), step.after, "{step:?} from {entry:?}");
@@ -124,7 +153,7 @@ mod tests {
     #[test]
     fn the_el2_column_agrees_with_the_entries() {
         for step in STEPS {
-            for pins in step.pins.0..=step.pins.1 {
+            for pins in step.pins() {
                 let entry = Entry::new(step.before, pins);
                 let expected = match step.el2 {
                     El2Change::None => false,
@@ -132,6 +161,7 @@ mod tests {
                     El2Change::MapFirst => pins == 0,
                     El2Change::UnmapLast => pins == 1,
                 };
+                assert_eq!(entry.in_el2() != step.apply(entry).in_el2(), expected, "{step:?} from {entry:?}");
                 assert_eq!(step.changes_el2(entry), expected, "{step:?} from {entry:?}");
             }
         }

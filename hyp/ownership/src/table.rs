@@ -119,6 +119,21 @@ fn pieces(range: PhysRange) -> impl Iterator<Item = Piece> {
     })
 }
 
+/// Yields index and length of each run of entries that `f` accepts.
+#[inline]
+fn runs(entries: &[u64], f: impl Fn(Entry) -> bool) -> impl Iterator<Item = (usize, usize)> {
+    let mut done = 0_usize;
+    core::iter::from_fn(move || {
+        let rest = entries.get(done..)?;
+        let skipped = rest.iter().position(|&bits| f(Entry::from_bits(bits)))?;
+        let rest = rest.get(skipped..)?;
+        let length = rest.iter().position(|&bits| !f(Entry::from_bits(bits))).unwrap_or(rest.len());
+        let first = done.wrapping_add(skipped);
+        done = first.wrapping_add(length);
+        Some((first, length))
+    })
+}
+
 fn to_usize(number: u64) -> usize {
     usize::try_from(number).unwrap_or(usize::MAX)
 }
@@ -282,10 +297,10 @@ impl<'a> OwnershipTable<'a> {
     /// EL2 stage 1 or takes out of it.
     pub(crate) fn el2_runs(&self, range: PhysRange, step: &Step, mut f: impl FnMut(PhysRange)) {
         let mut run: Option<(u64, u64)> = None;
-        let mut extend = |start: u64, pages: u64| match &mut run {
-            Some((_, end)) if *end == start => *end = end.wrapping_add(pages),
+        let mut extend = |start: u64, pages: usize| match &mut run {
+            Some((_, end)) if *end == start => *end = end.wrapping_add(to_u64(pages)),
             _ => {
-                if let Some(range) = run.replace((start, start.wrapping_add(pages))).and_then(run_range) {
+                if let Some(range) = run.replace((start, start.wrapping_add(to_u64(pages)))).and_then(run_range) {
                     f(range);
                 }
             }
@@ -294,14 +309,12 @@ impl<'a> OwnershipTable<'a> {
             let Some(index) = self.index(piece.number) else { continue };
             let start = piece.base().page_number();
             match self.block(index).as_uniform() {
-                Some(entry) if step.changes_el2(entry) => extend(start, to_u64(piece.len())),
+                Some(entry) if step.changes_el2(entry) => extend(start, piece.len()),
                 Some(_) => {}
                 None => {
                     let entries = self.pages.get(index).and_then(|pages| pages.get(piece.first..piece.end));
-                    for (&bits, page) in entries.unwrap_or_default().iter().zip(start..) {
-                        if step.changes_el2(Entry::from_bits(bits)) {
-                            extend(page, 1);
-                        }
+                    for (first, pages) in runs(entries.unwrap_or_default(), |entry| step.changes_el2(entry)) {
+                        extend(start.wrapping_add(to_u64(first)), pages);
                     }
                 }
             }
@@ -325,14 +338,7 @@ impl<'a> OwnershipTable<'a> {
             for bits in entries.unwrap_or_default() {
                 *bits = step.apply(Entry::from_bits(*bits)).bits();
             }
-            let owned = self.block(index).owned();
-            let pages = to_u64(piece.len());
-            let owned = match (step.before, step.after) {
-                (before, after) if before == after => owned,
-                (State::HOST_OWNED, _) => owned.wrapping_sub(pages),
-                (_, State::HOST_OWNED) => owned.wrapping_add(pages),
-                _ => owned,
-            };
+            let owned = self.block(index).owned().wrapping_add(step.owned.wrapping_mul(to_u64(piece.len())));
             if owned == PAGES_PER_BLOCK_U64 {
                 self.set_block(index, Block::uniform(Entry::new(State::HOST_OWNED, 0)).primed());
                 let base = piece.page(0);

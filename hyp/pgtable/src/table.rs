@@ -124,6 +124,7 @@ impl Span {
     }
 }
 
+#[inline]
 fn index_of(addr: u64, shift: u32) -> usize {
     // Below 512, which fits.
     usize::try_from(addr.wrapping_shr(shift) & TABLE_ENTRIES.wrapping_sub(1)).unwrap_or_default()
@@ -230,6 +231,14 @@ impl<R: Regime> PageTable<R> {
         }
     }
 
+    /// Returns a number of tables that is enough for whatever is done to `pages` pages in a row, without looking at them.
+    #[must_use]
+    pub fn most_tables(pages: u64) -> usize {
+        // A table of level 3 for every 512 pages and two at the ends, and not more than that above.
+        let most = (pages / TABLE_ENTRIES).saturating_mul(2).saturating_add(6);
+        usize::try_from(most).unwrap_or(usize::MAX)
+    }
+
     /// Returns how many tables [`PageTable::map`] takes from the pool for the same arguments.
     ///
     /// To plan several ranges in ascending order, sum up the answers and give as `after` an address of the range before:
@@ -267,7 +276,10 @@ impl<R: Regime> PageTable<R> {
         if range.end() > self.geometry.end() || to.checked_add(range.size().wrapping_sub(1)).is_none() {
             return Err(MapError::OutOfRange);
         }
-        if self.tables_to_map(machine, range, to, usage, None) > pool.available() {
+        let available = pool.available();
+        if Self::most_tables(range.pages()) > available
+            && self.tables_to_map(machine, range, to, usage, None) > available
+        {
             return Err(MapError::OutOfTables);
         }
         let wanted = Wanted::new::<R>(range, to, usage);
@@ -367,23 +379,26 @@ impl<R: Regime> PageTable<R> {
         span: Span,
         wanted: Wanted,
     ) -> Result<u64, MapError> {
+        let Some(below) = level.next() else {
+            return Ok(map_pages::<R, M>(means.machine, table, span, wanted));
+        };
         let mut added = 0_u64;
         for slot in span.slots(table, level) {
             let old = slot.read(means.machine);
-            match (old.kind(level), wanted.leaf(slot), level.next()) {
-                (Kind::Invalid, Some(leaf), _) => {
+            match (old.kind(level), wanted.leaf(slot)) {
+                (Kind::Invalid, Some(leaf)) => {
                     slot.write(means.machine, leaf);
                     added = added.wrapping_add(1);
                 }
-                (Kind::Leaf(to), ..) if wanted.is_met_by(old, to, slot) => {}
-                (Kind::Leaf(_), Some(leaf), _) => replace::<R, M>(means.machine, slot, leaf),
-                (Kind::Table(next) | Kind::Pending(next), _, Some(below)) => {
+                (Kind::Leaf(to), _) if wanted.is_met_by(old, to, slot) => {}
+                (Kind::Leaf(_), Some(leaf)) => replace::<R, M>(means.machine, slot, leaf),
+                (Kind::Table(next) | Kind::Pending(next), _) => {
                     let more = self.map_in(means, next, below, slot.part, wanted)?;
                     if more != 0 {
                         slot.write(means.machine, old.with_entries(old.entries().wrapping_add(more)));
                     }
                 }
-                (Kind::Leaf(to), None, Some(below)) => {
+                (Kind::Leaf(to), None) => {
                     let rest = self.split(means, old, to, slot).ok_or(MapError::OutOfTables)?;
                     if let Kind::Table(next) = rest.kind(level) {
                         let more = self.map_in(means, next, below, slot.part, wanted)?;
@@ -392,7 +407,7 @@ impl<R: Regime> PageTable<R> {
                         replace::<R, M>(means.machine, slot, rest);
                     }
                 }
-                (Kind::Invalid, None, Some(below)) => {
+                (Kind::Invalid, None) => {
                     let next = self.allocate(means).ok_or(MapError::OutOfTables)?;
                     means.machine.clear_table(next);
                     let entries = self.map_in(means, next, below, slot.part, wanted)?;
@@ -401,8 +416,6 @@ impl<R: Regime> PageTable<R> {
                     slot.write(means.machine, Descriptor::table(next, entries));
                     added = added.wrapping_add(1);
                 }
-                // Every page fits a descriptor of level 3, and level 3 has no tables.
-                (_, _, None) => {}
             }
         }
         Ok(added)
@@ -417,11 +430,14 @@ impl<R: Regime> PageTable<R> {
         span: Span,
         flush: &mut Flush<R>,
     ) -> u64 {
+        let Some(below) = level.next() else {
+            return unmap_pages(means.machine, table, span, flush);
+        };
         let mut removed = 0_u64;
         for slot in span.slots(table, level) {
             let old = slot.read(means.machine);
-            match (old.kind(level), level.next()) {
-                (Kind::Leaf(to), _) => {
+            match old.kind(level) {
+                Kind::Leaf(to) => {
                     let rest = if slot.whole { None } else { self.split(means, old, to, slot) };
                     let rest = rest.map_or(Descriptor::INVALID, Descriptor::pending);
                     slot.write(means.machine, rest);
@@ -429,13 +445,13 @@ impl<R: Regime> PageTable<R> {
                     removed = removed.wrapping_add(u64::from(rest == Descriptor::INVALID));
                     flush.add_span(if rest == Descriptor::INVALID { slot.all() } else { slot.part });
                 }
-                (Kind::Table(next) | Kind::Pending(next), Some(below)) => {
+                Kind::Table(next) | Kind::Pending(next) => {
                     let gone =
                         if slot.whole { old.entries() } else { self.unmap_in(means, next, below, slot.part, flush) };
                     let left = old.entries().wrapping_sub(gone);
                     if left == 0 {
                         slot.write(means.machine, Descriptor::INVALID);
-                        detach(means.machine, next, below, flush);
+                        detach(means.machine, next, below, if slot.whole { gone } else { 0 }, flush);
                         flush.tables = true;
                         flush.add_span(slot.part);
                         removed = removed.wrapping_add(1);
@@ -443,7 +459,7 @@ impl<R: Regime> PageTable<R> {
                         slot.write(means.machine, old.with_entries(left));
                     }
                 }
-                _ => {}
+                Kind::Invalid => {}
             }
         }
         removed
@@ -495,6 +511,48 @@ impl<R: Regime> Flush<R> {
     }
 }
 
+/// Maps `span` in `table`, which is of level 3, and returns how many entries have come into use. The inner loop of
+/// [`PageTable::map`].
+fn map_pages<R: Regime, M: Machine>(machine: &M, table: PhysAddr, span: Span, wanted: Wanted) -> u64 {
+    let mut added = 0_u64;
+    let mut addr = span.start;
+    let to = Addr::from_bits_truncating(addr.wrapping_add(wanted.offset));
+    let mut leaf = Descriptor::leaf(Level::L3, to, wanted.attributes);
+    while addr < span.end {
+        let index = index_of(addr, Level::L3.shift());
+        let old = Descriptor::from_bits(machine.read(table, index));
+        if old == Descriptor::INVALID {
+            machine.write(table, index, leaf.bits());
+            added = added.wrapping_add(1);
+        } else if old != leaf {
+            let part = Span { start: addr, end: addr.wrapping_add(PAGE_SIZE) };
+            replace::<R, M>(machine, Slot { table, index, level: Level::L3, part, whole: true }, leaf);
+        }
+        leaf = Descriptor::from_bits(leaf.bits().wrapping_add(PAGE_SIZE));
+        addr = addr.wrapping_add(PAGE_SIZE);
+    }
+    added
+}
+
+/// Takes `span` out of `table`, which is of level 3, and returns how many entries have gone out of use. The inner loop of
+/// [`PageTable::unmap`].
+fn unmap_pages<R: Regime, M: Machine>(machine: &M, table: PhysAddr, span: Span, flush: &mut Flush<R>) -> u64 {
+    let mut removed = 0_u64;
+    let mut addr = span.start;
+    while addr < span.end {
+        let index = index_of(addr, Level::L3.shift());
+        if machine.read(table, index) != Descriptor::INVALID.bits() {
+            machine.write(table, index, Descriptor::INVALID.bits());
+            removed = removed.wrapping_add(1);
+        }
+        addr = addr.wrapping_add(PAGE_SIZE);
+    }
+    if removed != 0 {
+        flush.add_span(span);
+    }
+    removed
+}
+
 /// A visitor of leaves.
 type Visitor<'a, R> = &'a mut dyn FnMut(PageRange<<R as Regime>::Space>, Option<Mapping<<R as Regime>::Usage>>);
 
@@ -530,15 +588,18 @@ fn replace<R: Regime, M: Machine>(machine: &M, slot: Slot, new: Descriptor) {
     slot.write(machine, new);
 }
 
-/// Puts `table`, which nothing refers to any more, and all below it on the list of tables to be freed.
-fn detach<R: Regime, M: Machine>(machine: &M, table: PhysAddr, level: Level, flush: &mut Flush<R>) {
+/// Puts `table`, which nothing refers to any more, and all below it on the list of tables to be freed. Of its entries
+/// `used` are still in use.
+fn detach<R: Regime, M: Machine>(machine: &M, table: PhysAddr, level: Level, used: u64, flush: &mut Flush<R>) {
     if let Some(below) = level.next() {
-        for index in 0..TABLE_ENTRIES {
-            let index = index_of(index, 0);
-            let descriptor = Descriptor::from_bits(machine.read(table, index));
+        let (mut index, mut left) = (0, used);
+        while left != 0 && index < TABLE_ENTRIES {
+            let descriptor = Descriptor::from_bits(machine.read(table, index_of(index, 0)));
             if let Kind::Table(next) | Kind::Pending(next) = descriptor.kind(level) {
-                detach(machine, next, below, flush);
+                detach(machine, next, below, descriptor.entries(), flush);
             }
+            left = left.wrapping_sub(u64::from(descriptor != Descriptor::INVALID));
+            index = index.wrapping_add(1);
         }
     }
     machine.write(table, 0, flush.detached.raw());
