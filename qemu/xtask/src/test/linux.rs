@@ -1,8 +1,14 @@
-//! A stock Linux as the host: the matrix of machines, and what the host must not notice.
+//! A stock Linux as the host: what boots, what the host must not notice, and what it must survive.
+//!
+//! Each boot runs the program of `tests/linux` with many checks. Its results, and what differs from a host on the same
+//! machine without the hypervisor, are counted one by one.
+
+mod refusal;
+mod transcript;
 
 use std::collections::BTreeSet;
+use std::fmt::Write as _;
 use std::fs;
-use std::ops::Range;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -10,13 +16,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::Report;
-use crate::initramfs::ExtraFile;
+use crate::initramfs::{self, ExtraFile, Task};
 use crate::machine::parse_size;
-use crate::qemu::Outcome;
+use crate::qemu::{Outcome, Scratch};
 use crate::run::{Options, Ready};
 use crate::setup::packages::Manifest;
 use crate::setup::{BUSYBOX, DEFAULT_KERNEL, Needs, rust};
 use crate::{process, setup, workspace};
+use transcript::{Check, Transcript};
 
 const CPUS: [&str; 6] = ["cortex-a53", "cortex-a72", "cortex-a76", "neoverse-n1", "neoverse-v1", "max"];
 const NUMBERS: [u32; 4] = [1, 2, 4, 8];
@@ -25,79 +32,92 @@ const SIZES: [&str; 5] = ["512M", "1G", "2G", "4G", "8G"];
 /// Kernels of the manifest besides the default one.
 const OTHER_KERNELS: [&str; 2] = ["linux-old", "linux-new"];
 
-/// The part of the matrix that runs without `--full`: each model, number and size at least once.
-const SMALL_MATRIX: [(&str, u32, &str); 8] = [
-    ("cortex-a53", 1, "512M"),
-    ("cortex-a53", 8, "1G"),
-    ("cortex-a72", 2, "1G"),
-    ("cortex-a76", 4, "2G"),
-    ("neoverse-n1", 8, "4G"),
-    ("neoverse-v1", 2, "8G"),
-    ("max", 1, "512M"),
-    ("max", 4, "2G"),
+/// The part of the matrix that runs without `--full`: each model, number and size at least once, and what else the host
+/// does there.
+const SMALL_MATRIX: [(&str, u32, &str, &[Extra]); 6] = [
+    ("cortex-a53", 1, "512M", &[]),
+    ("cortex-a72", 4, "1G", &[Extra::Hotplug, Extra::Memory]),
+    ("cortex-a76", 2, "2G", &[Extra::Suspend]),
+    ("neoverse-n1", 8, "4G", &[]),
+    ("neoverse-v1", 2, "8G", &[]),
+    ("max", 4, "2G", &[]),
 ];
 
-/// Long enough for 8 emulated CPUs on a busy machine; a boot takes some seconds.
-const TIMEOUT: Duration = Duration::from_secs(300);
+/// What is added to some rows of the whole matrix.
+const FULL_EXTRAS: [(&str, u32, &str, &[Extra]); 6] = [
+    ("cortex-a53", 2, "512M", &[Extra::Memory]),
+    ("cortex-a72", 4, "1G", &[Extra::Hotplug, Extra::Memory]),
+    ("cortex-a76", 2, "2G", &[Extra::Suspend]),
+    ("cortex-a76", 4, "8G", &[Extra::Memory]),
+    ("neoverse-n1", 8, "4G", &[Extra::Hotplug]),
+    ("max", 4, "2G", &[Extra::Hotplug, Extra::Memory]),
+];
 
-/// Off and on again, for each CPU but the first.
+/// Enough for 8 emulated CPUs, or for 8 GiB of memory to be filled, on a busy machine.
+const TIMEOUT: Duration = Duration::from_secs(900);
+
+/// Off and on again, for each CPU.
 const HOTPLUG_ROUNDS: u32 = 100;
 
-/// Prints what [`Observed::parse`] reads.
+/// Memory in MiB that the workload leaves to everything else.
+const LEFT_FREE: u32 = 40;
+
+/// The file with the place of the carve-out, seen from the host.
+const NODE: &str = "/proc/device-tree/reserved-memory/ravelin@*/reg";
+
+/// Shell functions of the scripts.
+const PRELUDE: &str = "
+dmesg -n 1
+probe() { /bin/probe \"$@\" || echo \"@fail probe $1: it ended with status $?\"; }
+";
+
+/// What is looked at on every boot, with the hypervisor and without.
 const OBSERVE: &str = "
-echo \"cpus $(nproc)\"
-echo \"tainted $(cat /proc/sys/kernel/tainted)\"
-sed 's/^/iomem /' /proc/iomem
-dmesg -r | sed 's/^/dmesg /'
+echo \"@note cpus = $(nproc)\"
+echo \"@note MemTotal = $(awk '/^MemTotal/ { print $2 }' /proc/meminfo)\"
+echo \"@value taint = $(cat /proc/sys/kernel/tainted)\"
+echo \"@value mem_sleep = $(cat /sys/power/mem_sleep)\"
+sort -u /proc/cpuinfo | awk -F '[\\t ]*: ' '/^(Features|CPU)/ { print \"@value \" $1 \" = \" $2 }'
+sed 's/^/@iomem /' /proc/iomem
+dmesg -r | sed 's/^/@dmesg /'
+dmesg -c >/dev/null
+probe identity
+probe instructions
+probe pmu
 ";
 
-/// Takes each CPU but the first off and on again.
-const HOTPLUG: &str = "
-all=$(nproc)
-for cpu in /sys/devices/system/cpu/cpu[1-9]*; do
-    round=0
-    while [ $round -lt ROUNDS ]; do
-        echo 0 >$cpu/online || exit 1
-        echo 1 >$cpu/online || exit 1
-        round=$((round + 1))
-    done
-done
-[ $(nproc) = $all ]
+/// What ends every script: what the kernel has said meanwhile.
+const AFTER: &str = "
+dmesg -r | sed 's/^/@dmesg /'
+echo \"@note taint afterwards = $(cat /proc/sys/kernel/tainted)\"
+echo \"@note cpus afterwards = $(nproc)\"
 ";
 
-/// Fills nearly all of RAM with copies of random data and compares them.
-const FILL: &str = "
-mount -o remount,size=100% /tmp
-head -c 16m /dev/urandom >/tmp/0
-copies=$(awk '/^MemAvailable/ { print int($2 / 16384 * 0.92) }' /proc/meminfo)
-echo \"copies of 16 MiB: $copies\"
-for copy in $(seq $copies); do cp /tmp/0 /tmp/$copy || exit 1; done
-for copy in $(seq $copies); do cmp /tmp/0 /tmp/$copy || exit 1; done
+/// Suspends to idle until the clock rings.
+const SUSPEND: &str = "
+clock=/sys/class/rtc/rtc0
+before=$(cat $clock/since_epoch)
+echo $((before + 3)) >$clock/wakealarm
+if echo freeze >/sys/power/state && [ $(cat $clock/since_epoch) -ge $((before + 2)) ]; then
+    echo \"@ok suspend to idle, with an alarm\"
+else
+    echo \"@fail suspend to idle, with an alarm: woken $(($(cat $clock/since_epoch) - before)) s later\"
+fi
 ";
 
-/// Every access to the carve-out ends with a signal or an error for the process that makes it, and nothing else.
-const TOUCH: &str = "
-fails() {
-    expected=$1
-    shift
-    carve_out \"$@\" >/tmp/passed
-    status=$?
-    [ $status = $expected ] || { echo \"$*: status $status, not $expected\"; exit 1; }
+/// What only some boots do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Extra {
+    /// All CPUs off and on again, many times.
+    Hotplug,
+    /// Nearly all of RAM in use.
+    Memory,
+    /// Suspend to idle.
+    Suspend,
 }
-for address in ADDRESSES; do
-    fails BUS read $address
-    fails BUS write $address
-    fails EFAULT pass $address
-done
-# In parallel, from all CPUs.
-for process in $(seq 20); do carve_out read FIRST & done
-wait
-dd if=/proc/kcore of=/dev/null bs=1M count=64 2>/dev/null
-uname -a
-";
 
 /// A machine and what boots on it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Config {
     cpu: &'static str,
     smp: u32,
@@ -108,67 +128,176 @@ struct Config {
 impl std::fmt::Display for Config {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { cpu, smp, memory, kernel } = self;
-        write!(f, "{kernel} on {cpu} x{smp}, {memory}")
+        if *kernel != DEFAULT_KERNEL {
+            write!(f, "{kernel} on ")?;
+        }
+        write!(f, "{cpu} x{smp} {memory}")
     }
 }
 
 /// The machine of the tests that need only one.
-const USUAL: Config = Config { cpu: "cortex-a76", smp: 4, memory: "1G", kernel: DEFAULT_KERNEL };
+const USUAL: Config = Config { cpu: "cortex-a76", smp: 2, memory: "1G", kernel: DEFAULT_KERNEL };
 
 /// Runs the suite.
 pub(super) fn run(full: bool, report: &mut Report) -> Result<()> {
     setup::ensure(&Needs { qemu: true, bare_metal: true, gdb: false, packages: &[DEFAULT_KERNEL, BUSYBOX] })?;
-    let config = |(cpu, smp, memory)| Config { cpu, smp, memory, kernel: DEFAULT_KERNEL };
-    let mut matrix: Vec<Config> = if full {
-        let sizes = |cpu, smp| SIZES.map(|memory| config((cpu, smp, memory)));
-        CPUS.iter().flat_map(|&cpu| NUMBERS.iter().flat_map(move |&smp| sizes(cpu, smp))).collect()
-    } else {
-        SMALL_MATRIX.map(config).into()
-    };
-    if full {
-        for kernel in OTHER_KERNELS {
-            match Manifest::load()?.ensure(kernel) {
-                Ok(_) => matrix.extend(CPUS.map(|cpu| Config { cpu, smp: 2, memory: "2G", kernel })),
-                Err(error) => report.skip(kernel, &format!("{error:#}")),
-            }
-        }
-    }
+    let probe = fs::read(build_probe()?)?;
+    let mut suite = Suite { probe, without: Vec::new() };
     let mut rows = Vec::new();
-    for config in matrix {
+    for (config, extras) in matrix(full, report)? {
         let start = Instant::now();
-        let result = boot_test(&config);
-        let verdict = if result.is_ok() { "ok" } else { "FAILED" };
+        let failures = report.failures();
+        suite.row(&config, extras, report);
+        let verdict = if report.failures() == failures { "ok" } else { "FAILED" };
         rows.push((config, verdict, start.elapsed().as_secs()));
-        report.check(&config.to_string(), result);
     }
-    if full {
-        print_matrix(&rows);
-    }
+    print_matrix(&rows);
 
-    // One comparison for each model suffices: what a kernel warns of depends on the CPU's features.
-    for cpu in CPUS {
-        let config = Config { cpu, ..USUAL };
-        report.check(&format!("the log of {config} has no new warning"), compare_logs(&config));
-    }
-    report.check("CPU hotplug", hotplug());
-    report.check("nearly all of RAM in use", fill(full));
-    touch(report);
-    report.check("the status of a command is that of xtask", exit_status());
-    report.check("a reset ends the machine", reset());
-    report.check("a GICv2 is refused", refused(&["gic"], |options| options.machine = Some("virt-gicv2".into())));
-    let at_el1 = |options: &mut Options| options.qemu_arg = ["-machine", "virtualization=off"].map(Into::into).into();
-    report.check("entry at EL1 is refused", refused(&["EL2"], at_el1));
+    report.check("--exec passes on the output and the status 0", exit_status("uname -a; nproc; dmesg | tail", 0));
+    report.check("--exec passes on the status 1", exit_status("false", 1));
+    report.check("poweroff ends the machine", ends("poweroff -f", "reboot: Power down"));
+    report.check("reboot ends the machine", ends("reboot -f", "reboot: Restarting system"));
+    report.check("an initrd given by linux,initrd-start", initrd_of_the_bootloader());
+    suite.unguarded(report);
+    refusal::run(report);
     Ok(())
 }
 
-/// What a boot has shown.
-struct Booted {
-    outcome: Outcome,
-    console: String,
+/// The machines, and what else is done there.
+fn matrix(full: bool, report: &mut Report) -> Result<Vec<(Config, &'static [Extra])>> {
+    let config = |cpu, smp, memory| Config { cpu, smp, memory, kernel: DEFAULT_KERNEL };
+    if !full {
+        return Ok(SMALL_MATRIX.map(|(cpu, smp, memory, extras)| (config(cpu, smp, memory), extras)).into());
+    }
+    let mut matrix = Vec::new();
+    for (cpu, smp) in CPUS.iter().flat_map(|cpu| NUMBERS.map(|smp| (*cpu, smp))) {
+        for memory in SIZES {
+            let with_extras = FULL_EXTRAS.iter().find(|row| (row.0, row.1, row.2) == (cpu, smp, memory));
+            matrix.push((config(cpu, smp, memory), with_extras.map_or(&[][..], |row| row.3)));
+        }
+    }
+    for kernel in OTHER_KERNELS {
+        match Manifest::load()?.ensure(kernel) {
+            Ok(_) => matrix.extend(CPUS.map(|cpu| (Config { cpu, smp: 2, memory: "2G", kernel }, &[][..]))),
+            Err(error) => report.skip(kernel, &format!("{error:#}")),
+        }
+    }
+    Ok(matrix)
 }
 
-/// Boots a host and runs a script in it; the console goes to a file, too.
-fn boot(name: &str, config: &Config, change: impl FnOnce(&mut Options)) -> Result<Booted> {
+/// What the boots share.
+struct Suite {
+    /// The program of `tests/linux`.
+    probe: Vec<u8>,
+    /// Boots without the hypervisor.
+    without: Vec<(Config, Transcript)>,
+}
+
+impl Suite {
+    /// Boots a script, with the program.
+    fn boot(&self, name: &str, config: &Config, script: &str, hypervisor: bool) -> Result<Transcript> {
+        let probe = ExtraFile { path: "bin/probe".into(), contents: self.probe.clone() };
+        boot(name, config, |options| {
+            options.exec = Some(format!("{PRELUDE}{script}{AFTER}"));
+            options.no_hypervisor = !hypervisor;
+            options.extra_files.push(probe);
+        })
+    }
+
+    /// The same machine without the hypervisor; one with other CPUs or memory will do unless it has to be `exact`.
+    fn without(&mut self, config: &Config, exact: bool) -> Result<&Transcript> {
+        let fits =
+            |known: &Config| known == config || !exact && (known.cpu, known.kernel) == (config.cpu, config.kernel);
+        let index = match self.without.iter().position(|(known, _)| fits(known)) {
+            Some(index) => index,
+            None => {
+                let transcript = self.boot(&format!("{config}, without"), config, OBSERVE, false)?;
+                ensure!(transcript.outcome == Outcome::Status(0), "{:?}: {}", transcript.outcome, transcript.tail());
+                self.without.push((*config, transcript));
+                self.without.len() - 1
+            }
+        };
+        Ok(&self.without[index].1)
+    }
+
+    /// Runs one row of the matrix.
+    fn row(&mut self, config: &Config, extras: &[Extra], report: &mut Report) {
+        let mut script = OBSERVE.to_owned();
+        script += &format!("probe carve-out {NODE}\n");
+        // All pages of the smaller machines.
+        let gibibytes = parse_size(config.memory).map_or(0, |size| size >> 30);
+        script += &format!("probe kcore {}\n", if gibibytes > 1 { 256 } else { 4 });
+        for extra in extras {
+            match extra {
+                Extra::Hotplug => writeln!(script, "probe hotplug {HOTPLUG_ROUNDS}"),
+                Extra::Memory => writeln!(script, "probe memory {LEFT_FREE}"),
+                Extra::Suspend => writeln!(script, "{SUSPEND}"),
+            }
+            .expect("a String takes everything");
+        }
+        let with = match self.boot(&config.to_string(), config, &script, true) {
+            Ok(with) => with,
+            Err(error) => return report.fail(&format!("{config}: boots"), &format!("{error:#}")),
+        };
+        let mut check = |name: &str, result: Result<()>| report.check(&format!("{config}: {name}"), result);
+        check("boots, runs a script and powers off", outcome(&with));
+        if with.outcome != Outcome::Status(0) {
+            return;
+        }
+        check("all CPUs", cpus(&with, config));
+        check("memory", memory(&with, config));
+        check("/proc/iomem lacks the carve-out", iomem(&with));
+        check("no complaint in the kernel's log", complaint(&with));
+        check("no taint", taint(&with));
+        for (name, result) in &with.checks {
+            let name = format!("{config}: {name}");
+            match result {
+                Check::Passed => report.pass(&name),
+                Check::Failed(why) => report.fail(&name, why),
+                Check::Skipped(why) => report.skip(&name, why),
+            }
+        }
+        let same = self.without(config, false).and_then(|without| compare_values(&with, without));
+        report.check(&format!("{config}: CPUs and counters as without the hypervisor"), same);
+        report.check(&format!("{config}: no new warning"), self.compare_logs(config, &with));
+    }
+
+    /// Compares the kernel's messages with and without the hypervisor.
+    fn compare_logs(&mut self, config: &Config, with: &Transcript) -> Result<()> {
+        let mut new = new_warnings(with, self.without(config, false)?);
+        if !new.is_empty() {
+            new = new_warnings(with, self.without(config, true)?);
+        }
+        let all = |_: u8| true;
+        if let Some((_, without)) = self.without.iter().find(|(known, _)| known == config) {
+            let (ours, theirs) = (with.normalized(all), without.normalized(all));
+            println!("  {config}: messages without (-) and with (+) the hypervisor, numbers as #:");
+            theirs.difference(&ours).for_each(|text| println!("    - {text}"));
+            ours.difference(&theirs).for_each(|text| println!("    + {text}"));
+        }
+        ensure!(new.is_empty(), "{}", new.into_iter().collect::<Vec<_>>().join("; "));
+        Ok(())
+    }
+
+    /// The kernel touches the carve-out where it expects no fault; that may cost it one process.
+    fn unguarded(&self, report: &mut Report) {
+        const NAME: &str = "an access of the kernel that nothing guards costs one process at most";
+        let script = format!("probe unguarded {NODE}\nprobe instructions\n");
+        let result = self.boot("unguarded", &USUAL, &script, true).and_then(|transcript| {
+            outcome(&transcript)?;
+            cpus(&transcript, &USUAL)?;
+            match transcript.checks.iter().find(|(_, check)| matches!(check, Check::Failed(_))) {
+                Some((name, check)) => bail!("{name}: {check:?}"),
+                None => ensure!(transcript.checks.len() > 2, "the program did not run"),
+            }
+            Ok(())
+        });
+        report.check(NAME, result);
+    }
+}
+
+/// Boots a host; the console goes to a file, too.
+fn boot(name: &str, config: &Config, change: impl FnOnce(&mut Options)) -> Result<Transcript> {
     let kernel = (config.kernel != DEFAULT_KERNEL).then(|| Manifest::load()?.ensure(config.kernel)).transpose()?;
     let mut options = Options {
         cpu: Some(config.cpu.into()),
@@ -181,6 +310,10 @@ fn boot(name: &str, config: &Config, change: impl FnOnce(&mut Options)) -> Resul
         semihosting: true,
         ..Options::default()
     };
+    if config.cpu == "max" {
+        // Without memory of its own for tags the CPU has no tags.
+        options.qemu_arg = ["-machine", "mte=on"].map(Into::into).into();
+    }
     change(&mut options);
     let mut console = Vec::new();
     let outcome = Ready::new(&options)?.run(&mut console, Some(TIMEOUT));
@@ -190,240 +323,153 @@ fn boot(name: &str, config: &Config, change: impl FnOnce(&mut Options)) -> Resul
     let log = logs.join(file).with_added_extension("log");
     fs::write(&log, &console).with_context(|| format!("cannot write {}", log.display()))?;
     let outcome = outcome.with_context(|| log.display().to_string())?;
-    Ok(Booted { outcome, console: String::from_utf8_lossy(&console).into_owned() })
+    Ok(Transcript::new(outcome, String::from_utf8_lossy(&console).into_owned()))
 }
 
-/// As [`boot`], of a script that must succeed.
-fn succeed(name: &str, config: &Config, script: &str, change: impl FnOnce(&mut Options)) -> Result<String> {
-    let booted = boot(name, config, |options| {
-        options.exec = Some(script.to_owned());
-        change(options);
-    })?;
-    let tail = || {
-        let mut lines: Vec<_> = booted.console.lines().rev().take(15).collect();
-        lines.reverse();
-        lines.join("\n    ")
-    };
-    ensure!(booted.outcome == Outcome::Status(0), "{:?}; the console ends with\n    {}", booted.outcome, tail());
-    Ok(booted.console)
+fn outcome(transcript: &Transcript) -> Result<()> {
+    let outcome = transcript.outcome;
+    ensure!(outcome == Outcome::Status(0), "{outcome:?}; the console ends with\n    {}", transcript.tail());
+    Ok(())
 }
 
-/// What [`OBSERVE`] prints.
-struct Observed {
-    cpus: u32,
-    tainted: String,
-    /// System RAM, from /proc/iomem.
-    ram: Vec<Range<u64>>,
-    /// Level and text of each kernel message, without its time.
-    messages: Vec<(u8, String)>,
+fn cpus(transcript: &Transcript, config: &Config) -> Result<()> {
+    let late = transcript.number("cpus afterwards")?;
+    ensure!(late == config.smp.into(), "{late} CPUs of {}", config.smp);
+    Ok(())
 }
 
-impl Observed {
-    fn parse(console: &str) -> Result<Self> {
-        let field = |name: &str| console.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        let ram = console.lines().filter_map(|line| line.strip_prefix("iomem ")).filter_map(|line| {
-            let (range, what) = line.split_once(" : ")?;
-            // Children of a range are indented.
-            (what == "System RAM" && !range.starts_with(' ')).then(|| parse_range(range)).flatten()
-        });
-        let messages = console.lines().filter_map(|line| parse_message(line.strip_prefix("dmesg ")?));
-        let observed = Self {
-            cpus: field("cpus").context("no number of CPUs")?.parse()?,
-            tainted: field("tainted").context("no taint")?.to_owned(),
-            ram: ram.collect(),
-            messages: messages.collect(),
-        };
-        ensure!(!observed.ram.is_empty(), "/proc/iomem lists no RAM");
-        ensure!(observed.messages.len() > 50, "dmesg has {} lines only", observed.messages.len());
-        Ok(observed)
-    }
-
-    /// Messages without the numbers that differ from boot to boot.
-    fn normalized(&self, levels: impl Fn(u8) -> bool) -> BTreeSet<String> {
-        self.messages.iter().filter(|(level, _)| levels(*level)).map(|(_, text)| normalize(text)).collect()
-    }
-}
-
-/// `START-END` in hexadecimal, END included.
-fn parse_range(text: &str) -> Option<Range<u64>> {
-    let (start, end) = text.split_once('-')?;
-    let number = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).ok();
-    Some(number(start)?..number(end)?.checked_add(1)?)
-}
-
-/// `<PRIORITY>[  TIME] TEXT`
-fn parse_message(line: &str) -> Option<(u8, String)> {
-    let (priority, rest) = line.strip_prefix('<')?.split_once('>')?;
-    let (_, text) = rest.split_once("] ")?;
-    // The low three bits are the level, the rest the facility (syslog(2)).
-    Some((priority.parse::<u32>().ok()? as u8 & 7, text.to_owned()))
-}
-
-/// Replaces every number, decimal with its unit or hexadecimal.
-fn normalize(text: &str) -> String {
-    let mut out = String::new();
-    for word in text.split_inclusive(|c: char| !c.is_ascii_alphanumeric()) {
-        let core = word.trim_end_matches(|c: char| !c.is_ascii_alphanumeric());
-        let with_unit = core.starts_with(|c: char| c.is_ascii_digit());
-        let is_hex = core.chars().all(|c| c.is_ascii_hexdigit()) && core.contains(|c: char| c.is_ascii_digit());
-        out += if with_unit || is_hex { "#" } else { core };
-        out += &word[core.len()..];
-    }
-    out
-}
-
-/// What the hypervisor says that it keeps: `ravelin: keeps START-END ...`.
-fn carve_out(console: &str) -> Result<Range<u64>> {
-    let line = console.lines().find_map(|line| line.trim().strip_prefix("ravelin: keeps "));
-    let range = line.and_then(|line| parse_range(line.split(' ').next()?));
-    range.context("the hypervisor does not say what it keeps")
-}
-
-/// Boots one row of the matrix.
-fn boot_test(config: &Config) -> Result<()> {
-    let console = succeed(&config.to_string(), config, OBSERVE, |_| {})?;
-    let observed = Observed::parse(&console)?;
-    ensure!(observed.cpus == config.smp, "{} CPUs in the host", observed.cpus);
-    ensure!(observed.tainted == "0", "the kernel is tainted: {}", observed.tainted);
-    let kept = carve_out(&console)?;
+/// The host has all memory but the carve-out, which is no larger than it may be.
+fn memory(transcript: &Transcript, config: &Config) -> Result<()> {
+    let kept = transcript.kept()?;
+    let kept = kept.end - kept.start;
     let size = parse_size(config.memory)?;
     let budget = size / 4096 * 9 + (2 << 20);
-    ensure!(
-        kept.end - kept.start <= budget,
-        "the carve-out has {:#x} bytes, more than {budget:#x}",
-        kept.end - kept.start
-    );
-    if let Some(range) = observed.ram.iter().find(|range| range.start < kept.end && kept.start < range.end) {
-        bail!("/proc/iomem lists {range:#x?} as RAM, where the carve-out is {kept:#x?}");
+    ensure!(kept <= budget, "the carve-out has {kept:#x} bytes, more than {budget:#x}");
+    let ram = transcript.ranges("System RAM").map(|range| range.end - range.start).sum::<u64>();
+    ensure!(ram + kept == size, "{ram:#x} bytes of RAM are left of {size:#x}");
+    // The kernel takes its image and 1/64 for its page structures, and what its hash tables need.
+    let (total, least) = (transcript.number("MemTotal")? * 1024, ram - ram / 25 - (128 << 20));
+    ensure!((least..ram).contains(&total), "MemTotal is {total:#x}, not between {least:#x} and {ram:#x}");
+    Ok(())
+}
+
+fn iomem(transcript: &Transcript) -> Result<()> {
+    let kept = transcript.kept()?;
+    let noted = format!("{:#x} {:#x}", kept.start, kept.end - kept.start);
+    ensure!(transcript.notes.get("carve-out") == Some(&noted), "the device tree has it elsewhere than {noted}");
+    for line in &transcript.iomem {
+        let range = line.trim().split_once(" : ").and_then(|(range, _)| transcript::parse_range(range));
+        let range = range.with_context(|| format!("{line:?}"))?;
+        ensure!(range.end <= kept.start || kept.end <= range.start, "{line:?} overlaps {kept:#x?}");
     }
-    let total: u64 = observed.ram.iter().map(|range| range.end - range.start).sum();
-    ensure!(total + (kept.end - kept.start) == size, "{total:#x} bytes of RAM are left of {size:#x}");
+    ensure!(transcript.ranges("System RAM").count() > 0, "/proc/iomem lists no RAM");
     Ok(())
 }
 
-/// Warnings that come and go with the load of the machine that emulates.
-const FROM_LOAD: [&str; 2] = ["hrtimer: interrupt took", "perf: interrupt took too long"];
-
-/// Compares the kernel's messages with and without the hypervisor.
-fn compare_logs(config: &Config) -> Result<()> {
-    let with = Observed::parse(&succeed(&format!("{config}, log"), config, OBSERVE, |_| {})?)?;
-    let without = succeed(&format!("{config}, log without"), config, OBSERVE, |options| options.no_hypervisor = true)?;
-    let without = Observed::parse(&without)?;
-    let all = |_: u8| true;
-    let (ours, theirs) = (with.normalized(all), without.normalized(all));
-    let only = |one: &BTreeSet<String>, other: &BTreeSet<String>, sign: &str| {
-        for line in one.difference(other) {
-            println!("    {sign} {line}");
-        }
-    };
-    println!("  {config}: messages without (-) and with (+) the hypervisor, numbers as #:");
-    only(&theirs, &ours, "-");
-    only(&ours, &theirs, "+");
-    const WARNING: u8 = 4;
-    let mut new: Vec<_> = with.normalized(|level| level <= WARNING).difference(&theirs).cloned().collect();
-    new.retain(|text| !FROM_LOAD.iter().any(|start| text.starts_with(start)));
-    ensure!(new.is_empty(), "new warnings: {}", new.join("; "));
-    Ok(())
-}
-
-fn hotplug() -> Result<()> {
-    let script = HOTPLUG.replace("ROUNDS", &HOTPLUG_ROUNDS.to_string());
-    let console = succeed("hotplug", &USUAL, &(script + "status=$?\n" + OBSERVE + "exit $status"), |_| {})?;
-    let observed = Observed::parse(&console)?;
-    no_complaint(&observed)
-}
-
-fn fill(full: bool) -> Result<()> {
-    let config = Config { memory: if full { "8G" } else { "1G" }, ..USUAL };
-    let console = succeed("fill", &config, &format!("{FILL}{OBSERVE}"), |_| {})?;
-    no_complaint(&Observed::parse(&console)?)
-}
-
-/// No oops, warning or lockup in the kernel's log, no taint.
-fn no_complaint(observed: &Observed) -> Result<()> {
-    const COMPLAINTS: [&str; 8] =
-        ["WARNING:", "BUG:", "Oops", "Internal error", "Call trace", "lockup", "stall", "Unhandled"];
-    ensure!(observed.tainted == "0", "the kernel is tainted: {}", observed.tainted);
-    let complains = |text: &String| COMPLAINTS.iter().any(|complaint| text.contains(complaint));
-    match observed.messages.iter().find(|(_, text)| complains(text)) {
-        Some((_, text)) => bail!("the kernel says: {text}"),
+/// No oops, warning or lockup, nor anything that the OOM killer did.
+fn complaint(transcript: &Transcript) -> Result<()> {
+    const COMPLAINTS: [&str; 10] = [
+        "WARNING:",
+        "BUG:",
+        "Oops",
+        "Internal error",
+        "Call trace",
+        "lockup",
+        "stall",
+        "Unhandled",
+        "Out of memory",
+        "oom-kill",
+    ];
+    ensure!(transcript.messages.len() > 50, "dmesg has {} lines only", transcript.messages.len());
+    let complains = |text: &str| COMPLAINTS.iter().any(|complaint| text.contains(complaint));
+    match transcript.messages.iter().find(|message| complains(&message.text)) {
+        Some(message) => bail!("{}", message.text),
         None => Ok(()),
     }
 }
 
-/// Accesses to the carve-out.
-fn touch(report: &mut Report) {
-    const NAME: &str = "accesses to the carve-out are survived";
-    let program = match build_program("carve_out") {
-        Ok(program) => program,
-        Err(error) => return report.skip(NAME, &format!("the test program needs rustup's target: {error:#}")),
-    };
-    report.check(NAME, touch_with(program));
+fn taint(transcript: &Transcript) -> Result<()> {
+    let late = transcript.number("taint afterwards")?;
+    ensure!(late == 0, "the kernel is tainted: {late}");
+    Ok(())
 }
 
-fn touch_with(program: PathBuf) -> Result<()> {
-    // The place of the carve-out depends on the machine only.
-    let kept = carve_out(&succeed("touch, place", &USUAL, "true", |_| {})?)?;
-    let addresses = [kept.start, kept.start + (1 << 20), kept.end - 4096].map(|address| format!("{address:#x}"));
-    const SIGBUS: u32 = 7;
-    const EFAULT: u32 = 14;
-    let script = TOUCH
-        .replace("ADDRESSES", &addresses.join(" "))
-        .replace("FIRST", &addresses[0])
-        .replace("BUS", &(128 + SIGBUS).to_string())
-        .replace("EFAULT", &EFAULT.to_string());
-    let file = ExtraFile { path: "bin/carve_out".into(), contents: fs::read(program)? };
-    let console = succeed("touch", &USUAL, &(script + OBSERVE), |options| options.extra_files.push(file))?;
-    let observed = Observed::parse(&console)?;
-    ensure!(observed.cpus == USUAL.smp, "{} CPUs are left", observed.cpus);
-    no_complaint(&observed)
+/// All that the scripts mark as the same with and without the hypervisor.
+fn compare_values(with: &Transcript, without: &Transcript) -> Result<()> {
+    ensure!(without.values.len() > 10, "the program did not run without the hypervisor");
+    let names: BTreeSet<_> = with.values.keys().chain(without.values.keys()).collect();
+    let differ = names.into_iter().filter(|name| with.values.get(*name) != without.values.get(*name));
+    let none = "nothing".to_owned();
+    let show = |values: &Transcript, name| values.values.get(name).unwrap_or(&none).clone();
+    let differences: Vec<_> =
+        differ.map(|name| format!("{name}: {}, without {}", show(with, name), show(without, name))).collect();
+    ensure!(differences.is_empty(), "{}", differences.join("; "));
+    Ok(())
 }
 
-/// Builds a Linux program of `qemu/xtask/programs`, which needs no library.
-fn build_program(name: &str) -> Result<PathBuf> {
-    let source = workspace::root().join("qemu/xtask/programs").join(name).with_extension("rs");
-    let program = workspace::output_dir()?.join(name);
-    let mut rustc = rust::rustc();
-    rustc.args(["--edition", "2024", "--target", rust::BARE_METAL]);
-    rustc.args(["-C", "panic=abort", "-C", "opt-level=s", "-C", "relocation-model=static", "-C", "strip=symbols"]);
-    process::output(rustc.arg("-o").arg(&program).arg(source))?;
-    Ok(program)
+/// Warnings and worse of a host on the hypervisor that the other host lacks.
+fn new_warnings(with: &Transcript, without: &Transcript) -> BTreeSet<String> {
+    const WARNING: u8 = 4;
+    /// These come and go with the load of the machine that emulates.
+    const FROM_LOAD: [&str; 2] = ["hrtimer: interrupt took", "perf: interrupt took too long"];
+    let all = without.normalized(|_| true);
+    let mut new = with.normalized(|level| level <= WARNING);
+    new.retain(|text| !all.contains(text) && !FROM_LOAD.iter().any(|start| text.starts_with(start)));
+    new
+}
+
+/// Builds the program of `tests/linux`, which needs no library and thus the hypervisor's target only.
+fn build_probe() -> Result<PathBuf> {
+    let mut cargo = rust::cargo("build")?;
+    process::run(cargo.args(["--release", "--quiet", "--package", "ravelin-linux-probe"]))?;
+    Ok(workspace::target_dir()?.join(rust::BARE_METAL).join("release/probe"))
 }
 
 /// `cargo xtask run --exec` as a user calls it.
-fn exit_status() -> Result<()> {
-    for (command, expected) in [("exit 3", 3), ("false", 1), ("uname -a", 0)] {
-        let mut xtask = Command::new(std::env::current_exe()?);
-        xtask.current_dir(workspace::root()).args(["run", "--append", "quiet", "--timeout", "300", "--exec", command]);
-        let output = xtask.output().context("cannot start xtask")?;
-        let status = output.status.code();
-        ensure!(status == Some(expected), "{command}: status {status:?}, not {expected}");
-        let console = String::from_utf8_lossy(&output.stdout);
-        ensure!(!console.contains("RAVELIN-EXIT"), "{command}: the marker is shown");
-        ensure!(expected != 0 || console.contains("aarch64"), "{command}: no output");
-    }
+fn exit_status(command: &str, expected: i32) -> Result<()> {
+    let mut xtask = Command::new(std::env::current_exe()?);
+    xtask.current_dir(workspace::root()).args(["run", "--append", "quiet", "--timeout", "300", "--exec", command]);
+    let output = xtask.output().context("cannot start xtask")?;
+    let status = output.status.code();
+    ensure!(status == Some(expected), "status {status:?}, not {expected}");
+    let console = String::from_utf8_lossy(&output.stdout);
+    ensure!(!console.contains("RAVELIN-EXIT"), "the marker is shown");
+    ensure!(expected != 0 || console.contains("aarch64 GNU/Linux"), "no output");
     Ok(())
 }
 
-fn reset() -> Result<()> {
-    let booted = boot("reset", &USUAL, |options| options.exec = Some("reboot -f".into()))?;
-    ensure!(booted.outcome == Outcome::Ended(0), "{:?}", booted.outcome);
+/// A command that ends the machine.
+fn ends(command: &str, last: &str) -> Result<()> {
+    let transcript = boot(command, &USUAL, |options| {
+        options.exec = Some(command.to_owned());
+        options.append = None;
+    })?;
+    ensure!(transcript.outcome == Outcome::Ended(0), "{:?}", transcript.outcome);
+    ensure!(transcript.console.contains(last), "the kernel did not say {last:?}");
     Ok(())
 }
 
-/// The hypervisor refuses to boot and names the reason.
-fn refused(reasons: &[&str], change: impl FnOnce(&mut Options)) -> Result<()> {
-    let booted = boot(&format!("refused {}", reasons.join(" ")), &USUAL, change)?;
-    ensure!(booted.outcome == Outcome::Failed, "{:?} instead of a refusal", booted.outcome);
-    let message = booted.console.lines().find(|line| line.starts_with("ravelin: cannot boot"));
-    let message = message.context("no message")?;
-    ensure!(reasons.iter().all(|reason| message.contains(reason)), "{message:?} does not name the reason");
+/// The bootloader's own way to hand over an initrd, where the kernel comes as a module.
+fn initrd_of_the_bootloader() -> Result<()> {
+    const MARKER: &str = "the init of the other initrd: ";
+    let busybox = fs::read(Manifest::load()?.ensure(BUSYBOX)?)?;
+    let task = Task::Command { script: "test -e /proc/device-tree/chosen/linux,initrd-start", marker: MARKER };
+    let scratch = Scratch::new()?;
+    let file = scratch.file("initramfs.cpio", &initramfs::build(&busybox, &task, None, &[])?)?;
+    let kernel = Manifest::load()?.ensure(DEFAULT_KERNEL)?;
+    let transcript = boot("initrd", &USUAL, |options| {
+        options.host_image = Some(kernel.display().to_string());
+        options.append = Some("console=ttyAMA0 panic=-1 quiet".into());
+        options.qemu_arg = vec!["-initrd".into(), file.display().to_string()];
+    })?;
+    ensure!(transcript.outcome == Outcome::Ended(0), "{:?}; {}", transcript.outcome, transcript.tail());
+    ensure!(transcript.console.contains(&format!("{MARKER}0")), "it did not run: {}", transcript.tail());
     Ok(())
 }
 
 /// A line for each CPU model and number, a column for each size of RAM.
 fn print_matrix(rows: &[(Config, &str, u64)]) {
-    println!("\n{:<28}{}", "", SIZES.map(|size| format!("{size:>12}")).concat());
+    println!("\n{:<28}{}", "", SIZES.map(|size| format!("{size:>14}")).concat());
     let mut lines: Vec<(String, Vec<String>)> = Vec::new();
     for (config, verdict, seconds) in rows {
         let head = format!("{} {} x{}", config.kernel, config.cpu, config.smp);
@@ -435,7 +481,7 @@ fn print_matrix(rows: &[(Config, &str, u64)]) {
         }
     }
     for (head, cells) in lines {
-        println!("{head:<28}{}", cells.iter().map(|cell| format!("{cell:>12}")).collect::<String>());
+        println!("{head:<28}{}", cells.iter().map(|cell| format!("{cell:>14}")).collect::<String>());
     }
     println!();
 }
@@ -449,48 +495,64 @@ mod tests {
         assert!(CPUS.iter().all(|cpu| SMALL_MATRIX.iter().any(|row| row.0 == *cpu)));
         assert!(NUMBERS.iter().all(|number| SMALL_MATRIX.iter().any(|row| row.1 == *number)));
         assert!(SIZES.iter().all(|size| SMALL_MATRIX.iter().any(|row| row.2 == *size)));
+        assert!([Extra::Hotplug, Extra::Memory, Extra::Suspend].iter().all(|extra| {
+            SMALL_MATRIX.iter().any(|row| row.3.contains(extra)) && FULL_EXTRAS.iter().any(|row| row.3.contains(extra))
+        }));
     }
 
     #[test]
-    fn what_the_host_prints() {
-        let mut console = String::from("cpus 4\ntainted 0\niomem 40000000-bf9fffff : System RAM\n");
-        console += "iomem   40200000-41ffffff : System RAM\niomem 09000000-09000fff : pl011@9000000\n";
-        for line in 0..60 {
-            console += &format!("dmesg <{}>[    0.{line:06}] message {line}\n", if line == 7 { 4 } else { 30 });
+    fn the_whole_matrix_has_all_rows_with_extras() {
+        for (cpu, smp, memory, _) in FULL_EXTRAS {
+            assert!(CPUS.contains(&cpu) && NUMBERS.contains(&smp) && SIZES.contains(&memory), "{cpu} {smp} {memory}");
         }
-        let observed = Observed::parse(&console).unwrap();
-        assert_eq!((observed.cpus, observed.tainted.as_str()), (4, "0"));
-        assert_eq!(observed.ram.first(), Some(&(0x4000_0000..0xbfa0_0000)));
-        assert_eq!(observed.ram.len(), 1);
-        assert_eq!(observed.normalized(|level| level <= 4), BTreeSet::from(["message #".into()]));
-        assert_eq!(observed.messages[7], (4, "message 7".into()));
-        assert_eq!(observed.messages[8].0, 6);
-        assert!(Observed::parse("cpus 4").is_err());
+    }
+
+    fn transcript(lines: &str) -> Transcript {
+        Transcript::new(Outcome::Status(0), lines.into())
     }
 
     #[test]
     fn complaints_are_seen() {
-        let observed = |tainted: &str, text: &str| Observed {
-            cpus: 1,
-            tainted: tainted.into(),
-            ram: Vec::new(),
-            messages: vec![(4, text.into())],
-        };
-        assert!(no_complaint(&observed("0", "fine")).is_ok());
-        assert!(no_complaint(&observed("128", "fine")).is_err());
-        assert!(no_complaint(&observed("0", "Internal error: synchronous external abort")).is_err());
+        let log: String = (0..60).map(|line| format!("@dmesg <6>[ 0.0] line {line}\n")).collect();
+        assert!(complaint(&transcript(&log)).is_ok());
+        assert!(complaint(&transcript("@dmesg <6>[ 0.0] short\n")).is_err());
+        let oops = log + "@dmesg <0>[ 1.0] Internal error: synchronous external abort\n";
+        assert!(complaint(&transcript(&oops)).is_err());
+        assert!(taint(&transcript("@note taint afterwards = 128\n")).is_err());
+        assert!(taint(&transcript("@note taint afterwards = 0\n")).is_ok());
     }
 
     #[test]
-    fn numbers_do_not_count() {
-        assert_eq!(normalize("CPU1: Booted [0x0000000001 0x410fd0b1] in 20ms"), "CPU1: Booted [# #] in #");
-        assert_eq!(normalize("added face deadbeef0"), "added face #");
+    fn only_new_warnings_count() {
+        let without = transcript("@dmesg <4>[ 0.1] old 5\n@dmesg <6>[ 0.2] was information\n");
+        let with = "@dmesg <4>[ 0.1] old 6\n@dmesg <4>[ 0.2] was information\n@dmesg <6>[ 0.3] new information\n";
+        assert!(new_warnings(&transcript(with), &without).is_empty());
+        let with = transcript("@dmesg <3>[ 0.1] new\n@dmesg <4>[ 0.1] hrtimer: interrupt took 77 ns\n");
+        assert_eq!(new_warnings(&with, &without), BTreeSet::from(["new".into()]));
     }
 
     #[test]
-    fn the_carve_out_is_read_from_the_console() {
-        let console = "ravelin: version 0.1.0\r\nravelin: keeps 0xbfa00000-0xbfffffff (6144 KiB)\r\n";
-        assert_eq!(carve_out(console).unwrap(), 0xbfa0_0000..0xc000_0000);
-        assert!(carve_out("nothing").is_err());
+    fn values_must_be_the_same() {
+        let lines = |last: &str| (0..12).map(|n| format!("@value v{n} = {n}\n")).collect::<String>() + last;
+        let values = |last| transcript(&lines(last));
+        assert!(compare_values(&values("@value hwcaps = 1\n"), &values("@value hwcaps = 1\n")).is_ok());
+        let error = compare_values(&values("@value hwcaps = 1\n"), &values("@value hwcaps = 3\n")).unwrap_err();
+        assert_eq!(error.to_string(), "hwcaps: 1, without 3");
+        assert!(compare_values(&values(""), &values("@value hwcaps = 3\n")).is_err());
+        assert!(compare_values(&transcript(""), &transcript("")).is_err());
+    }
+
+    #[test]
+    fn the_carve_out_is_nowhere_in_iomem() {
+        let console = "ravelin: keeps 0x7fc00000-0x7fffffff (4096 KiB)\n@note carve-out = 0x7fc00000 0x400000\n\
+            @iomem 40000000-7fbfffff : System RAM\n";
+        assert!(iomem(&transcript(console)).is_ok());
+        assert!(iomem(&transcript(&format!("{console}@iomem   7fd00000-7fdfffff : reserved\n"))).is_err());
+        assert!(iomem(&transcript(&console.replace("0x400000", "0x200000"))).is_err());
+        let config = Config { memory: "1G", ..USUAL };
+        let sized = |total: u64| transcript(&format!("{console}@note MemTotal = {total}\n"));
+        assert!(memory(&sized(970_000), &config).is_ok());
+        assert!(memory(&sized(600_000), &config).is_err());
+        assert!(memory(&sized(1_048_576), &config).is_err());
     }
 }

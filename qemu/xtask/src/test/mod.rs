@@ -83,6 +83,11 @@ impl Report {
         self.skipped.push(format!("{}: {name}: {why}", self.suite));
     }
 
+    /// How many tests have failed so far.
+    pub(crate) fn failures(&self) -> usize {
+        self.failed.len()
+    }
+
     /// Counts tests that another program ran and has shown.
     pub(crate) fn add(&mut self, passed: usize) {
         self.passed += passed;
