@@ -85,8 +85,7 @@ impl<'a, P: TablePool> Memory<'a, P> {
     /// None of the pages that the host owns by `table` is mapped in `el2`.
     #[must_use]
     pub fn new(table: OwnershipTable<'a>, host: PageTable<Stage2>, el2: PageTable<El2>, pool: P) -> Self {
-        let mut counts = Counts::default();
-        table.count_pages(&mut counts);
+        let counts = table.first_counts();
         Self { inner: TicketMutex::new(Inner { table, host, el2, pool, counts }) }
     }
 

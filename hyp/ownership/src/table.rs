@@ -5,6 +5,7 @@ use ravelin_memory::{BLOCK_SIZE, PAGE_SHIFT, PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_pgtable::Stage2Usage;
 
 use crate::{
+    counts::Counts,
     entry::{Block, Entry, State},
     memory::{Failure, Reason},
     step::Step,
@@ -36,9 +37,9 @@ pub enum SetupError {
     /// Two regions of RAM overlap in this page.
     #[error("memory regions overlap at {0}")]
     Overlap(PhysAddr),
-    /// A part of what the hypervisor owns is not RAM.
-    #[error("carve-out not in RAM at {0}")]
-    CarveOut(PhysAddr),
+    /// What the hypervisor owns is not in one region of RAM.
+    #[error("carve-out {0} not in one region of RAM")]
+    CarveOut(PhysRange),
     /// The entries provided are fewer than [`sizes`] asks for.
     #[error("ownership table too small")]
     TooSmall,
@@ -64,6 +65,7 @@ type Regions = ArrayVec<Region, MAX_REGIONS>;
 /// page entries may hold anything until the block is split.
 pub struct OwnershipTable<'a> {
     regions: Regions,
+    carve_out: PhysRange,
     /// Device ranges that the hypervisor keeps to itself.
     reserved: ArrayVec<PhysRange, MAX_RESERVED>,
     blocks: &'a mut [u64],
@@ -209,15 +211,16 @@ impl<'a> OwnershipTable<'a> {
         let mut reserved_ranges = ArrayVec::new();
         reserved_ranges.try_extend_from_slice(reserved).map_err(|_| SetupError::TooMany)?;
 
+        // Regions that touch have been joined, so the carve-out lies in one.
+        if !regions.iter().any(|region| region.range.covers(&carve_out)) {
+            return Err(SetupError::CarveOut(carve_out));
+        }
         blocks.fill(Block::uniform(Entry::new(State::NOBODY, 0)).bits());
-        let mut table = Self { regions, reserved: reserved_ranges, blocks, pages };
+        let mut table = Self { regions, carve_out, reserved: reserved_ranges, blocks, pages };
         for index in 0..table.regions.len() {
             if let Some(region) = table.regions.get(index) {
                 table.set(region.range, Entry::new(State::HOST_OWNED, 0));
             }
-        }
-        if let Some(page) = carve_out.iter().find(|&page| !table.is_ram(page)) {
-            return Err(SetupError::CarveOut(page));
         }
         table.set(carve_out, Entry::new(State::HYP_OWNED, 0));
         Ok(table)
@@ -410,14 +413,31 @@ impl<'a> OwnershipTable<'a> {
         self.set_block(index, Block::split(owned));
     }
 
-    /// Sets every page of `range`, which is RAM, to `entry`, whatever it was: for the start.
+    /// Returns how many pages are in which state when nothing has changed hands yet.
+    pub(crate) fn first_counts(&self) -> Counts {
+        let ram = self.regions.iter().map(|region| region.range.pages()).fold(0, u64::wrapping_add);
+        let hyp_owned = self.carve_out.pages();
+        Counts { host_owned: ram.wrapping_sub(hyp_owned), hyp_owned, ..Counts::default() }
+    }
+
+    /// Sets every page of `range`, which lies in one region of RAM, to `entry`, whatever it was: for the start.
     fn set(&mut self, range: PhysRange, entry: Entry) {
-        for piece in pieces(range) {
+        let first = range.base().raw().div_ceil(BLOCK_SIZE);
+        let end = range.end() / BLOCK_SIZE;
+        if let (true, Some(index)) = (first < end, self.index(first)) {
+            let whole = index..index.wrapping_add(to_usize(end.wrapping_sub(first)));
+            self.blocks.get_mut(whole).unwrap_or_default().fill(Block::uniform(entry).bits());
+        }
+        let whole = PhysRange::from_bounds(first.wrapping_mul(BLOCK_SIZE), end.wrapping_mul(BLOCK_SIZE)).ok();
+        let (below, above) = match whole {
+            Some(whole) => (
+                PhysRange::from_bounds(range.base().raw(), whole.base().raw()).ok(),
+                PhysRange::from_bounds(whole.end(), range.end()).ok(),
+            ),
+            None => (Some(range), None),
+        };
+        for piece in [below, above].into_iter().flatten().flat_map(pieces) {
             let Some(index) = self.index(piece.number) else { continue };
-            if piece.is_whole() {
-                self.set_block(index, Block::uniform(entry));
-                continue;
-            }
             self.split(index);
             let Some(pages) = self.pages.get_mut(index) else { continue };
             if let Some(entries) = pages.get_mut(piece.first..piece.end) {

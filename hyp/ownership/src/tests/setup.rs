@@ -33,7 +33,7 @@ fn contradictions_are_refused() {
     let mut new = |carve_out: PhysRange, reserved: &[PhysRange], blocks: usize| {
         OwnershipTable::new(&ram, carve_out, reserved, &mut store.blocks[..blocks], &mut store.pages).err()
     };
-    assert_eq!(new(range(GIB + 4 * MIB - PAGE, 2), &[], 2), Some(SetupError::CarveOut(addr(GIB + 4 * MIB))));
+    assert_eq!(new(range(GIB + 4 * MIB - PAGE, 2), &[], 2), Some(SetupError::CarveOut(range(GIB + 4 * MIB - PAGE, 2))));
     assert_eq!(new(range(GIB, 1), &[range(0, 1); 9], 2), Some(SetupError::TooMany));
     assert_eq!(new(range(GIB, 1), &[], 1), Some(SetupError::TooSmall));
     assert_eq!(new(range(GIB, 1), &[], 2), None);
