@@ -104,11 +104,23 @@ impl PrivateApt {
         fs::write(apt.dir.join("status"), "")?;
         let machine = machine_sources()?;
         let mut list = String::new();
+        let mut lacking = None;
         for suite in suites {
-            let mirror = mirror(&machine, suite)?;
+            let mirror = match mirror(&machine, suite) {
+                Ok(mirror) => mirror,
+                Err(error) => {
+                    eprintln!("warning: {error:#}");
+                    lacking = Some(error);
+                    continue;
+                }
+            };
             let key = mirror.signed_by.or_else(|| Path::new(KEYRING).is_file().then(|| KEYRING.to_owned()));
             let options = key.map_or(String::new(), |key| format!("[signed-by={key}] "));
             list += &format!("deb {options}{} {suite} main\n", mirror.uri);
+        }
+        // The others may have what is wanted.
+        if let (true, Some(error)) = (list.is_empty(), lacking) {
+            return Err(error);
         }
         fs::write(apt.dir.join("sources.list"), list)?;
         println!("Fetching package indexes: {}", suites.join(", "));

@@ -18,15 +18,12 @@ const SOURCE_SUITE: &str = "trixie-backports";
 
 /// Makes sure that code can be built for the target.
 pub(crate) fn ensure() -> Result<()> {
-    if installed()? {
+    if installed()? || source_dir()?.is_dir() {
         return Ok(());
     }
     println!("Adding the Rust target {BARE_METAL}");
     let added = process::run(Command::new("rustup").args(["target", "add", BARE_METAL]));
     if added.is_ok() && installed()? {
-        return Ok(());
-    }
-    if source_dir()?.is_dir() {
         return Ok(());
     }
     eprintln!("warning: rustup cannot add it; building it from Debian's source of the compiler instead");
