@@ -25,4 +25,4 @@ pub use firmware::El3;
 pub use hardware::{Hardware, clean_to_poc};
 pub use host::{Lacking, check_cpu, enable_stage2, physical_address_size, prepare_cpu};
 pub use power::{Conduit, halt, power_off, semihosting_exit};
-pub use report::{Backtrace, FatalFrame, mpidr};
+pub use report::{Backtrace, FatalFrame, mpidr, system_registers};

@@ -62,6 +62,26 @@ impl Iterator for Backtrace {
     }
 }
 
+/// System registers that tell what a CPU was doing for whom, by name.
+///
+/// At EL1, before it is known that there is no EL2 to be had, there are none.
+pub fn system_registers() -> impl Iterator<Item = (&'static str, u64)> {
+    let at_el2 = read_sysreg!("currentel") == 2 << 2;
+    let read = move || {
+        [
+            ("elr_el2", read_sysreg!("elr_el2")),
+            ("spsr_el2", read_sysreg!("spsr_el2")),
+            ("esr_el2", read_sysreg!("esr_el2")),
+            ("far_el2", read_sysreg!("far_el2")),
+            ("hpfar_el2", read_sysreg!("hpfar_el2")),
+            ("hcr_el2", read_sysreg!("hcr_el2")),
+            ("vttbr_el2", read_sysreg!("vttbr_el2")),
+            ("sctlr_el2", read_sysreg!("sctlr_el2")),
+        ]
+    };
+    at_el2.then(read).into_iter().flatten()
+}
+
 /// Returns the affinity of this CPU (MPIDR_EL1 without its flag bits).
 #[must_use]
 pub fn mpidr() -> u64 {

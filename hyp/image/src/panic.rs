@@ -9,7 +9,9 @@ use core::{
     sync::atomic::{AtomicBool, AtomicU32, Ordering},
 };
 
-use ravelin_arch::{Backtrace, Conduit, CpuStart, FatalFrame, Image, halt, mpidr, power_off, semihosting_exit};
+use ravelin_arch::{
+    Backtrace, Conduit, CpuStart, FatalFrame, Image, halt, mpidr, power_off, semihosting_exit, system_registers,
+};
 
 use crate::console::write_last;
 
@@ -43,6 +45,7 @@ fn panic(info: &PanicInfo<'_>) -> ! {
     if let Some(location) = info.location() {
         report!("  at {location}");
     }
+    registers(system_registers());
     backtrace(0, Backtrace::here());
     exit(Conduit::Smc)
 }
@@ -54,18 +57,29 @@ extern "C" fn fatal_exception(frame: &FatalFrame, slot: u64) -> ! {
     begin();
     let kind = KINDS[(slot & 3) as usize];
     report!("ravelin panic on cpu {Cpu}: {kind} in vector slot {slot}");
-    report!("  elr {:#018x} spsr {:#010x} esr {:#010x} far {:#018x}", frame.elr, frame.spsr, frame.esr, frame.far);
-    for (row, registers) in frame.registers.chunks(4).enumerate() {
-        for (column, register) in registers.iter().enumerate() {
-            write_last(format_args!("  x{:<2} {register:#018x}", row * 4 + column));
-        }
-        write_last(format_args!("\n"));
-    }
-    report!("  sp  {:#018x}", frame.sp);
+    const NAMES: [&str; 31] = [
+        "x0", "x1", "x2", "x3", "x4", "x5", "x6", "x7", "x8", "x9", "x10", "x11", "x12", "x13", "x14", "x15", "x16",
+        "x17", "x18", "x19", "x20", "x21", "x22", "x23", "x24", "x25", "x26", "x27", "x28", "x29", "x30",
+    ];
+    let general = NAMES.into_iter().zip(frame.registers);
+    registers(general.chain([("sp", frame.sp), ("elr", frame.elr), ("spsr", frame.spsr)]));
+    registers([("esr", frame.esr), ("far", frame.far)].into_iter().chain(system_registers()));
     let offset = frame.elr.wrapping_sub(Image::running().start);
     report!("  #0 {offset:#x}");
     backtrace(1, Backtrace::from_frame(frame.registers[29]));
     exit(Conduit::Smc)
+}
+
+/// Writes registers, four in a row.
+fn registers(registers: impl Iterator<Item = (&'static str, u64)>) {
+    let mut column = 0;
+    for (name, value) in registers {
+        column = (column + 1) % 4;
+        write_last(format_args!("  {name:<9} {value:#018x}{}", if column == 0 { "\n" } else { "" }));
+    }
+    if column != 0 {
+        write_last(format_args!("\n"));
+    }
 }
 
 /// Stops a CPU whose report fails in turn, after it may have failed once.
