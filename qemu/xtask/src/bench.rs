@@ -16,7 +16,6 @@ use crate::image::{self, BUDGET, Variant};
 use crate::initramfs::ExtraFile;
 use crate::qemu::{self, Outcome};
 use crate::run::{self, Ready};
-use crate::setup::rust;
 use crate::symbols::Symbols;
 use crate::{process, workspace};
 
@@ -72,7 +71,7 @@ pub(crate) struct Options {
 
 /// `cargo xtask bench`.
 pub(crate) fn bench(options: &Options) -> Result<ExitCode> {
-    let bench = Bench { plugin: build_plugin()?, payload: build_payload()? };
+    let bench = Bench { plugin: build_plugin()?, payload: image::payload()? };
     if options.profile {
         bench.profile()?;
         return Ok(ExitCode::SUCCESS);
@@ -327,16 +326,6 @@ fn host_entries(counts: &Event) -> u64 {
 fn build_plugin() -> Result<PathBuf> {
     process::run(process::cargo().args(["build", "--release", "--package", "ravelin-counter"]))?;
     Ok(workspace::target_dir()?.join("release/libravelin_counter.so"))
-}
-
-/// The EL1 payload as a flat binary.
-fn build_payload() -> Result<PathBuf> {
-    process::run(rust::cargo("build")?.args(["--release", "--package", "ravelin-payload"]))?;
-    let elf = workspace::target_dir()?.join(rust::BARE_METAL).join("release/ravelin-payload");
-    let (binary, _) = image::flatten(&fs::read(&elf).with_context(|| elf.display().to_string())?)?;
-    let path = workspace::output_dir()?.join("bench-payload.bin");
-    fs::write(&path, binary).with_context(|| format!("cannot write {}", path.display()))?;
-    Ok(path)
 }
 
 /// A static Linux program for arm64 that executes mark 0 and ends with status 0.

@@ -103,6 +103,16 @@ fn build_now(variant: Variant) -> Result<Image> {
     Ok(Image { elf, binary: path, sizes })
 }
 
+/// Builds the EL1 payload of the tests; returns its flat binary.
+pub(crate) fn payload() -> Result<PathBuf> {
+    process::run(rust::cargo("build")?.args(["--quiet", "--release", "--package", "ravelin-payload"]))?;
+    let elf = workspace::target_dir()?.join(rust::BARE_METAL).join("release/ravelin-payload");
+    let (binary, _) = flatten(&fs::read(&elf).with_context(|| elf.display().to_string())?)?;
+    let path = workspace::output_dir()?.join("payload.bin");
+    fs::write(&path, binary).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(path)
+}
+
 /// Makes a flat binary, which begins at the lowest loaded address, of an ELF file. Its BSS is left out.
 pub(crate) fn flatten(file: &[u8]) -> Result<(Vec<u8>, Sizes)> {
     let file = ElfFile64::<object::Endianness>::parse(file).context("not a 64-bit ELF file")?;

@@ -3,14 +3,15 @@
 use anyhow::Result;
 
 use super::{Report, cargo};
-use crate::process;
 use crate::setup::{self, Needs};
+use crate::{image, process};
 
 /// Runs the conformance runner, which prints a line for each test as libtest does.
 pub(super) fn run(full: bool, report: &mut Report) -> Result<()> {
     setup::ensure(&Needs { qemu: true, bare_metal: true, ..Needs::default() })?;
     let mut runner = process::cargo();
-    runner.args(["run", "--quiet", "--package", "ravelin-conformance", "--"]);
+    runner.args(["run", "--quiet", "--package", "ravelin-conformance", "--", "--payload"]);
+    runner.arg(image::payload()?);
     if full {
         runner.arg("--full");
     }
