@@ -34,6 +34,9 @@ pub struct Counts {
 impl Counts {
     /// Moves `pages` from one state to another.
     pub(crate) fn moved(&mut self, before: State, after: State, pages: u64) {
+        if before == after {
+            return;
+        }
         if let Some(count) = self.of(before) {
             *count = count.wrapping_sub(pages);
         }

@@ -65,6 +65,7 @@ pub(crate) struct Entry(u64);
 
 impl Entry {
     pub(crate) const MAX_PINS: u64 = PINS;
+    pub(crate) const NOBODY: Self = Self::new(State::NOBODY, 0);
 
     /// `pins` is at most [`Entry::MAX_PINS`].
     pub(crate) const fn new(state: State, pins: u64) -> Self {

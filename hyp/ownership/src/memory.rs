@@ -11,7 +11,7 @@ use crate::{
     counts::Counts,
     entry::State,
     step::{El2Change, Step},
-    table::OwnershipTable,
+    table::{OwnershipTable, RamRange},
 };
 
 /// Who owns memory and what is mapped: the ownership table, the host's stage 2, the EL2 stage 1 and the tables for both.
@@ -199,33 +199,41 @@ impl<'a, P: TablePool> Memory<'a, P> {
 impl<P: TablePool> Inner<'_, P> {
     /// Takes `step` for all pages of `range` or, if that is not possible, for none.
     fn take<M: Machine>(&mut self, machine: &M, range: PhysRange, step: &Step) -> Result<(), Failure> {
-        self.table.check(range, step)?;
-        self.reserve(machine, range, step)?;
-        // Nothing fails from here on.
-        self.change_el2(machine, range, step);
+        let ram = self.table.check(range, step)?;
+        if step.el2 != El2Change::None {
+            self.reserve(machine, ram, range, step)?;
+            // Nothing fails from here on.
+            self.change_el2(machine, ram, range, step);
+        }
         let mut flush = Flush::new();
         if step.takes_from_host() {
             flush = self.host.unmap(machine, &mut self.pool, range.identity_ipa(), flush);
         }
         let Self { table, host, pool, .. } = self;
-        table.commit(range, step, |block| {
+        table.commit(ram, step, &mut |block| {
             // With its last-level table out of the way, the next fault maps the block as one.
             let block = block.identity_ipa();
-            let walk = host.lookup(machine, block.base());
-            if walk.level == Level::L3 {
+            if host.lookup(machine, block.base()).level == Level::L3 {
                 flush = host.unmap(machine, pool, block, mem::take(&mut flush));
             }
         });
+        if !flush.is_empty() {
+            self.flush_host(machine, flush);
+        }
         self.counts.moved(step.before, step.after, range.pages());
-        self.flush_host(machine, flush);
         Ok(())
     }
 
     /// Makes sure that the pool has the tables that `step` takes for the EL2 stage 1, and leaves enough to the host.
-    fn reserve<M: Machine>(&mut self, machine: &M, range: PhysRange, step: &Step) -> Result<(), Failure> {
+    fn reserve<M: Machine>(
+        &mut self,
+        machine: &M,
+        ram: RamRange,
+        range: PhysRange,
+        step: &Step,
+    ) -> Result<(), Failure> {
         let available = self.pool.available();
-        let enough = PageTable::<El2>::most_tables(range.pages()).saturating_add(HOST_RESERVE);
-        if step.el2 == El2Change::None || enough <= available {
+        if PageTable::<El2>::most_tables(range.pages()).saturating_add(HOST_RESERVE) <= available {
             return Ok(());
         }
         let mut needed = 0_usize;
@@ -246,7 +254,7 @@ impl<P: TablePool> Inner<'_, P> {
         match step.el2 {
             El2Change::None => {}
             El2Change::Map | El2Change::Unmap => plan(range),
-            El2Change::MapFirst | El2Change::UnmapLast => table.el2_runs(range, step, plan),
+            El2Change::MapFirst | El2Change::UnmapLast => table.el2_runs(ram, step, &mut plan),
         }
         if needed == 0 {
             return Ok(());
@@ -262,29 +270,27 @@ impl<P: TablePool> Inner<'_, P> {
     }
 
     /// Does to the EL2 stage 1 what `step` asks for.
-    fn change_el2<M: Machine>(&mut self, machine: &M, range: PhysRange, step: &Step) {
+    fn change_el2<M: Machine>(&mut self, machine: &M, ram: RamRange, range: PhysRange, step: &Step) {
         let Self { table, el2, pool, .. } = self;
-        let mut map = |el2: &mut PageTable<El2>, run: PhysRange| {
-            // The tables have been reserved, and RAM lies in the address space.
-            let mapped = el2.map(machine, pool, run.identity_va(), run.base(), El2Usage::Data);
-            debug_assert_eq!(mapped, Ok(()));
-        };
-        let flush = match step.el2 {
-            El2Change::None => return,
-            El2Change::Map => return map(el2, range),
-            El2Change::MapFirst => return table.el2_runs(range, step, |run| map(el2, run)),
+        let mut flush = Flush::new();
+        let mut change = |run: PhysRange| match step.el2 {
+            El2Change::None => {}
+            El2Change::Map | El2Change::MapFirst => {
+                // The tables have been reserved, and RAM lies in the address space.
+                let mapped = el2.map(machine, pool, run.identity_va(), run.base(), El2Usage::Data);
+                debug_assert_eq!(mapped, Ok(()));
+            }
             El2Change::Unmap => {
-                machine.scrub(range);
-                el2.unmap(machine, pool, range.identity_va(), Flush::new())
+                machine.scrub(run);
+                flush = el2.unmap(machine, pool, run.identity_va(), mem::take(&mut flush));
             }
-            El2Change::UnmapLast => {
-                let mut flush = Flush::new();
-                table.el2_runs(range, step, |run| {
-                    flush = el2.unmap(machine, pool, run.identity_va(), mem::take(&mut flush));
-                });
-                flush
-            }
+            El2Change::UnmapLast => flush = el2.unmap(machine, pool, run.identity_va(), mem::take(&mut flush)),
         };
+        match step.el2 {
+            El2Change::None => {}
+            El2Change::Map | El2Change::Unmap => change(range),
+            El2Change::MapFirst | El2Change::UnmapLast => table.el2_runs(ram, step, &mut change),
+        }
         if self.el2.flush(machine, &mut self.pool, flush) {
             self.counts.el2_invalidations = self.counts.el2_invalidations.wrapping_add(1);
         }

@@ -72,15 +72,25 @@ pub struct OwnershipTable<'a> {
     pages: &'a mut [[u64; PAGES_PER_BLOCK]],
 }
 
+/// A range that lies in one region of RAM.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RamRange {
+    range: PhysRange,
+    /// Index of the entry of the block in which it begins; the others follow.
+    index: usize,
+}
+
 /// The part of a range that lies in one block.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Piece {
-    /// Number of the block, counted from address 0.
-    number: u64,
+struct Piece {
+    /// Index of the block's entry.
+    index: usize,
     /// First page in the block.
     first: usize,
     /// Page behind the last one in the block.
     end: usize,
+    /// Page number of the first page.
+    page: u64,
 }
 
 impl Piece {
@@ -91,34 +101,32 @@ impl Piece {
     fn len(self) -> usize {
         self.end.wrapping_sub(self.first)
     }
+}
 
-    /// Returns the address of a page of the block.
-    fn page(self, index: usize) -> PhysAddr {
-        PhysAddr::from_bits_truncating((self.number << BLOCK_PAGE_SHIFT | to_u64(index)) << PAGE_SHIFT)
-    }
-
-    /// Returns the address of the first page of the piece.
-    fn base(self) -> PhysAddr {
-        self.page(self.first)
+impl RamRange {
+    /// Cuts the range at block boundaries.
+    #[inline]
+    fn pieces(self) -> impl Iterator<Item = Piece> {
+        let mut page = self.range.base().page_number();
+        let end = page.wrapping_add(self.range.pages());
+        let mut index = self.index;
+        core::iter::from_fn(move || {
+            if page >= end {
+                return None;
+            }
+            let first = page & PAGES_PER_BLOCK_U64.wrapping_sub(1);
+            let pages = PAGES_PER_BLOCK_U64.wrapping_sub(first).min(end.wrapping_sub(page));
+            let first_index = to_usize(first);
+            let piece = Piece { index, first: first_index, end: first_index.wrapping_add(to_usize(pages)), page };
+            page = page.wrapping_add(pages);
+            index = index.wrapping_add(1);
+            Some(piece)
+        })
     }
 }
 
-/// Cuts `range` at block boundaries.
-#[inline]
-fn pieces(range: PhysRange) -> impl Iterator<Item = Piece> {
-    let mut page = range.base().page_number();
-    let end = page.wrapping_add(range.pages());
-    core::iter::from_fn(move || {
-        if page >= end {
-            return None;
-        }
-        let number = page >> BLOCK_PAGE_SHIFT;
-        let base = number << BLOCK_PAGE_SHIFT;
-        let stop = base.wrapping_add(PAGES_PER_BLOCK_U64).min(end);
-        let piece = Piece { number, first: to_usize(page.wrapping_sub(base)), end: to_usize(stop.wrapping_sub(base)) };
-        page = stop;
-        Some(piece)
-    })
+fn address(page_number: u64) -> PhysAddr {
+    PhysAddr::from_bits_truncating(page_number << PAGE_SHIFT)
 }
 
 /// Yields index and length of each run of entries that `f` accepts.
@@ -211,36 +219,44 @@ impl<'a> OwnershipTable<'a> {
         let mut reserved_ranges = ArrayVec::new();
         reserved_ranges.try_extend_from_slice(reserved).map_err(|_| SetupError::TooMany)?;
 
-        // Regions that touch have been joined, so the carve-out lies in one.
-        if !regions.iter().any(|region| region.range.covers(&carve_out)) {
-            return Err(SetupError::CarveOut(carve_out));
-        }
-        blocks.fill(Block::uniform(Entry::new(State::NOBODY, 0)).bits());
+        blocks.fill(Block::uniform(Entry::NOBODY).bits());
         let mut table = Self { regions, carve_out, reserved: reserved_ranges, blocks, pages };
-        for index in 0..table.regions.len() {
-            if let Some(region) = table.regions.get(index) {
-                table.set(region.range, Entry::new(State::HOST_OWNED, 0));
-            }
+        for region in table.regions.clone() {
+            table.set(RamRange { range: region.range, index: region.index }, Entry::new(State::HOST_OWNED, 0));
         }
-        table.set(carve_out, Entry::new(State::HYP_OWNED, 0));
+        let Some(ram) = table.ram_range(carve_out).filter(|ram| ram.range == carve_out) else {
+            return Err(SetupError::CarveOut(carve_out));
+        };
+        table.set(ram, Entry::new(State::HYP_OWNED, 0));
         Ok(table)
+    }
+
+    /// Returns the part of `range` that is RAM from its first page on, if that page is.
+    ///
+    /// Regions that touch are one, so what follows that part is not RAM.
+    #[inline]
+    pub(crate) fn ram_range(&self, range: PhysRange) -> Option<RamRange> {
+        let region = self.regions.iter().find(|region| region.range.contains(range.base()))?;
+        let offset = (range.base().raw() / BLOCK_SIZE).wrapping_sub(region.first);
+        let index = region.index.wrapping_add(to_usize(offset));
+        if range.end() <= region.range.end() {
+            return Some(RamRange { range, index });
+        }
+        region.range.intersection(&range).map(|range| RamRange { range, index })
     }
 
     /// Returns the entry of a page, or `None` if it is not RAM.
     pub(crate) fn entry(&self, page: PhysAddr) -> Option<Entry> {
-        let piece = pieces(PhysRange::single(page)).next()?;
-        let index = self.index(piece.number)?;
-        let entry = match self.block(index).as_uniform() {
-            Some(entry) => entry,
-            None => Entry::from_bits(*self.pages.get(index)?.get(piece.first)?),
-        };
-        // A block at the edge of a region has entries for pages outside it.
-        (entry.state() != State::NOBODY || self.is_ram(page)).then_some(entry)
+        let piece = self.ram_range(PhysRange::single(page))?.pieces().next()?;
+        match self.block(piece.index).as_uniform() {
+            Some(entry) => Some(entry),
+            None => self.pages.get(piece.index)?.get(piece.first).copied().map(Entry::from_bits),
+        }
     }
 
     /// Returns the entry of all pages of the block in which `page` lies, if the block is uniform RAM.
     pub(crate) fn uniform_entry(&self, page: PhysAddr) -> Option<Entry> {
-        self.block(self.index(page.raw() / BLOCK_SIZE)?).as_uniform()
+        self.block(self.ram_range(PhysRange::single(page))?.index).as_uniform()
     }
 
     /// Returns how the host may access a page, if at all.
@@ -255,15 +271,13 @@ impl<'a> OwnershipTable<'a> {
     pub(crate) fn is_uniform_for_host(&self, range: PhysRange, usage: Stage2Usage) -> bool {
         match usage {
             Stage2Usage::Memory => {
-                let Some(region) = self.regions.iter().find(|region| region.range.covers(&range)) else {
+                let Some(ram) = self.ram_range(range).filter(|ram| ram.range == range) else {
                     return false;
                 };
-                let offset = (range.base().raw() / BLOCK_SIZE).wrapping_sub(region.first);
-                let first = region.index.wrapping_add(to_usize(offset));
-                let end = first.wrapping_add(to_usize(range.size() / BLOCK_SIZE));
+                let end = ram.index.wrapping_add(to_usize(range.size() / BLOCK_SIZE));
                 let accessible =
                     |bits: &u64| Block::from_bits(*bits).as_uniform().is_some_and(|entry| entry.state().host_access());
-                self.blocks.get(first..end).is_some_and(|blocks| blocks.iter().all(accessible))
+                self.blocks.get(ram.index..end).is_some_and(|blocks| blocks.iter().all(accessible))
             }
             Stage2Usage::Device => {
                 !self.regions.iter().any(|region| region.range.overlaps(&range))
@@ -272,52 +286,52 @@ impl<'a> OwnershipTable<'a> {
         }
     }
 
-    /// Checks that `step` may be taken from every page of `range`.
-    pub(crate) fn check(&self, range: PhysRange, step: &Step) -> Result<(), Failure> {
-        for piece in pieces(range) {
-            let Some(index) = self.index(piece.number) else {
-                return Err(Failure { reason: Reason::NotRam, page: piece.base() });
-            };
-            match self.block(index).as_uniform() {
+    /// Checks that `step` may be taken from every page of `range`, which is RAM then.
+    pub(crate) fn check(&self, range: PhysRange, step: &Step) -> Result<RamRange, Failure> {
+        let not_ram = |page| Failure { reason: Reason::NotRam, page };
+        let ram = self.ram_range(range).ok_or(not_ram(range.base()))?;
+        for piece in ram.pieces() {
+            match self.block(piece.index).as_uniform() {
                 Some(entry) if step.allows(entry) => {}
-                Some(entry) => return Err(Failure { reason: step.reason(entry), page: piece.base() }),
+                Some(entry) => return Err(Failure { reason: step.reason(entry), page: address(piece.page) }),
                 None => {
-                    let entries = self.pages.get(index).and_then(|pages| pages.get(piece.first..piece.end));
-                    let entries = entries.unwrap_or_default();
-                    let bad = entries.iter().position(|&bits| !step.allows(Entry::from_bits(bits)));
-                    if let Some(bad) = bad {
-                        let page = piece.page(piece.first.wrapping_add(bad));
-                        let reason = self.entry(page).map_or(Reason::NotRam, |entry| step.reason(entry));
-                        return Err(Failure { reason, page });
+                    let entries = self.entries(piece);
+                    if let Some(bad) = entries.iter().position(|&bits| !step.allows(Entry::from_bits(bits))) {
+                        let entry = entries.get(bad).copied().map_or(Entry::NOBODY, Entry::from_bits);
+                        let page = address(piece.page.wrapping_add(to_u64(bad)));
+                        return Err(Failure { reason: step.reason(entry), page });
                     }
                 }
             }
         }
-        Ok(())
+        match PhysAddr::new(ram.range.end()) {
+            Some(end) if ram.range.end() < range.end() => Err(not_ram(end)),
+            _ => Ok(ram),
+        }
     }
 
-    /// Calls `f` in ascending order with each run of pages of `range` that `step`, which has been checked, puts into the
-    /// EL2 stage 1 or takes out of it.
-    pub(crate) fn el2_runs(&self, range: PhysRange, step: &Step, mut f: impl FnMut(PhysRange)) {
+    /// Calls `f` in ascending order with each run of pages of `ram` that `step`, which has been checked, puts into the EL2
+    /// stage 1 or takes out of it.
+    pub(crate) fn el2_runs(&self, ram: RamRange, step: &Step, f: &mut dyn FnMut(PhysRange)) {
         let mut run: Option<(u64, u64)> = None;
-        let mut extend = |start: u64, pages: usize| match &mut run {
-            Some((_, end)) if *end == start => *end = end.wrapping_add(to_u64(pages)),
-            _ => {
-                if let Some(range) = run.replace((start, start.wrapping_add(to_u64(pages)))).and_then(run_range) {
-                    f(range);
+        let mut extend = |start: u64, pages: usize| {
+            let end = start.wrapping_add(to_u64(pages));
+            match &mut run {
+                Some((_, last)) if *last == start => *last = end,
+                _ => {
+                    if let Some(range) = run.replace((start, end)).and_then(run_range) {
+                        f(range);
+                    }
                 }
             }
         };
-        for piece in pieces(range) {
-            let Some(index) = self.index(piece.number) else { continue };
-            let start = piece.base().page_number();
-            match self.block(index).as_uniform() {
-                Some(entry) if step.changes_el2(entry) => extend(start, piece.len()),
+        for piece in ram.pieces() {
+            match self.block(piece.index).as_uniform() {
+                Some(entry) if step.changes_el2(entry) => extend(piece.page, piece.len()),
                 Some(_) => {}
                 None => {
-                    let entries = self.pages.get(index).and_then(|pages| pages.get(piece.first..piece.end));
-                    for (first, pages) in runs(entries.unwrap_or_default(), |entry| step.changes_el2(entry)) {
-                        extend(start.wrapping_add(to_u64(first)), pages);
+                    for (first, pages) in runs(self.entries(piece), |entry| step.changes_el2(entry)) {
+                        extend(piece.page.wrapping_add(to_u64(first)), pages);
                     }
                 }
             }
@@ -327,29 +341,26 @@ impl<'a> OwnershipTable<'a> {
         }
     }
 
-    /// Takes `step`, which has been checked, from every page of `range`. Calls `collapsed` with each block of which the
-    /// host has become the sole owner of all pages.
-    pub(crate) fn commit(&mut self, range: PhysRange, step: &Step, mut collapsed: impl FnMut(PhysRange)) {
-        for piece in pieces(range) {
-            let Some(index) = self.index(piece.number) else { continue };
-            if let (Some(entry), true) = (self.block(index).as_uniform(), piece.is_whole()) {
-                self.set_block(index, Block::uniform(step.apply(entry)));
+    /// Takes `step`, which has been checked, from every page of `ram`. Calls `collapsed` with each block of which the host
+    /// has become the sole owner of all pages.
+    pub(crate) fn commit(&mut self, ram: RamRange, step: &Step, collapsed: &mut dyn FnMut(PhysRange)) {
+        for piece in ram.pieces() {
+            if let (Some(entry), true) = (self.block(piece.index).as_uniform(), piece.is_whole()) {
+                self.set_block(piece.index, Block::uniform(step.apply(entry)));
                 continue;
             }
-            self.split(index);
-            let entries = self.pages.get_mut(index).and_then(|pages| pages.get_mut(piece.first..piece.end));
-            for bits in entries.unwrap_or_default() {
+            let owned = self.split(piece.index).wrapping_add(step.owned.wrapping_mul(to_u64(piece.len())));
+            for bits in self.entries_mut(piece) {
                 *bits = step.apply(Entry::from_bits(*bits)).bits();
             }
-            let owned = self.block(index).owned().wrapping_add(step.owned.wrapping_mul(to_u64(piece.len())));
             if owned == PAGES_PER_BLOCK_U64 {
-                self.set_block(index, Block::uniform(Entry::new(State::HOST_OWNED, 0)).primed());
-                let base = piece.page(0);
+                self.set_block(piece.index, Block::uniform(Entry::new(State::HOST_OWNED, 0)).primed());
+                let base = address(piece.page).align_down(BLOCK_SIZE);
                 if let Ok(block) = PhysRange::new(base.raw(), PAGES_PER_BLOCK_U64) {
                     collapsed(block);
                 }
             } else {
-                self.set_block(index, Block::split(owned));
+                self.set_block(piece.index, Block::split(owned));
             }
         }
     }
@@ -362,9 +373,9 @@ impl<'a> OwnershipTable<'a> {
             *behind = region.end;
             Some(start..region.end)
         });
-        starts.flatten().filter_map(|number| {
+        starts.flatten().zip(0..).filter_map(|(number, index)| {
             let range = PhysRange::new(number.wrapping_mul(BLOCK_SIZE), PAGES_PER_BLOCK_U64).ok()?;
-            let block = self.block(self.index(number)?);
+            let block = self.block(index);
             Some((range, block.as_uniform().is_none().then(|| block.owned())))
         })
     }
@@ -375,16 +386,15 @@ impl<'a> OwnershipTable<'a> {
         (self.blocks.to_vec(), self.pages.to_vec())
     }
 
-    /// Returns whether `page` is RAM.
-    fn is_ram(&self, page: PhysAddr) -> bool {
-        self.regions.iter().any(|region| region.range.contains(page))
+    /// Returns the page entries of a piece.
+    #[inline]
+    fn entries(&self, piece: Piece) -> &[u64] {
+        self.pages.get(piece.index).and_then(|pages| pages.get(piece.first..piece.end)).unwrap_or_default()
     }
 
-    /// Returns the index of a block's entry.
     #[inline]
-    fn index(&self, number: u64) -> Option<usize> {
-        let region = self.regions.iter().find(|region| region.first <= number && number < region.end)?;
-        Some(region.index.wrapping_add(to_usize(number.wrapping_sub(region.first))))
+    fn entries_mut(&mut self, piece: Piece) -> &mut [u64] {
+        self.pages.get_mut(piece.index).and_then(|pages| pages.get_mut(piece.first..piece.end)).unwrap_or_default()
     }
 
     fn block(&self, index: usize) -> Block {
@@ -397,20 +407,29 @@ impl<'a> OwnershipTable<'a> {
         }
     }
 
-    /// Makes the page entries of a block count.
-    fn split(&mut self, index: usize) {
+    /// Makes the page entries of a block count and returns how many of them are `HostOwned`.
+    #[inline]
+    fn split(&mut self, index: usize) -> u64 {
         let block = self.block(index);
         let Some(entry) = block.as_uniform() else {
-            return;
+            return block.owned();
         };
-        if let (false, Some(pages)) = (block.is_primed(), self.pages.get_mut(index)) {
+        if !block.is_primed() {
+            self.prime(index, entry);
+        }
+        let owned = if entry.state() == State::HOST_OWNED { PAGES_PER_BLOCK_U64 } else { 0 };
+        self.set_block(index, Block::split(owned));
+        owned
+    }
+
+    /// Sets all page entries of a block.
+    fn prime(&mut self, index: usize, entry: Entry) {
+        if let Some(pages) = self.pages.get_mut(index) {
             // In runs of eight, which the compiler turns into paired stores even when it optimises for size.
             for run in pages.as_chunks_mut::<8>().0 {
                 *run = [entry.bits(); 8];
             }
         }
-        let owned = if entry.state() == State::HOST_OWNED { PAGES_PER_BLOCK_U64 } else { 0 };
-        self.set_block(index, Block::split(owned));
     }
 
     /// Returns how many pages are in which state when nothing has changed hands yet.
@@ -420,32 +439,27 @@ impl<'a> OwnershipTable<'a> {
         Counts { host_owned: ram.wrapping_sub(hyp_owned), hyp_owned, ..Counts::default() }
     }
 
-    /// Sets every page of `range`, which lies in one region of RAM, to `entry`, whatever it was: for the start.
-    fn set(&mut self, range: PhysRange, entry: Entry) {
-        let first = range.base().raw().div_ceil(BLOCK_SIZE);
-        let end = range.end() / BLOCK_SIZE;
-        if let (true, Some(index)) = (first < end, self.index(first)) {
-            let whole = index..index.wrapping_add(to_usize(end.wrapping_sub(first)));
+    /// Sets every page of `ram` to `entry`, whatever it was: for the start.
+    fn set(&mut self, ram: RamRange, entry: Entry) {
+        let (start, end) = (ram.range.base().raw(), ram.range.end());
+        // The blocks that lie in it as a whole.
+        let (first, behind) = (start.div_ceil(BLOCK_SIZE), end / BLOCK_SIZE);
+        let edges = if first < behind {
+            let index = ram.index.wrapping_add(to_usize(first.wrapping_sub(start / BLOCK_SIZE)));
+            let whole = index..index.wrapping_add(to_usize(behind.wrapping_sub(first)));
             self.blocks.get_mut(whole).unwrap_or_default().fill(Block::uniform(entry).bits());
-        }
-        let whole = PhysRange::from_bounds(first.wrapping_mul(BLOCK_SIZE), end.wrapping_mul(BLOCK_SIZE)).ok();
-        let (below, above) = match whole {
-            Some(whole) => (
-                PhysRange::from_bounds(range.base().raw(), whole.base().raw()).ok(),
-                PhysRange::from_bounds(whole.end(), range.end()).ok(),
-            ),
-            None => (Some(range), None),
+            [(start, first.wrapping_mul(BLOCK_SIZE)), (behind.wrapping_mul(BLOCK_SIZE), end)]
+        } else {
+            [(start, end), (end, end)]
         };
-        for piece in [below, above].into_iter().flatten().flat_map(pieces) {
-            let Some(index) = self.index(piece.number) else { continue };
-            self.split(index);
-            let Some(pages) = self.pages.get_mut(index) else { continue };
-            if let Some(entries) = pages.get_mut(piece.first..piece.end) {
-                entries.fill(entry.bits());
-            }
-            let owned = Entry::new(State::HOST_OWNED, 0).bits();
-            let owned = pages.iter().filter(|&&bits| bits == owned).count();
-            self.set_block(index, Block::split(to_u64(owned)));
+        let edges = edges.map(|(start, end)| self.ram_range(PhysRange::from_bounds(start, end).ok()?));
+        for piece in edges.into_iter().flatten().flat_map(RamRange::pieces) {
+            self.split(piece.index);
+            self.entries_mut(piece).fill(entry.bits());
+            let host_owned = Entry::new(State::HOST_OWNED, 0).bits();
+            let pages = self.pages.get(piece.index).map(|pages| pages.iter());
+            let owned = pages.into_iter().flatten().filter(|&&bits| bits == host_owned).count();
+            self.set_block(piece.index, Block::split(to_u64(owned)));
         }
     }
 }
