@@ -139,8 +139,9 @@ fn take_job(slot: &Slot) -> Option<Job<'static>> {
     unsafe { (*slot.job.get()).take() }
 }
 
-/// Gives other CPUs of a busy machine a chance.
+/// Gives other CPUs of a busy machine a chance: an emulator yields at WFE. The event is there already, so it never blocks.
 pub(crate) fn wait() {
+    instruction!("sevl");
     instruction!("wfe");
 }
 

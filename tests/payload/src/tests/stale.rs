@@ -2,11 +2,12 @@
 
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use arrayvec::ArrayVec;
 use spin::Mutex;
 
 use crate::{
     rt::{
-        cpu,
+        cpu::{self, MAX_CPUS},
         memory::{self, BLOCK, GIB, PAGE},
         platform::platform,
         probe::{self, Access, probe},
@@ -18,22 +19,28 @@ use crate::{
     },
 };
 
-/// What the CPU that donates tells those that spin.
+/// Accesses that each CPU makes before and after the donation.
+const ROUNDS: u64 = 50;
+
+/// What the CPU that donates and those that use the page tell each other.
 struct Watch {
     /// The donation has returned.
     gone: AtomicBool,
     stop: AtomicBool,
-    /// Accesses that worked so far, which shows that translations are warm.
-    worked: AtomicU64,
+    /// Accesses of each CPU that worked: enough of them, and its translations are warm.
+    warm: [AtomicU64; MAX_CPUS],
+    /// Accesses of each CPU that began after the donation had returned.
+    after: [AtomicU64; MAX_CPUS],
     failure: Mutex<Outcome>,
 }
 
 impl Watch {
-    fn new() -> Self {
+    const fn new() -> Self {
         Self {
             gone: AtomicBool::new(false),
             stop: AtomicBool::new(false),
-            worked: AtomicU64::new(0),
+            warm: [const { AtomicU64::new(0) }; MAX_CPUS],
+            after: [const { AtomicU64::new(0) }; MAX_CPUS],
             failure: Mutex::new(Ok(())),
         }
     }
@@ -46,12 +53,12 @@ impl Watch {
                 Ok(_) if gone => {
                     Err(Failure::new(format_args!("CPU {cpu}: {access:?} of {page:#x} works after the donation")))
                 }
-                Ok(_) => {
-                    self.worked.fetch_add(1, Ordering::Release);
-                    Ok(())
-                }
                 Err(fault) if fault.status() != ALIGNMENT || fault.far != page => {
                     Err(Failure::new(format_args!("CPU {cpu}: {access:?} of {page:#x}: {fault:x?}")))
+                }
+                Ok(_) => {
+                    self.warm[cpu].fetch_add(1, Ordering::Release);
+                    Ok(())
                 }
                 Err(_) => Ok(()),
             };
@@ -59,28 +66,34 @@ impl Watch {
                 *self.failure.lock() = outcome;
                 return;
             }
+            self.after[cpu].fetch_add(u64::from(gone), Ordering::Release);
         }
     }
 
-    fn wait_until_warm(&self) {
-        let start = self.worked.load(Ordering::Acquire);
-        while self.worked.load(Ordering::Acquire) < start + 100 && self.failure.lock().is_ok() {
-            core::hint::spin_loop();
+    /// Waits until each of the CPUs has made its accesses, or one of them failed.
+    fn wait_for(&self, cpus: &[usize], accesses: &[AtomicU64; MAX_CPUS]) {
+        let waiting = |&cpu: &usize| accesses[cpu].load(Ordering::Acquire) < ROUNDS;
+        while cpus.iter().any(waiting) && self.failure.lock().is_ok() {
+            cpu::wait();
         }
     }
 }
 
+/// All CPUs but the boot CPU, which runs the test.
+fn other_cpus() -> ArrayVec<usize, MAX_CPUS> {
+    (1..platform().cpus.len()).collect()
+}
+
 /// Donates `pages` from `address` on while the other CPUs touch `page`, which is one of them.
 fn donate_under_watch(access: Access, page: u64, address: u64, pages: u64) -> Outcome {
-    let mut others = arrayvec::ArrayVec::<usize, { cpu::MAX_CPUS }>::new();
-    others.extend(1..platform().cpus.len());
+    let others = other_cpus();
     let watch = Watch::new();
     let result = cpu::run_on(&others, &|cpu| watch.spin(cpu, access, page), || {
-        watch.wait_until_warm();
+        watch.wait_for(&others, &watch.warm);
         let result = Op::Donate.succeeds(address, pages);
         watch.gone.store(true, Ordering::Release);
-        for _ in 0..2000 {
-            core::hint::spin_loop();
+        if result.is_ok() {
+            watch.wait_for(&others, &watch.after);
         }
         watch.stop.store(true, Ordering::Release);
         result
@@ -149,8 +162,7 @@ pub(crate) fn neighbours_stay() -> Outcome {
     for page in (0..512).map(|index| base + index * PAGE) {
         memory::store(page, word(page));
     }
-    let mut others = arrayvec::ArrayVec::<usize, { cpu::MAX_CPUS }>::new();
-    others.extend(1..platform().cpus.len());
+    let others = other_cpus();
     let gone = AtomicU64::new(0);
     let stop = AtomicBool::new(false);
     let sweeps = AtomicU64::new(0);
