@@ -66,29 +66,15 @@ impl<P: TablePool> Inner<'_, P> {
                 && range.end() <= self.host.geometry().end()
                 && self.table.is_uniform_for_host(range, usage)
             {
-                return self.map_host(machine, range, usage);
+                return self.host.map(machine, &mut self.pool, range.identity_ipa(), range.base(), usage);
             }
         }
-        let mut run: Option<(PhysRange, Stage2Usage)> = None;
-        for page in around(Level::L2)?.iter() {
-            let usage = self.table.host_access(page);
-            run = match (run, usage) {
-                (Some((range, old)), Some(new)) if old == new => {
-                    let pages = range.pages().wrapping_add(1);
-                    Some((PhysRange::new(range.base().raw(), pages).map_err(|_| MapError::OutOfRange)?, old))
-                }
-                (done, new) => {
-                    if let Some((range, usage)) = done {
-                        self.map_host(machine, range, usage)?;
-                    }
-                    new.map(|usage| (PhysRange::single(page), usage))
-                }
-            };
-        }
-        run.map_or(Ok(()), |(range, usage)| self.map_host(machine, range, usage))
-    }
-
-    fn map_host<M: Machine>(&mut self, machine: &M, range: PhysRange, usage: Stage2Usage) -> Result<(), MapError> {
-        self.host.map(machine, &mut self.pool, range.identity_ipa(), range.base(), usage)
+        let block = around(Level::L2)?;
+        let mut result = Ok(());
+        let Self { table, host, pool, .. } = self;
+        table.host_runs(block, &mut |run, usage| {
+            result = result.and_then(|()| host.map(machine, pool, run.identity_ipa(), run.base(), usage));
+        });
+        result
     }
 }

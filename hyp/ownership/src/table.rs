@@ -267,6 +267,47 @@ impl<'a> OwnershipTable<'a> {
         }
     }
 
+    /// Calls `f` in ascending order with each run of pages of `block`, one block, that the host may access in one way.
+    pub(crate) fn host_runs(&self, block: PhysRange, f: &mut dyn FnMut(PhysRange, Stage2Usage)) {
+        let first = block.base().page_number();
+        if let Some(ram) = self.ram_range(block).filter(|ram| ram.range == block) {
+            let Some(piece) = ram.pieces().next() else { return };
+            match self.block(piece.index).as_uniform() {
+                Some(entry) if entry.state().host_access() => f(block, Stage2Usage::Memory),
+                Some(_) => {}
+                None => {
+                    for (index, pages) in runs(self.entries(piece), |entry| entry.state().host_access()) {
+                        let start = first.wrapping_add(to_u64(index));
+                        if let Some(run) = run_range((start, start.wrapping_add(to_u64(pages)))) {
+                            f(run, Stage2Usage::Memory);
+                        }
+                    }
+                }
+            }
+            return;
+        }
+        // At the edges of RAM, page by page.
+        let mut run: Option<(PhysRange, Stage2Usage)> = None;
+        for page in block.iter() {
+            let usage = self.host_access(page);
+            run = match (run, usage) {
+                (Some((range, old)), Some(new)) if old == new => {
+                    let start = range.base().page_number();
+                    run_range((start, page.page_number().wrapping_add(1))).map(|range| (range, old))
+                }
+                (done, new) => {
+                    if let Some((range, usage)) = done {
+                        f(range, usage);
+                    }
+                    new.map(|usage| (PhysRange::single(page), usage))
+                }
+            };
+        }
+        if let Some((range, usage)) = run {
+            f(range, usage);
+        }
+    }
+
     /// Returns whether the host may access all of `range`, whole blocks, as `usage`, by block entries and regions alone.
     pub(crate) fn is_uniform_for_host(&self, range: PhysRange, usage: Stage2Usage) -> bool {
         match usage {
@@ -296,7 +337,7 @@ impl<'a> OwnershipTable<'a> {
                 Some(entry) => return Err(Failure { reason: step.reason(entry), page: address(piece.page) }),
                 None => {
                     let entries = self.entries(piece);
-                    if let Some(bad) = entries.iter().position(|&bits| !step.allows(Entry::from_bits(bits))) {
+                    if let Some(bad) = step.first_refused(entries) {
                         let entry = entries.get(bad).copied().map_or(Entry::NOBODY, Entry::from_bits);
                         let page = address(piece.page.wrapping_add(to_u64(bad)));
                         return Err(Failure { reason: step.reason(entry), page });
@@ -350,9 +391,7 @@ impl<'a> OwnershipTable<'a> {
                 continue;
             }
             let owned = self.split(piece.index).wrapping_add(step.owned.wrapping_mul(to_u64(piece.len())));
-            for bits in self.entries_mut(piece) {
-                *bits = step.apply(Entry::from_bits(*bits)).bits();
-            }
+            step.apply_all(self.entries_mut(piece));
             if owned == PAGES_PER_BLOCK_U64 {
                 self.set_block(piece.index, Block::uniform(Entry::new(State::HOST_OWNED, 0)).primed());
                 let base = address(piece.page).align_down(BLOCK_SIZE);
@@ -425,9 +464,9 @@ impl<'a> OwnershipTable<'a> {
     /// Sets all page entries of a block.
     fn prime(&mut self, index: usize, entry: Entry) {
         if let Some(pages) = self.pages.get_mut(index) {
-            // In runs of eight, which the compiler turns into paired stores even when it optimises for size.
-            for run in pages.as_chunks_mut::<8>().0 {
-                *run = [entry.bits(); 8];
+            let entry = entry.bits();
+            for run in pages.as_chunks_mut().0 {
+                *run = [entry, entry, entry, entry, entry, entry, entry, entry];
             }
         }
     }

@@ -54,6 +54,12 @@ impl Descriptor {
         Self(to.raw() | attributes | page | VALID)
     }
 
+    /// Returns the leaf that maps the memory behind what this leaf of `level` maps.
+    #[must_use]
+    pub const fn following(self, level: Level) -> Self {
+        Self(self.0.wrapping_add(level.size()))
+    }
+
     /// Returns a descriptor of the table `next`, of which `entries`, at most 512, are in use.
     #[must_use]
     pub const fn table(next: PhysAddr, entries: u64) -> Self {

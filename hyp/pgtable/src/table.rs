@@ -89,8 +89,15 @@ impl Span {
         Self { start: self.start.max(other.start), end: self.end.min(other.end) }
     }
 
-    fn is_empty(self) -> bool {
-        self.start >= self.end
+    fn size(self) -> u64 {
+        self.end.wrapping_sub(self.start)
+    }
+
+    /// Returns the indices of the entries that translate the span, which lies within one table of level 3.
+    #[inline]
+    fn pages(self) -> core::ops::Range<usize> {
+        let first = index_of(self.start, Level::L3.shift());
+        first..first.wrapping_add(index_of(self.size().wrapping_sub(1), Level::L3.shift())).wrapping_add(1)
     }
 
     /// Cuts the span at multiples of `1 << shift`.
@@ -119,7 +126,7 @@ impl Span {
             index: index_of(part.start, shift),
             level,
             part,
-            whole: part.end.wrapping_sub(part.start) == level.size(),
+            whole: part.size() == level.size(),
         })
     }
 }
@@ -476,22 +483,26 @@ impl<R: Regime> PageTable<R> {
     ) -> Option<Descriptor> {
         let below = slot.level.next()?;
         let table = self.allocate(means)?;
-        let all = slot.all();
-        let mut entries = 0_u64;
-        for child in all.slots(table, below) {
-            let to = Addr::from_bits_truncating(to.raw().wrapping_add(child.part.start.wrapping_sub(all.start)));
-            let hole = child.part.intersection(slot.part);
-            let leaf = Descriptor::leaf(below, to, old.attributes());
-            let hole = Slot { part: hole, whole: hole.end.wrapping_sub(hole.start) == below.size(), ..child };
-            let new = if hole.part.is_empty() {
-                leaf
-            } else if hole.whole {
-                Descriptor::INVALID
-            } else {
-                self.split(means, leaf, to, hole).unwrap_or(Descriptor::INVALID)
+        let mut leaf = Descriptor::leaf(below, to, old.attributes());
+        for index in 0..TABLE_ENTRIES {
+            means.machine.write(table, index_of(index, 0), leaf.bits());
+            leaf = leaf.following(below);
+        }
+        if below == Level::L3 {
+            for index in slot.part.pages() {
+                means.machine.write(table, index, Descriptor::INVALID.bits());
+            }
+            return Some(Descriptor::table(table, TABLE_ENTRIES.wrapping_sub(slot.part.size() / PAGE_SIZE)));
+        }
+        let mut entries = TABLE_ENTRIES;
+        for child in slot.part.slots(table, below) {
+            let leaf = child.read(means.machine);
+            let rest = match leaf.kind(below) {
+                Kind::Leaf(to) if !child.whole => self.split(means, leaf, to, child),
+                _ => None,
             };
-            child.write(means.machine, new);
-            entries = entries.wrapping_add(u64::from(new != Descriptor::INVALID));
+            child.write(means.machine, rest.unwrap_or(Descriptor::INVALID));
+            entries = entries.wrapping_sub(u64::from(rest.is_none()));
         }
         Some(Descriptor::table(table, entries))
     }
@@ -515,37 +526,38 @@ impl<R: Regime> Flush<R> {
 /// [`PageTable::map`].
 fn map_pages<R: Regime, M: Machine>(machine: &M, table: PhysAddr, span: Span, wanted: Wanted) -> u64 {
     let mut added = 0_u64;
-    let mut addr = span.start;
-    let to = Addr::from_bits_truncating(addr.wrapping_add(wanted.offset));
+    let to = Addr::from_bits_truncating(span.start.wrapping_add(wanted.offset));
     let mut leaf = Descriptor::leaf(Level::L3, to, wanted.attributes);
-    while addr < span.end {
-        let index = index_of(addr, Level::L3.shift());
+    for index in span.pages() {
         let old = Descriptor::from_bits(machine.read(table, index));
         if old == Descriptor::INVALID {
             machine.write(table, index, leaf.bits());
             added = added.wrapping_add(1);
         } else if old != leaf {
-            let part = Span { start: addr, end: addr.wrapping_add(PAGE_SIZE) };
-            replace::<R, M>(machine, Slot { table, index, level: Level::L3, part, whole: true }, leaf);
+            replace_page::<R, M>(machine, table, index, span, leaf);
         }
-        leaf = Descriptor::from_bits(leaf.bits().wrapping_add(PAGE_SIZE));
-        addr = addr.wrapping_add(PAGE_SIZE);
+        leaf = leaf.following(Level::L3);
     }
     added
+}
+
+/// Replaces the page descriptor `index` of `table`, one of those that translate `span`.
+#[cold]
+fn replace_page<R: Regime, M: Machine>(machine: &M, table: PhysAddr, index: usize, span: Span, leaf: Descriptor) {
+    if let Some(slot) = span.slots(table, Level::L3).find(|slot| slot.index == index) {
+        replace::<R, M>(machine, slot, leaf);
+    }
 }
 
 /// Takes `span` out of `table`, which is of level 3, and returns how many entries have gone out of use. The inner loop of
 /// [`PageTable::unmap`].
 fn unmap_pages<R: Regime, M: Machine>(machine: &M, table: PhysAddr, span: Span, flush: &mut Flush<R>) -> u64 {
     let mut removed = 0_u64;
-    let mut addr = span.start;
-    while addr < span.end {
-        let index = index_of(addr, Level::L3.shift());
+    for index in span.pages() {
         if machine.read(table, index) != Descriptor::INVALID.bits() {
             machine.write(table, index, Descriptor::INVALID.bits());
             removed = removed.wrapping_add(1);
         }
-        addr = addr.wrapping_add(PAGE_SIZE);
     }
     if removed != 0 {
         flush.add_span(span);
