@@ -30,7 +30,7 @@ pub(crate) fn run(node: &CStr, hwcaps: &Hwcaps) {
         Err(why) => check("32-bit ldr", Err(why)),
     }
     check("the signal's handler", handled(start, 20_000));
-    check("processes on all CPUs", cpu::on_all(2, |index| handled(pages[index % pages.len()], 5_000)));
+    check("processes on all CPUs", cpu::on_all(2, |index| handled(pages[index % pages.len()], 500)));
     for (name, expected, call) in CALLS {
         check(name, refused(start, expected, call));
     }

@@ -6,25 +6,28 @@ use crate::sys;
 
 /// Text of bounded length; what does not fit is left out.
 #[derive(Clone)]
-pub(crate) struct Message {
-    bytes: [u8; 256],
+pub(crate) struct Text<const SIZE: usize> {
+    bytes: [u8; SIZE],
     length: usize,
 }
 
-impl Default for Message {
+/// Why a check failed.
+pub(crate) type Message = Text<112>;
+
+impl<const SIZE: usize> Default for Text<SIZE> {
     fn default() -> Self {
-        Self { bytes: [0; 256], length: 0 }
+        Self { bytes: [0; SIZE], length: 0 }
     }
 }
 
-impl Message {
+impl<const SIZE: usize> Text<SIZE> {
     /// The text.
     pub(crate) fn as_bytes(&self) -> &[u8] {
         &self.bytes[..self.length]
     }
 }
 
-impl Write for Message {
+impl<const SIZE: usize> Write for Text<SIZE> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         let room = self.bytes.len() - self.length;
         let taken = &text.as_bytes()[..text.len().min(room)];
@@ -34,7 +37,7 @@ impl Write for Message {
     }
 }
 
-impl From<fmt::Arguments<'_>> for Message {
+impl<const SIZE: usize> From<fmt::Arguments<'_>> for Text<SIZE> {
     fn from(arguments: fmt::Arguments<'_>) -> Self {
         let mut message = Self::default();
         // Writing never fails; see above.
@@ -82,6 +85,6 @@ pub(crate) fn note(name: &str, value: fmt::Arguments<'_>) {
 }
 
 /// Prints with one system call, so that lines of several processes stay whole.
-fn line(text: fmt::Arguments<'_>) {
-    sys::print(Message::from(text).as_bytes());
+pub(crate) fn line(text: fmt::Arguments<'_>) {
+    sys::print(Text::<256>::from(text).as_bytes());
 }

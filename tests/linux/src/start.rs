@@ -2,12 +2,10 @@
 
 use core::arch::global_asm;
 use core::ffi::{CStr, c_char};
-use core::fmt::Write;
 use core::panic::PanicInfo;
 
 use crate::cpu::Hwcaps;
-use crate::report::Message;
-use crate::{carve_out, cpu, hotplug, instructions, kcore, memory, pmu, sys};
+use crate::{carve_out, cpu, hotplug, instructions, kcore, memory, pmu, report, sys};
 
 // execve(2) leaves argc, argv, envp and the auxiliary vector on the stack.
 global_asm!(".global _start", "_start:", "mov x29, xzr", "mov x30, xzr", "mov x0, sp", "bl {start}", "udf #0", start = sym start);
@@ -60,9 +58,6 @@ unsafe extern "C" fn start(stack: *const usize) -> ! {
 
 #[panic_handler]
 fn panic(info: &PanicInfo<'_>) -> ! {
-    let mut message = Message::default();
-    // A message is cut where it is too long, never refused.
-    let _ = writeln!(message, "@fail probe: {info}");
-    sys::print(message.as_bytes());
+    report::line(format_args!("@fail probe: {info}\n"));
     sys::exit(101)
 }

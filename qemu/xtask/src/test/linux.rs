@@ -88,7 +88,7 @@ probe pmu
 
 /// What ends every script: what the kernel has said meanwhile.
 const AFTER: &str = "
-dmesg -r | sed 's/^/@dmesg /'
+dmesg -r | sed 's/^/@later /'
 echo \"@note taint afterwards = $(cat /proc/sys/kernel/tainted)\"
 echo \"@note cpus afterwards = $(nproc)\"
 ";
@@ -268,9 +268,8 @@ impl Suite {
         if !new.is_empty() {
             new = new_warnings(with, self.without(config, true)?);
         }
-        let all = |_: u8| true;
         if let Some((_, without)) = self.without.iter().find(|(known, _)| known == config) {
-            let (ours, theirs) = (with.normalized(all), without.normalized(all));
+            let (ours, theirs) = (with.log(), without.log());
             println!("  {config}: messages without (-) and with (+) the hypervisor, numbers as #:");
             theirs.difference(&ours).for_each(|text| println!("    - {text}"));
             ours.difference(&theirs).for_each(|text| println!("    + {text}"));
@@ -382,7 +381,7 @@ fn complaint(transcript: &Transcript) -> Result<()> {
     ];
     ensure!(transcript.messages.len() > 50, "dmesg has {} lines only", transcript.messages.len());
     let complains = |text: &str| COMPLAINTS.iter().any(|complaint| text.contains(complaint));
-    match transcript.messages.iter().find(|message| complains(&message.text)) {
+    match transcript.messages.iter().chain(&transcript.later).find(|message| complains(&message.text)) {
         Some(message) => bail!("{}", message.text),
         None => Ok(()),
     }
@@ -409,12 +408,12 @@ fn compare_values(with: &Transcript, without: &Transcript) -> Result<()> {
 
 /// Warnings and worse of a host on the hypervisor that the other host lacks.
 fn new_warnings(with: &Transcript, without: &Transcript) -> BTreeSet<String> {
-    const WARNING: u8 = 4;
     /// These come and go with the load of the machine that emulates.
     const FROM_LOAD: [&str; 2] = ["hrtimer: interrupt took", "perf: interrupt took too long"];
-    let all = without.normalized(|_| true);
-    let mut new = with.normalized(|level| level <= WARNING);
-    new.retain(|text| !all.contains(text) && !FROM_LOAD.iter().any(|start| text.starts_with(start)));
+    let (known, known_warnings) = (without.log(), without.warnings());
+    let mut new = with.warnings();
+    new.retain(|text| !known.contains(text) && !known_warnings.contains(text));
+    new.retain(|text| !FROM_LOAD.iter().any(|start| text.starts_with(start)));
     new
 }
 
@@ -431,8 +430,8 @@ fn exit_status(command: &str, expected: i32) -> Result<()> {
     xtask.current_dir(workspace::root()).args(["run", "--append", "quiet", "--timeout", "300", "--exec", command]);
     let output = xtask.output().context("cannot start xtask")?;
     let status = output.status.code();
-    ensure!(status == Some(expected), "status {status:?}, not {expected}");
-    let console = String::from_utf8_lossy(&output.stdout);
+    let (console, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    ensure!(status == Some(expected), "status {status:?}, not {expected}; {}", errors.trim_end());
     ensure!(!console.contains("RAVELIN-EXIT"), "the marker is shown");
     ensure!(expected != 0 || console.contains("aarch64 GNU/Linux"), "no output");
     Ok(())

@@ -34,8 +34,10 @@ pub(super) struct Transcript {
     pub(super) values: BTreeMap<String, String>,
     /// `@note NAME = TEXT`.
     pub(super) notes: BTreeMap<String, String>,
-    /// `@dmesg LINE` of `dmesg -r`.
+    /// `@dmesg LINE` of `dmesg -r`: what the kernel has said while it started.
     pub(super) messages: Vec<Message>,
+    /// `@later LINE`: what it has said since then.
+    pub(super) later: Vec<Message>,
     /// `@iomem LINE`, with its indentation.
     pub(super) iomem: Vec<String>,
 }
@@ -50,6 +52,7 @@ impl Transcript {
             values: BTreeMap::new(),
             notes: BTreeMap::new(),
             messages: Vec::new(),
+            later: Vec::new(),
             iomem: Vec::new(),
         };
         for line in console.lines() {
@@ -84,6 +87,7 @@ impl Transcript {
                 self.notes.insert(name, text);
             }
             "@dmesg" => self.messages.extend(parse_message(rest)),
+            "@later" => self.later.extend(parse_message(rest)),
             "@iomem" => self.iomem.push(rest.to_owned()),
             _ => {}
         }
@@ -117,9 +121,16 @@ impl Transcript {
         })
     }
 
-    /// The kernel's messages of these levels, without the numbers that differ from boot to boot.
-    pub(super) fn normalized(&self, levels: impl Fn(u8) -> bool) -> BTreeSet<String> {
-        self.messages.iter().filter(|message| levels(message.level)).map(|message| normalize(&message.text)).collect()
+    /// The kernel's messages of its start, without the numbers that differ from boot to boot.
+    pub(super) fn log(&self) -> BTreeSet<String> {
+        self.messages.iter().map(|message| normalize(&message.text)).collect()
+    }
+
+    /// Its warnings and worse at any time, in the same form.
+    pub(super) fn warnings(&self) -> BTreeSet<String> {
+        const WARNING: u8 = 4;
+        let warnings = self.messages.iter().chain(&self.later).filter(|message| message.level <= WARNING);
+        warnings.map(|message| normalize(&message.text)).collect()
     }
 }
 
@@ -167,7 +178,7 @@ mod tests {
             ravelin: keeps 0xbfa00000-0xbfffffff (6144 KiB)\n\
             @ok ldr x\n@fail str: x: exit status 0\n@skip 32-bit ldr: none\n\
             @value hwcaps = 0x1 0x2\n@note cpus = 4\n\
-            @dmesg <30>[    0.000000] Booting 0x0\n@dmesg <4>[   10.5] hot\n\
+            @dmesg <30>[    0.000000] Booting 0x0\n@later <4>[   10.5] hot\n\
             @iomem 40000000-bf9fffff : System RAM\n@iomem   40200000-41ffffff : System RAM\n\
             @iomem 09000000-09000fff : pl011@9000000\nanything else\n";
         let transcript = Transcript::new(Outcome::Status(0), console.into());
@@ -181,7 +192,8 @@ mod tests {
         assert_eq!(transcript.number("cpus").unwrap(), 4);
         assert!(transcript.number("nonsuch").is_err());
         assert_eq!(transcript.messages[0], Message { level: 6, text: "Booting 0x0".into() });
-        assert_eq!(transcript.normalized(|level| level <= 4), BTreeSet::from(["hot".into()]));
+        assert_eq!(transcript.log(), BTreeSet::from(["Booting #".into()]));
+        assert_eq!(transcript.warnings(), BTreeSet::from(["hot".into()]));
         assert_eq!(transcript.kept().unwrap(), 0xbfa0_0000..0xc000_0000);
         assert_eq!(transcript.ranges("System RAM").count(), 2);
         assert!(Transcript::new(Outcome::TimedOut, "x".into()).kept().is_err());
