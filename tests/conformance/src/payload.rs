@@ -2,6 +2,7 @@
 
 use std::{
     env, fs,
+    ops::Range,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -45,6 +46,16 @@ pub(crate) fn build() -> Result<PathBuf> {
     let elf = fs::read(&elf).with_context(|| format!("cannot read {}", elf.display()))?;
     let path = dir.join("payload.bin");
     fs::write(&path, flatten(&elf)?).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(path)
+}
+
+/// Writes a copy of the flat binary `image` that is no arm64 Image, and so may run at any address, and returns its path.
+pub(crate) fn without_header(image: &Path) -> Result<PathBuf> {
+    const MAGIC: Range<usize> = 56..60;
+    let mut bytes = fs::read(image).with_context(|| format!("cannot read {}", image.display()))?;
+    bytes.get_mut(MAGIC).context("the payload is too short")?.fill(0);
+    let path = output_dir()?.join("payload-without-header.bin");
+    fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))?;
     Ok(path)
 }
 

@@ -130,6 +130,10 @@ pub(crate) fn run(
     wanted: &str,
     report: &mut impl FnMut(&str, &Verdict),
 ) -> Result<()> {
+    let image = &match machine.address {
+        Some(_) => payload::without_header(image)?,
+        None => image.to_owned(),
+    };
     let mut last: Option<String> = None;
     loop {
         let after = last.as_ref().map_or_else(String::new, |test| format!(" after={test}"));
