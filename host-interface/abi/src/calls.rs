@@ -1,6 +1,9 @@
 //! The table of calls.
 
-use crate::request::{HostCall, Parsed};
+use crate::{
+    request::{HostCall, Parsed},
+    vm_calls::VM_CALLS,
+};
 
 /// A host hypercall.
 #[derive(Debug)]
@@ -11,13 +14,14 @@ pub struct Call {
     pub name: &'static str,
     /// What the call does.
     pub doc: &'static str,
-    /// Arguments in x1, x2 and x3, in this order.
+    /// Arguments in x1 to x6, in this order.
     pub arguments: &'static [Argument],
     /// What x0, x1, x2 and x3 hold afterwards, in this order. Registers without a result keep their values. After a failure,
-    /// x1 is the address of the first page that failed, or 0, and x2 and x3 keep their values.
+    /// x1 is the address of the first page that failed, or 0, and x2 and x3 keep their values; after NEEDS_TABLES, x1 is the
+    /// number of pages that are missing.
     pub results: &'static [&'static str],
     /// Makes the request from checked arguments.
-    pub(crate) request: fn(Parsed) -> HostCall,
+    pub(crate) request: fn(&Parsed) -> HostCall,
 }
 
 /// An argument of a call.
@@ -39,18 +43,34 @@ pub enum Kind {
     Zero,
     /// Physical address of a page: else UNALIGNED, or OVERFLOW if it has more than 48 bits.
     PageAddress,
-    /// Number of pages of the range that starts at the page address: INVALID if zero, OVERFLOW if the range reaches beyond
-    /// 48 bits, TOO_LARGE if there are more than `max`.
+    /// An address that a guest calls physical: UNALIGNED if it is no multiple of `align`, a power of two, OVERFLOW if it has
+    /// more than 48 bits.
+    GuestAddress {
+        /// What it is a multiple of.
+        align: u64,
+    },
+    /// Number of pages of the range that starts at the address before it, or at each of the two before it: INVALID if zero,
+    /// OVERFLOW if the range reaches beyond 48 bits, TOO_LARGE if there are more than `max`.
     PageCount {
         /// The largest number.
         max: u64,
     },
-    /// A number below `count`: else INVALID.
-    Index {
-        /// How many values there are.
-        count: u64,
+    /// A number from `first` to `last`: else INVALID.
+    Number {
+        /// The lowest value.
+        first: u64,
+        /// The highest value.
+        last: u64,
     },
+    /// Handle of a VM: BAD_HANDLE, after all of these checks, if there is none of that handle.
+    Handle,
+    /// What kind of VM, packed as [`VmAttributes`](crate::VmAttributes) says: RESERVED if a bit without a meaning is set,
+    /// INVALID if a field has a value without one.
+    Attributes,
 }
+
+/// The most arguments that a call has.
+pub const MAX_ARGUMENTS: usize = 6;
 
 /// The most pages that a range may have.
 pub const MAX_RANGE_PAGES: u64 = 1 << 18;
@@ -62,7 +82,7 @@ pub const MAX_TAKE_BACK_PAGES: u64 = 512;
 const FIRST_COUNTED: u32 = 0xc600_1000;
 
 /// How many calls have a counter.
-pub const CALL_COUNTERS: usize = 16;
+pub const CALL_COUNTERS: usize = 32;
 
 /// Returns which of the [`CALL_COUNTERS`] counters belongs to a call, if one does. It is also the call's bit in the bitmap
 /// of FEATURES.
@@ -72,10 +92,10 @@ pub fn counter_index(number: u32) -> Option<usize> {
     (index < CALL_COUNTERS).then_some(index)
 }
 
-/// Returns the calls that have a counter as a bitmap, which is what FEATURES returns.
+/// Returns those of `calls` that have a counter as the bitmap that FEATURES returns.
 #[must_use]
-pub fn call_bitmap() -> u64 {
-    let numbers = CALLS.iter().filter_map(|call| call.number.checked_sub(FIRST_COUNTED));
+pub fn call_bitmap(calls: &[Call]) -> u64 {
+    let numbers = calls.iter().filter_map(|call| call.number.checked_sub(FIRST_COUNTED));
     numbers.filter_map(|bit| 1_u64.checked_shl(bit)).fold(0, |bitmap, bit| bitmap | bit)
 }
 
@@ -92,10 +112,10 @@ const TAKE_BACK_RANGE: &[Argument] = &range(MAX_TAKE_BACK_PAGES);
 const ONE_PAGE: &[Argument] =
     &[Argument { name: "address", kind: Kind::PageAddress }, Argument { name: "reserved", kind: Kind::Zero }];
 
-const STATUS: &str = "status";
-const FIRST_FAILED: &str = "0, or after a failure the address of the first page that failed";
+pub(crate) const STATUS: &str = "status";
+pub(crate) const FIRST_FAILED: &str = "0, or after a failure the address of the first page that failed";
 
-/// All host hypercalls, by number.
+/// The host hypercalls about the hypervisor itself and the host's own memory, by number. Those about VMs are [`VM_CALLS`].
 pub const CALLS: &[Call] = &[
     Call {
         number: 0x8600_ff01,
@@ -117,7 +137,7 @@ pub const CALLS: &[Call] = &[
         number: 0xc600_1000,
         name: "FEATURES",
         doc: "Says what the hypervisor offers.",
-        arguments: &[Argument { name: "index", kind: Kind::Index { count: 1 } }],
+        arguments: &[Argument { name: "index", kind: Kind::Number { first: 0, last: 0 } }],
         results: &[
             STATUS,
             "bitmap of the calls that are offered: bit n for 0xc6001000 + n",
@@ -132,7 +152,7 @@ pub const CALLS: &[Call] = &[
         doc: "Lends pages that the host owns to the hypervisor. Contents are kept.",
         arguments: RANGE,
         results: &[STATUS, FIRST_FAILED],
-        request: |parsed| HostCall::Share(parsed.range),
+        request: |parsed| HostCall::Share(parsed.range(0)),
     },
     Call {
         number: 0xc600_1002,
@@ -140,7 +160,7 @@ pub const CALLS: &[Call] = &[
         doc: "Ends the loan of pages, none of which may be pinned. Contents are kept.",
         arguments: RANGE,
         results: &[STATUS, FIRST_FAILED],
-        request: |parsed| HostCall::Unshare(parsed.range),
+        request: |parsed| HostCall::Unshare(parsed.range(0)),
     },
     Call {
         number: 0xc600_1003,
@@ -148,7 +168,7 @@ pub const CALLS: &[Call] = &[
         doc: "Gives pages that the host owns to the hypervisor. Contents are kept; the host loses access.",
         arguments: RANGE,
         results: &[STATUS, FIRST_FAILED],
-        request: |parsed| HostCall::Donate(parsed.range),
+        request: |parsed| HostCall::Donate(parsed.range(0)),
     },
     Call {
         number: 0xc600_1004,
@@ -156,7 +176,7 @@ pub const CALLS: &[Call] = &[
         doc: "Returns donated pages to the host, zeroed.",
         arguments: TAKE_BACK_RANGE,
         results: &[STATUS, FIRST_FAILED],
-        request: |parsed| HostCall::TakeBack(parsed.range),
+        request: |parsed| HostCall::TakeBack(parsed.range(0)),
     },
     Call {
         number: 0xc600_1005,
@@ -164,7 +184,7 @@ pub const CALLS: &[Call] = &[
         doc: "Keeps lent pages from being unshared, and maps them in the hypervisor. Pins of a page add up.",
         arguments: RANGE,
         results: &[STATUS, FIRST_FAILED],
-        request: |parsed| HostCall::Pin(parsed.range),
+        request: |parsed| HostCall::Pin(parsed.range(0)),
     },
     Call {
         number: 0xc600_1006,
@@ -172,7 +192,7 @@ pub const CALLS: &[Call] = &[
         doc: "Takes back one pin of each page.",
         arguments: RANGE,
         results: &[STATUS, FIRST_FAILED],
-        request: |parsed| HostCall::Unpin(parsed.range),
+        request: |parsed| HostCall::Unpin(parsed.range(0)),
     },
     Call {
         number: 0xc600_1007,
@@ -180,7 +200,7 @@ pub const CALLS: &[Call] = &[
         doc: "Returns the state of a page as the host sees it. Of a page that is not the host's it tells nothing.",
         arguments: ONE_PAGE,
         results: &[STATUS, "state of the page", "pins of the page"],
-        request: |parsed| HostCall::PageState { page: parsed.range.base },
+        request: |parsed| HostCall::PageState { page: parsed.value(0) },
     },
     Call {
         number: 0xc600_1008,
@@ -189,26 +209,33 @@ pub const CALLS: &[Call] = &[
               keeps its contents.",
         arguments: ONE_PAGE,
         results: &[STATUS, "bytes written"],
-        request: |parsed| HostCall::Statistics { page: parsed.range.base },
+        request: |parsed| HostCall::Statistics { page: parsed.value(0) },
     },
 ];
 
 impl Call {
+    /// Returns all calls, by number.
+    pub fn all() -> impl Iterator<Item = &'static Self> {
+        CALLS.iter().chain(VM_CALLS)
+    }
+
     /// Returns the call that has this number.
     #[must_use]
     pub fn find(number: u32) -> Option<&'static Self> {
-        CALLS.iter().find(|call| call.number == number)
+        let calls = [CALLS, VM_CALLS].into_iter();
+        calls.filter_map(|calls| calls.get(calls.binary_search_by_key(&number, |call| call.number).ok()?)).next()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::PAGE_SIZE;
 
     #[test]
     fn numbers_ascend_and_are_fast_calls_of_the_vendor_hypervisor() {
-        assert!(CALLS.is_sorted_by(|a, b| a.number < b.number));
-        for call in CALLS {
+        assert!(Call::all().is_sorted_by(|a, b| a.number < b.number));
+        for call in Call::all() {
             assert_eq!(call.number & 0xbf00_0000, 0x8600_0000, "{}", call.name);
             assert_eq!(call.number & 0x00ff_0000, 0, "{}: must-be-zero bits and hint", call.name);
         }
@@ -216,18 +243,21 @@ mod tests {
 
     #[test]
     fn what_returns_or_takes_64_bits_is_a_64_bit_call() {
-        for call in CALLS.iter().filter(|call| !call.arguments.is_empty()) {
+        for call in Call::all().filter(|call| !call.arguments.is_empty()) {
             assert_eq!(call.number >> 30, 3, "{}", call.name);
         }
     }
 
     #[test]
-    fn a_page_count_follows_its_address() {
-        for call in CALLS {
-            assert!(call.arguments.len() <= 3 && call.results.len() <= 4, "{}", call.name);
+    fn a_page_count_follows_its_addresses() {
+        let page = |kind| matches!(kind, Kind::PageAddress | Kind::GuestAddress { align: PAGE_SIZE });
+        for call in Call::all() {
+            assert!(call.arguments.len() <= MAX_ARGUMENTS && call.results.len() <= 4, "{}", call.name);
+            let counts = call.arguments.iter().filter(|argument| matches!(argument.kind, Kind::PageCount { .. }));
+            assert!(counts.count() <= 1, "{}", call.name);
             for (index, argument) in call.arguments.iter().enumerate() {
                 if matches!(argument.kind, Kind::PageCount { .. }) {
-                    assert_eq!(call.arguments[index - 1].kind, Kind::PageAddress, "{}", call.name);
+                    assert!(page(call.arguments[index - 1].kind), "{}", call.name);
                 }
             }
         }
@@ -235,11 +265,11 @@ mod tests {
 
     #[test]
     fn every_64_bit_call_has_its_own_counter() {
-        let counted: Vec<_> = CALLS.iter().filter_map(|call| counter_index(call.number)).collect();
-        assert_eq!(counted, (0..counted.len()).collect::<Vec<_>>());
-        assert_eq!(counted.len(), CALLS.len() - 2);
-        assert_eq!(call_bitmap(), (1 << counted.len()) - 1);
+        let counted = Call::all().filter_map(|call| counter_index(call.number)).count();
+        assert_eq!(counted, CALLS.len() - 2 + VM_CALLS.len());
+        assert_eq!(call_bitmap(CALLS), 0x1ff);
+        assert_eq!(call_bitmap(VM_CALLS), ((1 << VM_CALLS.len()) - 1) << 16);
         assert_eq!(counter_index(0xc600_0fff), None);
-        assert_eq!(counter_index(0xc600_1010), None);
+        assert_eq!(counter_index(0xc600_1020), None);
     }
 }

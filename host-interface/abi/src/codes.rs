@@ -64,11 +64,11 @@ codes! {
         NotSupported = -1, "NOT_SUPPORTED";
         /// An argument that must be zero is not.
         Reserved = -2, "RESERVED";
-        /// A number of pages is zero, or an index has no meaning.
+        /// A number of pages is zero or not the one that is needed, or another number has no meaning.
         Invalid = -3, "INVALID";
         /// An address is not a multiple of the page size.
         Unaligned = -4, "UNALIGNED";
-        /// A range wraps around or reaches beyond 48 bits.
+        /// A range wraps around or reaches beyond its address space: 48 bits, or those of the VM.
         Overflow = -5, "OVERFLOW";
         /// A range has more pages than the call takes.
         TooLarge = -6, "TOO_LARGE";
@@ -76,12 +76,26 @@ codes! {
         NotRam = -7, "NOT_RAM";
         /// A page has another owner, or is in a state that the call does not start from.
         Denied = -8, "DENIED";
-        /// A page is pinned or otherwise in use.
+        /// Something is in use: a page is pinned, a vCPU runs, or another CPU is changing the VM. It may work later.
         Busy = -9, "BUSY";
         /// The hypervisor has no page left for a translation table.
         NoMemory = -10, "NO_MEMORY";
         /// A count, such as that of pins, cannot go higher.
         Limit = -11, "LIMIT";
+        /// There is no VM of this handle, or no longer.
+        BadHandle = -12, "BAD_HANDLE";
+        /// The VM is of a kind, or at a point of its life, that the call is not for.
+        WrongState = -13, "WRONG_STATE";
+        /// What the call would make is there already: a vCPU of this index, or a page at this guest address.
+        Exists = -14, "EXISTS";
+        /// What the call is about is not there: a vCPU of this index, or a page at this guest address.
+        Absent = -15, "ABSENT";
+        /// The guest has lost the page at this address by force. It takes no other one there.
+        Poisoned = -16, "POISONED";
+        /// The guest has not offered the page at this address to the host.
+        NotOffered = -17, "NOT_OFFERED";
+        /// The VM has too few pages for translation tables; x1 says how many more the call may need.
+        NeedsTables = -18, "NEEDS_TABLES";
     }
 }
 
@@ -107,6 +121,26 @@ codes! {
     }
 }
 
+codes! {
+    /// What a VM is to its host, and by which interface its guest speaks to the hypervisor.
+    VmKind: u64 {
+        /// The host lends the memory and keeps access to it.
+        Ordinary = 0, "ORDINARY";
+        /// Protected. The guest shares memory by pKVM's hypercalls.
+        Pkvm = 1, "PKVM";
+        /// Protected. The guest shares memory by the Realm Services Interface (Arm DEN0137).
+        Realm = 2, "REALM";
+    }
+}
+
+impl VmKind {
+    /// Returns whether the guest's memory is closed to the host unless the guest shares it.
+    #[must_use]
+    pub const fn is_protected(self) -> bool {
+        !matches!(self, Self::Ordinary)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -121,6 +155,10 @@ mod tests {
             assert_eq!(PageStateCode::from_code(state.code()), Some(state));
         }
         assert_eq!(PageStateCode::from_code(4), None);
+        for &kind in VmKind::ALL {
+            assert_eq!(VmKind::from_code(kind.code()), Some(kind));
+        }
+        assert_eq!(VmKind::from_code(3), None);
     }
 
     #[test]

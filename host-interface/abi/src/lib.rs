@@ -1,9 +1,9 @@
 //! What the host and Ravelin agree on: hypercall numbers, typed arguments, status codes and layouts of shared pages.
 //!
-//! [`CALLS`] is the one table of host hypercalls. The parser of requests ([`HostCall::parse`]), the C header
+//! [`CALLS`] and [`VM_CALLS`] are the one table of host hypercalls. The parser of requests ([`HostCall::parse`]), the C header
 //! ([`CHeader`]) and the reference ([`Reference`]) are made from it.
 //!
-//! A host makes a call with `HVC #0` at EL1: x0 holds the function identifier, x1 to x3 the arguments, x0 to x3 the
+//! A host makes a call with `HVC #0` at EL1: x0 holds the function identifier, x1 to x6 the arguments, x0 to x3 the
 //! results. All other registers keep their values; after NOT_SUPPORTED, all but x0 do. The numbers lie in the range that the SMC Calling Convention
 //! (Arm DEN0028) gives to a hypervisor's own services, and all are fast calls.
 
@@ -26,14 +26,19 @@ mod codes;
 mod generate;
 mod request;
 mod statistics;
+mod vm;
+mod vm_calls;
 
 pub use calls::{
-    Argument, CALL_COUNTERS, CALLS, Call, Kind, MAX_RANGE_PAGES, MAX_TAKE_BACK_PAGES, call_bitmap, counter_index,
+    Argument, CALL_COUNTERS, CALLS, Call, Kind, MAX_ARGUMENTS, MAX_RANGE_PAGES, MAX_TAKE_BACK_PAGES, call_bitmap,
+    counter_index,
 };
-pub use codes::{PageStateCode, Status};
+pub use codes::{PageStateCode, Status, VmKind};
 pub use generate::{CHeader, Reference};
 pub use request::{HostCall, Pages};
 pub use statistics::Statistics;
+pub use vm::{MAX_IPA_BITS, MAX_VCPUS, MIN_IPA_BITS, VmAttributes, VmCall};
+pub use vm_calls::VM_CALLS;
 
 /// Vendor identifier 2f1d4c6e-83a7-4b0e-9d52-7c61e8b9a350 as the UID call returns it in w0 to w3: bytes of the UUID in
 /// order, four a register, the first of them lowest (SMCCC, "Call UID query").
@@ -43,7 +48,7 @@ pub const VENDOR_UID: [u32; 4] = [0x6e4c_1d2f, 0x0e4b_a783, 0x617c_529d, 0x50a3_
 pub const VERSION_MAJOR: u32 = 1;
 
 /// Minor part of the interface's version. It changes when calls or fields are added.
-pub const VERSION_MINOR: u32 = 0;
+pub const VERSION_MINOR: u32 = 1;
 
 /// Size of the pages that the calls count, in bytes.
 pub const PAGE_SIZE: u64 = 4096;

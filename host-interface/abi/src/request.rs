@@ -1,8 +1,8 @@
 //! From registers to typed requests.
 
 use crate::{
-    ADDRESS_END, PAGE_SIZE, Status,
-    calls::{Argument, Call, Kind},
+    ADDRESS_END, PAGE_SIZE, Status, VmAttributes, VmCall,
+    calls::{Argument, Call, Kind, MAX_ARGUMENTS},
 };
 
 /// A host hypercall with checked arguments.
@@ -36,6 +36,8 @@ pub enum HostCall {
         /// Address of the page to write: aligned, at most 48 bits.
         page: u64,
     },
+    /// Does something with VMs.
+    Vm(VmCall),
 }
 
 /// At least one page; the base is aligned, the end not above [`ADDRESS_END`].
@@ -49,74 +51,131 @@ pub struct Pages {
 
 /// Arguments of a call that passed the checks of their kinds.
 pub(crate) struct Parsed {
-    pub(crate) range: Pages,
+    values: [u64; MAX_ARGUMENTS],
+    pages: u64,
 }
 
 impl HostCall {
-    /// Makes the request that the value of x0 and those of x1 to x3 stand for.
+    /// Makes the request that the value of x0 and those of x1 to x6 stand for.
     ///
     /// # Errors
     ///
     /// [`Status::NotSupported`] if `function` is no call of the table; any bit that is set beyond the numbers there, such as
     /// reserved ones, the hint in bit 16 and all of the upper half, makes it none. Otherwise what [`Kind`] says for each
     /// argument, in its order.
-    pub fn parse(function: u64, arguments: [u64; 3]) -> Result<Self, Status> {
+    pub fn parse(function: u64, arguments: [u64; MAX_ARGUMENTS]) -> Result<Self, Status> {
         let call = u32::try_from(function).ok().and_then(Call::find).ok_or(Status::NotSupported)?;
-        Ok((call.request)(Parsed::check(call.arguments, arguments)?))
+        Ok((call.request)(&Parsed::check(call.arguments, arguments)?))
     }
 }
 
 impl Parsed {
-    fn check(arguments: &[Argument], values: [u64; 3]) -> Result<Self, Status> {
-        let values = || arguments.iter().map(|argument| argument.kind).zip(values);
+    fn check(arguments: &[Argument], values: [u64; MAX_ARGUMENTS]) -> Result<Self, Status> {
+        let checked = || arguments.iter().map(|argument| argument.kind).zip(values);
 
-        if values().any(|(kind, value)| kind == Kind::Zero && value != 0) {
+        if checked().any(|(kind, value)| kind.is_reserved(value)) {
             return Err(Status::Reserved);
         }
-        let base = values().find_map(|(kind, value)| (kind == Kind::PageAddress).then_some(value)).unwrap_or(0);
-        if !base.is_multiple_of(PAGE_SIZE) {
+        if checked().any(|(kind, value)| kind.alignment().is_some_and(|align| !value.is_multiple_of(align))) {
             return Err(Status::Unaligned);
         }
-        let (pages, max) = values()
-            .find_map(|(kind, value)| match kind {
-                Kind::PageCount { max } => Some((value, max)),
-                _ => None,
-            })
-            .unwrap_or((1, 1));
-        let beyond = |(kind, value)| matches!(kind, Kind::Index { count } if value >= count);
-        if pages == 0 || values().any(beyond) {
+        if checked().any(|(kind, value)| kind.is_invalid(value)) {
             return Err(Status::Invalid);
         }
-        let end = pages.checked_mul(PAGE_SIZE).and_then(|size| base.checked_add(size)).ok_or(Status::Overflow)?;
-        if end > ADDRESS_END {
+        let count = checked().find_map(|(kind, value)| match kind {
+            Kind::PageCount { max } => Some((value, max)),
+            _ => None,
+        });
+        let (pages, max) = count.unwrap_or((1, 1));
+        // Of what is no range, too, nothing lies beyond the end: an address that is aligned to less than a page is in a page.
+        let size = pages.checked_mul(PAGE_SIZE).ok_or(Status::Overflow)?;
+        let overflows = |(kind, value): (Kind, u64)| {
+            let page = value & !(PAGE_SIZE.wrapping_sub(1));
+            kind.alignment().is_some() && page.checked_add(size).is_none_or(|end| end > ADDRESS_END)
+        };
+        if checked().any(overflows) {
             return Err(Status::Overflow);
         }
         if pages > max {
             return Err(Status::TooLarge);
         }
-        Ok(Self { range: Pages { base, pages } })
+        Ok(Self { values, pages })
+    }
+
+    /// Returns argument `index`.
+    pub(crate) fn value(&self, index: usize) -> u64 {
+        self.values.get(index).copied().unwrap_or(0)
+    }
+
+    /// Returns the range that starts at the address in argument `index`.
+    pub(crate) fn range(&self, index: usize) -> Pages {
+        Pages { base: self.value(index), pages: self.pages }
+    }
+
+    /// Returns the attributes in argument `index`.
+    pub(crate) fn attributes(&self, index: usize) -> VmAttributes {
+        VmAttributes::from_bits(self.value(index)).unwrap_or(VmAttributes::LEAST)
+    }
+}
+
+impl Kind {
+    /// Returns whether `value` has a bit set that must be zero.
+    fn is_reserved(self, value: u64) -> bool {
+        match self {
+            Self::Zero => value != 0,
+            Self::Attributes => value & !VmAttributes::BITS != 0,
+            _ => false,
+        }
+    }
+
+    /// Returns what addresses of this kind are multiples of.
+    const fn alignment(self) -> Option<u64> {
+        match self {
+            Self::PageAddress => Some(PAGE_SIZE),
+            Self::GuestAddress { align } => Some(align),
+            _ => None,
+        }
+    }
+
+    /// Returns whether `value` has no meaning.
+    fn is_invalid(self, value: u64) -> bool {
+        match self {
+            Self::PageCount { .. } => value == 0,
+            Self::Number { first, last } => !(first..=last).contains(&value),
+            Self::Attributes => VmAttributes::from_bits(value).is_none(),
+            _ => false,
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{CALLS, MAX_RANGE_PAGES, MAX_TAKE_BACK_PAGES};
+    use crate::{MAX_RANGE_PAGES, MAX_TAKE_BACK_PAGES, VM_CALLS, VmKind};
+
+    /// What is no argument is no zero either.
+    fn parse<const N: usize>(function: u64, arguments: [u64; N]) -> Result<HostCall, Status> {
+        let mut values = [u64::MAX; MAX_ARGUMENTS];
+        values[..N].copy_from_slice(&arguments);
+        HostCall::parse(function, values)
+    }
 
     const SHARE: u64 = 0xc600_1001;
     const TAKE_BACK: u64 = 0xc600_1004;
 
     #[test]
     fn every_call_of_the_table_is_a_different_request() {
-        let requests: Vec<_> = CALLS
-            .iter()
+        let requests: Vec<_> = Call::all()
             .map(|call| {
                 let arguments = call.arguments.iter().map(|argument| match argument.kind {
                     Kind::PageAddress => 0x4000_0000,
                     Kind::PageCount { .. } => 1,
-                    Kind::Zero | Kind::Index { .. } => 0,
+                    Kind::GuestAddress { .. } => 0x8000_0000,
+                    Kind::Zero | Kind::Handle => 0,
+                    Kind::Number { first, .. } => first,
+                    Kind::Attributes => VmAttributes::LEAST.bits(),
                 });
-                let mut values = [u64::MAX; 3];
+                let mut values = [u64::MAX; MAX_ARGUMENTS];
                 values.iter_mut().zip(arguments).for_each(|(value, argument)| *value = argument);
                 HostCall::parse(call.number.into(), values).unwrap()
             })
@@ -129,12 +188,12 @@ mod tests {
 
     #[test]
     fn only_exact_numbers_are_calls() {
-        for call in CALLS {
+        for call in Call::all() {
             let number = u64::from(call.number);
             for bit in 0..64 {
                 let other = number ^ (1 << bit);
-                if !CALLS.iter().any(|call| u64::from(call.number) == other) {
-                    assert_eq!(HostCall::parse(other, [0; 3]), Err(Status::NotSupported), "{other:#x}");
+                if !Call::all().any(|call| u64::from(call.number) == other) {
+                    assert_eq!(HostCall::parse(other, [0; 6]), Err(Status::NotSupported), "{other:#x}");
                 }
             }
         }
@@ -142,7 +201,7 @@ mod tests {
 
     #[test]
     fn errors_come_in_their_order() {
-        let share = |base, pages, flags| HostCall::parse(SHARE, [base, pages, flags]);
+        let share = |base, pages, flags| parse(SHARE, [base, pages, flags]);
         assert_eq!(share(1, 0, 1), Err(Status::Reserved));
         assert_eq!(share(1, 0, 0), Err(Status::Unaligned));
         assert_eq!(share(1 << 48, 0, 0), Err(Status::Invalid));
@@ -159,17 +218,73 @@ mod tests {
 
     #[test]
     fn limits_of_the_other_calls() {
-        assert_eq!(HostCall::parse(TAKE_BACK, [0, MAX_TAKE_BACK_PAGES + 1, 0]), Err(Status::TooLarge));
-        assert!(HostCall::parse(TAKE_BACK, [0, MAX_TAKE_BACK_PAGES, 0]).is_ok());
-        assert_eq!(HostCall::parse(0xc600_1000, [1, 0, 0]), Err(Status::Invalid));
-        assert_eq!(HostCall::parse(0xc600_1007, [0x1000, 1, 0]), Err(Status::Reserved));
-        assert_eq!(HostCall::parse(0xc600_1007, [0x1001, 0, 0]), Err(Status::Unaligned));
-        assert_eq!(HostCall::parse(0xc600_1008, [1 << 48, 0, 0]), Err(Status::Overflow));
+        assert_eq!(parse(TAKE_BACK, [0, MAX_TAKE_BACK_PAGES + 1, 0]), Err(Status::TooLarge));
+        assert!(parse(TAKE_BACK, [0, MAX_TAKE_BACK_PAGES, 0]).is_ok());
+        assert_eq!(parse(0xc600_1000, [1, 0, 0]), Err(Status::Invalid));
+        assert_eq!(parse(0xc600_1007, [0x1000, 1, 0]), Err(Status::Reserved));
+        assert_eq!(parse(0xc600_1007, [0x1001, 0, 0]), Err(Status::Unaligned));
+        assert_eq!(parse(0xc600_1008, [1 << 48, 0, 0]), Err(Status::Overflow));
     }
 
     #[test]
     fn registers_that_are_no_arguments_do_not_matter() {
-        assert_eq!(HostCall::parse(0xc600_1007, [0x1000, 0, 77]), Ok(HostCall::PageState { page: 0x1000 }));
-        assert_eq!(HostCall::parse(0x8600_ff01, [1, 2, 3]), Ok(HostCall::Uid));
+        assert_eq!(parse(0xc600_1007, [0x1000, 0, 77]), Ok(HostCall::PageState { page: 0x1000 }));
+        assert_eq!(parse(0x8600_ff01, [1, 2, 3]), Ok(HostCall::Uid));
+    }
+
+    fn vm(name: &str) -> u64 {
+        VM_CALLS.iter().find(|call| call.name == name).unwrap().number.into()
+    }
+
+    #[test]
+    fn both_ranges_of_a_call_are_checked() {
+        let map = |at, base, pages| parse(vm("VM_MAP"), [7, at, base, pages]);
+        let end = ADDRESS_END;
+        assert_eq!(map(1, 0, 0), Err(Status::Unaligned));
+        assert_eq!(map(0, 1, 0), Err(Status::Unaligned));
+        assert_eq!(map(end, end, 0), Err(Status::Invalid));
+        assert_eq!(map(end - PAGE_SIZE, 0, 2), Err(Status::Overflow));
+        assert_eq!(map(0, end - PAGE_SIZE, 2), Err(Status::Overflow));
+        assert_eq!(map(!0xfff, 0, 1), Err(Status::Overflow));
+        assert_eq!(map(0, 0, MAX_RANGE_PAGES + 1), Err(Status::TooLarge));
+        let call = VmCall::Map { handle: 7, at: end - PAGE_SIZE, range: Pages { base: 0x1000, pages: 1 } };
+        assert_eq!(map(end - PAGE_SIZE, 0x1000, 1), Ok(HostCall::Vm(call)));
+    }
+
+    #[test]
+    fn numbers_have_limits() {
+        let create = |index, run_page| parse(vm("VCPU_CREATE"), [7, index, 0x1000, 2, run_page]);
+        assert_eq!(create(128, 0), Err(Status::Invalid));
+        assert_eq!(create(127, 0x10), Err(Status::Unaligned));
+        assert_eq!(create(127, ADDRESS_END), Err(Status::Overflow));
+        let metadata = Pages { base: 0x1000, pages: 2 };
+        let call = VmCall::CreateVcpu { handle: 7, index: 127, metadata, run_page: 0x5000 };
+        assert_eq!(create(127, 0x5000), Ok(HostCall::Vm(call)));
+
+        let spi = |intid, level| parse(vm("SPI"), [7, intid, level]);
+        assert_eq!([spi(31, 0), spi(1020, 0), spi(32, 2)], [Err(Status::Invalid); 3]);
+        assert_eq!(spi(1019, 1), Ok(HostCall::Vm(VmCall::Spi { handle: 7, intid: 1019, level: true })));
+    }
+
+    #[test]
+    fn guest_addresses_are_aligned_to_what_they_are_for() {
+        let seal = |entry, device_tree| parse(vm("VM_SEAL"), [7, entry, device_tree]);
+        assert_eq!(seal(0x1002, 0), Err(Status::Unaligned));
+        assert_eq!(seal(0x1004, 0x1004), Err(Status::Unaligned));
+        assert_eq!(seal(ADDRESS_END, 0), Err(Status::Overflow));
+        assert_eq!(seal(u64::MAX - 3, 0), Err(Status::Overflow));
+        assert_eq!(
+            seal(ADDRESS_END - 4, 8),
+            Ok(HostCall::Vm(VmCall::Seal { handle: 7, entry: ADDRESS_END - 4, device_tree: 8 }))
+        );
+    }
+
+    #[test]
+    fn attributes_are_checked() {
+        let sizes = |bits| parse(vm("VM_SIZES"), [bits]);
+        assert_eq!(sizes(1 << 32), Err(Status::Reserved));
+        assert_eq!(sizes(3), Err(Status::Invalid));
+        let attributes = VmAttributes { kind: VmKind::Realm, ipa_bits: 40, vcpus: 128 };
+        assert_eq!(sizes(attributes.bits()), Ok(HostCall::Vm(VmCall::Sizes { attributes })));
     }
 }

@@ -1,7 +1,7 @@
 //! The host's side of the hypervisor: what each of its exits does.
 
 use ravelin_abi::{
-    HostCall, MAX_RANGE_PAGES, MAX_TAKE_BACK_PAGES, PageStateCode, Pages, Statistics, Status, VENDOR_UID,
+    CALLS, HostCall, MAX_RANGE_PAGES, MAX_TAKE_BACK_PAGES, PageStateCode, Pages, Statistics, Status, VENDOR_UID,
     VERSION_MAJOR, VERSION_MINOR, call_bitmap,
 };
 use ravelin_memory::{Ipa, PhysAddr, PhysRange, RangeError};
@@ -56,12 +56,13 @@ impl<'a, P: TablePool, F: Firmware> Host<'a, P, F> {
 
     /// Handles `HVC #immediate` from EL1.
     pub fn hvc<M: Machine + MappedMemory>(&self, machine: &M, immediate: u16, registers: &mut Registers) {
-        let [function, x1, x2, x3, ..] = *registers;
+        let [function, x1, x2, x3, x4, x5, x6, ..] = *registers;
         let call = match immediate {
-            0 => HostCall::parse(function, [x1, x2, x3]),
+            0 => HostCall::parse(function, [x1, x2, x3, x4, x5, x6]),
             _ => Err(Status::NotSupported),
         };
-        if call == Err(Status::NotSupported) {
+        // No call about VMs is offered yet.
+        if matches!(call, Err(Status::NotSupported) | Ok(HostCall::Vm(_))) {
             return set_results(registers, [Status::NotSupported.register()]);
         }
         self.counters.count_call(function);
@@ -105,7 +106,7 @@ impl<'a, P: TablePool, F: Firmware> Host<'a, P, F> {
             HostCall::Uid => set_results(registers, VENDOR_UID.map(u64::from)),
             HostCall::Revision => set_results(registers, [VERSION_MAJOR, VERSION_MINOR].map(u64::from)),
             HostCall::Features => {
-                set_results(registers, [SUCCESS, call_bitmap(), MAX_RANGE_PAGES, MAX_TAKE_BACK_PAGES]);
+                set_results(registers, [SUCCESS, call_bitmap(CALLS), MAX_RANGE_PAGES, MAX_TAKE_BACK_PAGES]);
             }
             HostCall::Share(pages) => finish(registers, memory.share(machine, range(pages)?))?,
             HostCall::Unshare(pages) => finish(registers, memory.unshare(machine, range(pages)?))?,
@@ -124,6 +125,7 @@ impl<'a, P: TablePool, F: Firmware> Host<'a, P, F> {
                 let page = range(Pages { base: page, pages: 1 })?;
                 set_results(registers, [SUCCESS, self.write_statistics(machine, page)?]);
             }
+            HostCall::Vm(_) => return Err(Status::NotSupported.into()),
         }
         Ok(())
     }

@@ -1,0 +1,172 @@
+//! The part of the table that is about VMs.
+
+use crate::{
+    MAX_VCPUS, PAGE_SIZE, VmCall,
+    calls::{Argument, Call, FIRST_FAILED, Kind, MAX_RANGE_PAGES, MAX_TAKE_BACK_PAGES, STATUS},
+    request::HostCall,
+};
+
+const HANDLE: Argument = Argument { name: "handle", kind: Kind::Handle };
+const ATTRIBUTES: Argument = Argument { name: "attributes", kind: Kind::Attributes };
+const ADDRESS: Argument = Argument { name: "address", kind: Kind::PageAddress };
+const GUEST_PAGE: Argument = Argument { name: "guest_address", kind: Kind::GuestAddress { align: PAGE_SIZE } };
+const VCPU: Argument = Argument { name: "vcpu", kind: Kind::Number { first: 0, last: MAX_VCPUS - 1 } };
+const PAGES: Argument = Argument { name: "pages", kind: Kind::PageCount { max: MAX_RANGE_PAGES } };
+const FEW_PAGES: Argument = Argument { name: "pages", kind: Kind::PageCount { max: MAX_TAKE_BACK_PAGES } };
+
+const FIRST_FAILED_FRAME: &str = "0, or after a failure the guest address of the first page that failed";
+
+/// The host hypercalls about VMs, by number.
+pub const VM_CALLS: &[Call] = &[
+    Call {
+        number: 0xc600_1010,
+        name: "VM_CREATE",
+        doc: "Makes a VM in pages that the host donates with the call, as many as VM_SIZES says.",
+        arguments: &[ATTRIBUTES, ADDRESS, FEW_PAGES],
+        results: &[STATUS, "handle of the VM, never used before"],
+        request: |parsed| HostCall::Vm(VmCall::Create { attributes: parsed.attributes(0), metadata: parsed.range(1) }),
+    },
+    Call {
+        number: 0xc600_1011,
+        name: "VM_DONATE_TABLES",
+        doc: "Gives a VM pages that the host owns, for its translation tables.",
+        arguments: &[HANDLE, ADDRESS, FEW_PAGES],
+        results: &[STATUS, FIRST_FAILED],
+        request: |parsed| HostCall::Vm(VmCall::DonateTables { handle: parsed.value(0), tables: parsed.range(1) }),
+    },
+    Call {
+        number: 0xc600_1012,
+        name: "VCPU_CREATE",
+        doc: "Makes a vCPU in pages that the host donates with the call, as many as VM_SIZES says. The host owns the run \
+              page and goes on using it; it cannot be unshared or given away while the vCPU exists. Only a VM that is not \
+              sealed yet takes vCPUs. The vCPU of index 0 starts when the VM is sealed, others when the guest says so.",
+        arguments: &[HANDLE, VCPU, ADDRESS, FEW_PAGES, Argument { name: "run_page", kind: Kind::PageAddress }],
+        results: &[STATUS, FIRST_FAILED],
+        request: |parsed| {
+            HostCall::Vm(VmCall::CreateVcpu {
+                handle: parsed.value(0),
+                index: parsed.value(1),
+                metadata: parsed.range(2),
+                run_page: parsed.value(4),
+            })
+        },
+    },
+    Call {
+        number: 0xc600_1013,
+        name: "VM_MAP",
+        doc: "Puts pages that the host owns at a guest address, with their contents. A protected VM becomes their owner and \
+              the host loses access; to an ordinary one they are lent. What a protected VM gets before it is sealed is \
+              measured, and may be 512 pages a call.",
+        arguments: &[HANDLE, GUEST_PAGE, ADDRESS, PAGES],
+        results: &[STATUS, FIRST_FAILED],
+        request: |parsed| {
+            HostCall::Vm(VmCall::Map { handle: parsed.value(0), at: parsed.value(1), range: parsed.range(2) })
+        },
+    },
+    Call {
+        number: 0xc600_1014,
+        name: "VM_UNMAP",
+        doc: "Takes pages that are lent to an ordinary VM from it.",
+        arguments: &[HANDLE, GUEST_PAGE, PAGES],
+        results: &[STATUS, FIRST_FAILED_FRAME],
+        request: |parsed| HostCall::Vm(VmCall::Unmap { handle: parsed.value(0), range: parsed.range(1) }),
+    },
+    Call {
+        number: 0xc600_1015,
+        name: "VM_SEAL",
+        doc: "Ends the making of a VM: fixes its measurement, and where its vCPU 0 starts with the address of the device tree \
+              in x0.",
+        arguments: &[
+            HANDLE,
+            Argument { name: "entry", kind: Kind::GuestAddress { align: 4 } },
+            Argument { name: "device_tree", kind: Kind::GuestAddress { align: 8 } },
+        ],
+        results: &[STATUS, "0"],
+        request: |parsed| {
+            HostCall::Vm(VmCall::Seal { handle: parsed.value(0), entry: parsed.value(1), device_tree: parsed.value(2) })
+        },
+    },
+    Call {
+        number: 0xc600_1016,
+        name: "VCPU_RUN",
+        doc: "Runs a vCPU of a sealed VM until something needs the host. The run page says what.",
+        arguments: &[HANDLE, VCPU],
+        results: &[STATUS, "0"],
+        request: |parsed| HostCall::Vm(VmCall::Run { handle: parsed.value(0), index: parsed.value(1) }),
+    },
+    Call {
+        number: 0xc600_1017,
+        name: "VM_TEARDOWN",
+        doc: "Ends the life of a VM, none of whose vCPUs may be running. From then on its pages can be reclaimed, and nothing \
+              else can be done with it.",
+        arguments: &[HANDLE],
+        results: &[STATUS, "0"],
+        request: |parsed| HostCall::Vm(VmCall::Teardown { handle: parsed.value(0) }),
+    },
+    Call {
+        number: 0xc600_1018,
+        name: "VM_RECLAIM",
+        doc: "Returns the pages of a VM that is being torn down to the host: zeroed if they were the guest's alone, with their \
+              contents if they were shared. Guest addresses without a page are passed over.",
+        arguments: &[HANDLE, GUEST_PAGE, FEW_PAGES],
+        results: &[STATUS, FIRST_FAILED_FRAME],
+        request: |parsed| HostCall::Vm(VmCall::Reclaim { handle: parsed.value(0), range: parsed.range(1) }),
+    },
+    Call {
+        number: 0xc600_1019,
+        name: "VM_DESTROY",
+        doc: "Returns what the host has donated for a VM that is being torn down, zeroed, up to 512 pages a call. It is BUSY \
+              while the VM has pages that have not been reclaimed. When nothing is left to return, the handle has no meaning \
+              any more.",
+        arguments: &[HANDLE],
+        results: &[STATUS, "pages left to return: call again unless 0"],
+        request: |parsed| HostCall::Vm(VmCall::Destroy { handle: parsed.value(0) }),
+    },
+    Call {
+        number: 0xc600_101a,
+        name: "CLAIM",
+        doc: "Takes up a guest's offer: the host may access the pages until it releases them.",
+        arguments: &[HANDLE, GUEST_PAGE, PAGES],
+        results: &[STATUS, FIRST_FAILED_FRAME],
+        request: |parsed| HostCall::Vm(VmCall::Claim { handle: parsed.value(0), range: parsed.range(1) }),
+    },
+    Call {
+        number: 0xc600_101b,
+        name: "RELEASE",
+        doc: "Ends the host's access to pages that it has claimed. They stay offered.",
+        arguments: &[HANDLE, GUEST_PAGE, PAGES],
+        results: &[STATUS, FIRST_FAILED_FRAME],
+        request: |parsed| HostCall::Vm(VmCall::Release { handle: parsed.value(0), range: parsed.range(1) }),
+    },
+    Call {
+        number: 0xc600_101c,
+        name: "FORCE_RECLAIM",
+        doc: "Takes private pages from a guest that is alive and returns them to the host, zeroed. The guest gets an abort \
+              where they were, from then on.",
+        arguments: &[ADDRESS, FEW_PAGES],
+        results: &[STATUS, FIRST_FAILED],
+        request: |parsed| HostCall::Vm(VmCall::ForceReclaim { range: parsed.range(0) }),
+    },
+    Call {
+        number: 0xc600_101d,
+        name: "SPI",
+        doc: "Sets the level of one of a sealed VM's shared peripheral interrupts, those of the devices that the host plays.",
+        arguments: &[
+            HANDLE,
+            Argument { name: "intid", kind: Kind::Number { first: 32, last: 1019 } },
+            Argument { name: "level", kind: Kind::Number { first: 0, last: 1 } },
+        ],
+        results: &[STATUS, "0"],
+        request: |parsed| {
+            HostCall::Vm(VmCall::Spi { handle: parsed.value(0), intid: parsed.value(1), level: parsed.value(2) != 0 })
+        },
+    },
+    Call {
+        number: 0xc600_101e,
+        name: "VM_SIZES",
+        doc: "Says how many pages the host has to donate for a VM of these attributes and for each of its vCPUs.",
+        arguments: &[ATTRIBUTES],
+        results: &[STATUS, "pages for VM_CREATE", "pages for VCPU_CREATE"],
+        request: |parsed| HostCall::Vm(VmCall::Sizes { attributes: parsed.attributes(0) }),
+    },
+];
