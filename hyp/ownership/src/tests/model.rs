@@ -152,7 +152,9 @@ fn run(tables: u64, actions: Vec<Action>) {
             }
         }
         rig.check();
-        for (&page, _) in model.pages.iter().filter(|&(&page, _)| page / PAGE % 8 < 2 || page / PAGE % 512 > 500) {
+        // All pages near borders of blocks, and some between.
+        let sampled = |page: u64| matches!(page / PAGE % 512, 0..24 | 496..) || (page / PAGE).is_multiple_of(61);
+        for &page in model.pages.keys().filter(|&&page| sampled(page)) {
             assert_eq!(rig.state(page), model.state(page), "{page:#x}");
             assert_eq!(rig.el2_reaches(page), model.in_el2(page), "{page:#x}");
             assert!(!rig.host_reaches(page) || model.host_may(page), "{page:#x}");

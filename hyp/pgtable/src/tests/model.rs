@@ -62,6 +62,7 @@ fn run<R: Staged>(geometry: Geometry, actions: Vec<Action>) {
                 let (range, usage) = (pages(base, count), if other { R::OTHER_USAGE } else { R::USAGE });
                 let to = PhysAddr::new(base + shift).unwrap();
                 let planned = rig.table.tables_to_map(&rig.machine, range, to, usage, None);
+                assert!(planned <= PageTable::<R>::most_tables(count));
                 rig.map(range, base + shift, usage).unwrap();
                 assert_eq!(allocations(&rig.machine.take_log()), planned);
                 last.push((base, range.end(), Some((shift, usage))));
