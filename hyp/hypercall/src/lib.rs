@@ -18,7 +18,6 @@
 )]
 
 mod counters;
-mod exception;
 #[cfg(test)]
 mod fake;
 mod firmware;
@@ -27,8 +26,8 @@ mod psci;
 mod registers;
 mod smc;
 
-pub use exception::{Exception, PstateFeatures, Trapped};
 pub use firmware::Firmware;
 pub use host::{FaultAction, Host, MappedMemory};
 pub use psci::{Cpu, Entries, Start};
+pub use ravelin_vm::{Exception, PstateFeatures, Trapped};
 pub use registers::Registers;

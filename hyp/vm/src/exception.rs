@@ -1,6 +1,6 @@
-//! Exceptions that the host takes at EL1 in place of what came to EL2.
+//! Exceptions that the host or a guest takes at EL1 in place of what came to EL2.
 
-/// Registers of an exception that the host took to EL2.
+/// Registers of an exception that was taken from EL1 or EL0 to EL2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Trapped {
     /// ESR_EL2.
@@ -9,7 +9,7 @@ pub struct Trapped {
     pub far: u64,
     /// SPSR_EL2.
     pub spsr: u64,
-    /// SCTLR_EL1 of the host.
+    /// SCTLR_EL1 of whoever caused it.
     pub sctlr_el1: u64,
 }
 
@@ -52,6 +52,8 @@ mod esr {
     pub(super) const EC_DATA_ABORT_SAME: u64 = 0x25;
     /// Length of the instruction; also 1 for every class of exception here.
     pub(super) const IL: u64 = 1 << 25;
+    /// FAR does not hold the address.
+    pub(super) const FNV: u64 = 1 << 10;
     /// Cache maintenance or address translation instruction.
     pub(super) const CM: u64 = 1 << 8;
     /// Write, not read.
@@ -60,6 +62,8 @@ mod esr {
     /// The last code of the faults that translation tables give: address size, translation, access flag, permission.
     pub(super) const FSC_PERMISSION_L3: u64 = 0x0f;
     pub(super) const FSC_ALIGNMENT: u64 = 0x21;
+    /// Synchronous external abort, not on a walk.
+    pub(super) const FSC_EXTERNAL: u64 = 0x10;
 }
 
 /// Bits of SCTLR_EL1.
@@ -94,6 +98,20 @@ impl Trapped {
     /// it for data aborts only, because Linux treats it alike. Aborts with another reason keep it.
     #[must_use]
     pub const fn abort(&self, features: PstateFeatures) -> Exception {
+        let status = match self.esr & esr::FSC {
+            ..=esr::FSC_PERMISSION_L3 => esr::FSC_ALIGNMENT,
+            other => other | self.esr & esr::FNV,
+        };
+        self.abort_with(status, features)
+    }
+
+    /// Returns the abort that tells a guest that nothing answers at the address, as a bus does.
+    #[must_use]
+    pub const fn external_abort(&self, features: PstateFeatures) -> Exception {
+        self.abort_with(esr::FSC_EXTERNAL | self.esr & esr::FNV, features)
+    }
+
+    const fn abort_with(&self, status: u64, features: PstateFeatures) -> Exception {
         let data = (self.esr >> esr::EC_SHIFT) & esr::EC_MASK == esr::EC_DATA_ABORT_LOWER;
         let class = match (data, self.came_from_el0()) {
             (true, true) => esr::EC_DATA_ABORT_LOWER,
@@ -102,10 +120,6 @@ impl Trapped {
             (false, false) => esr::EC_INSTRUCTION_ABORT_SAME,
         };
         let kept = if data { self.esr & (esr::WNR | esr::CM) } else { 0 };
-        let status = match self.esr & esr::FSC {
-            ..=esr::FSC_PERMISSION_L3 => esr::FSC_ALIGNMENT,
-            other => other,
-        };
         self.exception(class << esr::EC_SHIFT | esr::IL | kept | status, Some(self.far), features)
     }
 
@@ -119,7 +133,7 @@ impl Trapped {
         Exception { esr, far, pstate: self.pstate(features), vector_offset: self.vector_offset() }
     }
 
-    /// The host's EL1 is always AArch64, its EL0 may be AArch32.
+    /// EL1 is always AArch64, EL0 may be AArch32.
     const fn came_from_el0(&self) -> bool {
         self.spsr & spsr::AARCH32 != 0 || self.spsr & spsr::EL == 0
     }
@@ -211,6 +225,19 @@ mod tests {
     fn other_aborts_keep_their_status() {
         for status in [0x10, 0x21, 0x30, 0x35] {
             assert_eq!(trapped(DATA | status, EL0).abort(NONE).esr & 0x3f, status);
+        }
+    }
+
+    #[test]
+    fn an_external_abort_says_no_more_than_that() {
+        let isv_and_friends = 0x1f << 16 | 1 << 24 | 1 << 7;
+        for status in [0x05, 0x07, 0x0b, 0x0f, 0x10, 0x21, 0x35] {
+            let abort = |esr, spsr| trapped(esr | isv_and_friends | status, spsr).external_abort(NONE);
+            assert_eq!(abort(DATA, EL1H).esr, 0x25 << 26 | 1 << 25 | 0x10);
+            assert_eq!(abort(DATA | 1 << 6, EL0).esr, 0x24 << 26 | 1 << 25 | 1 << 6 | 0x10);
+            assert_eq!(abort(INSTRUCTION, EL1H).esr, 0x21 << 26 | 1 << 25 | 0x10);
+            assert_eq!(abort(INSTRUCTION | 1 << 10, EL0).esr, INSTRUCTION | 1 << 25 | 1 << 10 | 0x10);
+            assert_eq!(abort(DATA, EL1H).far, Some(0xffff_0000_dead_beef));
         }
     }
 
