@@ -34,7 +34,7 @@ struct Source {
 ///
 /// There is no apt, or no way to become root, or apt fails.
 pub(crate) fn install(packages: &[&str]) -> Result<()> {
-    ensure!(workspace::program("apt-get").is_some(), "to be installed by hand: there is no apt-get here");
+    ensure!(workspace::program("apt-get").is_some(), "install it by hand; there is no apt-get here");
     let root = process::output(Command::new("id").arg("-u"))?.trim() == "0";
     ensure!(root || workspace::program("sudo").is_some(), "installing needs root, or sudo");
     let privileged = |program: &str| {
@@ -94,9 +94,11 @@ pub(crate) struct Candidate {
 impl PrivateApt {
     /// Fetches the indexes of Debian suites.
     pub(crate) fn new(suites: &[String]) -> Result<Self> {
-        for program in ["apt-get", "dpkg-deb", "tar"] {
-            ensure!(workspace::program(program).is_some(), "downloading needs {program}, which is not here");
-        }
+        let missing: Vec<_> = ["apt-get", "apt-cache", "dpkg-deb", "tar"]
+            .into_iter()
+            .filter(|program| workspace::program(program).is_none())
+            .collect();
+        ensure!(missing.is_empty(), "downloading needs {}, not found here", missing.join(", "));
         let apt = Self { dir: workspace::cache_dir()?.join("apt") };
         for dir in ["state/lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(apt.dir.join(dir))?;

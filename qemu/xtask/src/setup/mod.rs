@@ -41,16 +41,19 @@ pub(crate) const BUSYBOX: &str = "busybox";
 pub(crate) fn ensure(needs: &Needs<'_>) -> Result<()> {
     let mut missing = Vec::new();
     let mut install = Vec::new();
+    let mut programs = Vec::new();
     if needs.qemu && qemu_version().is_none_or(|(major, _)| major < QEMU_MAJOR) {
         install.push("qemu-system-arm");
+        programs.push(format!("qemu-system-aarch64, version {QEMU_MAJOR} or newer"));
     }
     if needs.gdb && workspace::program("gdb-multiarch").is_none() {
         install.push("gdb-multiarch");
+        programs.push("gdb-multiarch".into());
     }
     if !install.is_empty()
         && let Err(error) = apt::install(&install)
     {
-        missing.push(format!("{}: {error:#}", install.join(", ")));
+        missing.extend(programs.iter().map(|program| format!("{program}: {error:#}")));
     }
     if needs.bare_metal
         && let Err(error) = rust::ensure()
@@ -60,7 +63,8 @@ pub(crate) fn ensure(needs: &Needs<'_>) -> Result<()> {
     let manifest = Manifest::load()?;
     for name in needs.packages {
         if let Err(error) = manifest.ensure(name) {
-            missing.push(format!("{name}: {error:#}"));
+            let instead = if *name == BUSYBOX { "--host-initrd" } else { "--host-kernel" };
+            missing.push(format!("{name} for arm64 (or give {instead} to run): {error:#}"));
         }
     }
     if !missing.is_empty() {

@@ -111,7 +111,12 @@ fn fetch(name: &str, pin: &Pin, cache: &Path) -> Result<PathBuf> {
     };
     let is_pinned = package == pin.package && candidate.version == pin.version;
     if !is_pinned {
-        eprintln!("WARNING: {} {} has gone from {}.", pin.package, pin.version, pin.suites.join(", "));
+        eprintln!(
+            "WARNING: {} {} is not in {} as this machine sees them.",
+            pin.package,
+            pin.version,
+            pin.suites.join(", ")
+        );
         eprintln!("WARNING: taking {package} {} for {name}, on the word of apt's signatures alone.", candidate.version);
     }
 
