@@ -150,6 +150,39 @@
 #define RAVELIN_STATISTICS_SIZE 384
 #define RAVELIN_CALL_COUNTERS 32
 
+/* Why a vCPU left the guest: `reason`. */
+#define RAVELIN_EXIT_INTERRUPTED 1 /* Something for the host, such as a physical interrupt. Nothing happened in the guest. */
+#define RAVELIN_EXIT_WAIT 2 /* The guest waits for an interrupt. The vCPU has something to do at `deadline`, or when an interrupt is raised. */
+#define RAVELIN_EXIT_YIELD 3 /* The guest waits for another of its vCPUs to make progress. */
+#define RAVELIN_EXIT_MMIO 4 /* The guest accesses a device: `size` bytes at `address`. `flags` tells a store, of `value`, from a load. Answers: COMPLETE, with the value of a load; ABORT; RETRY. */
+#define RAVELIN_EXIT_PAGE_FAULT 5 /* The guest accesses `address`, where it has no page. `flags` says how, if the VM is an ordinary one. Answers: RETRY; ABORT. */
+#define RAVELIN_EXIT_CPU_ON 6 /* The guest has turned on another vCPU, the one with index `vcpu`. It can be run now. */
+#define RAVELIN_EXIT_CPU_OFF 7 /* The guest has turned off this vCPU. It cannot be run until the guest turns it on again. */
+#define RAVELIN_EXIT_SYSTEM_OFF 8 /* The guest wants the VM to end. */
+#define RAVELIN_EXIT_SYSTEM_RESET 9 /* The guest wants the VM to start anew. */
+#define RAVELIN_EXIT_UNSHARE 10 /* The guest takes back `pages` pages at `address`, some of which the host has claimed. Answers: RETRY, after the host has released them; REFUSE. */
+#define RAVELIN_EXIT_SHARED 11 /* The guest has offered `pages` pages at `address`. */
+#define RAVELIN_EXIT_RELINQUISHED 12 /* The guest has given up `pages` pages at `address`, which are the host's again. */
+#define RAVELIN_EXIT_NEEDS_TABLES 13 /* The guest's call needs `pages` pages for translation tables. Answer: RETRY, after the host has donated them. */
+#define RAVELIN_EXIT_HOST_CALL 14 /* The guest calls its host, with `value` as the immediate and registers in `call`. Answers: COMPLETE, with `results`; RETRY. */
+#define RAVELIN_EXIT_FAILED 15 /* The vCPU cannot go on, and cannot be run again. */
+#define RAVELIN_RUN_FLAG_WRITE 0x1
+#define RAVELIN_RUN_FLAG_EXECUTE 0x2
+#define RAVELIN_RUN_NO_DEADLINE 0xffffffffffffffff
+
+/* What the host says to it: `answer`. */
+#define RAVELIN_ANSWER_RETRY 0 /* Nothing: the guest tries again what made it exit. Always allowed, and what zeroed memory says. */
+#define RAVELIN_ANSWER_COMPLETE 1 /* It is done. */
+#define RAVELIN_ANSWER_ABORT 2 /* The guest gets an external abort. */
+#define RAVELIN_ANSWER_REFUSE 3 /* The host keeps the pages that the guest wants back. The guest is told. */
+
+/* Offsets in the run page. */
+#define RAVELIN_RUN_EXIT 0
+#define RAVELIN_RUN_CALL 1024
+#define RAVELIN_RUN_ENTRY 2048
+#define RAVELIN_RUN_RESULTS 3072
+#define RAVELIN_RUN_CALL_REGISTERS 31
+
 #ifndef __ASSEMBLER__
 
 #ifdef __KERNEL__
@@ -180,6 +213,24 @@ struct ravelin_statistics {
 };
 
 _Static_assert(sizeof(struct ravelin_statistics) == RAVELIN_STATISTICS_SIZE, "layout");
+
+/* What the hypervisor writes at RAVELIN_RUN_EXIT. */
+struct ravelin_run_exit {
+	uint64_t reason; /* Reason, below. */
+	uint64_t flags; /* How memory is accessed: RUN_FLAG_WRITE, RUN_FLAG_EXECUTE. */
+	uint64_t address; /* Guest address; that of a page unless the access is to a device. */
+	uint64_t size; /* Bytes of an access: 1, 2, 4 or 8. */
+	uint64_t value; /* Value that is stored, in its low `size` bytes as they are in memory in little-endian order; or the immediate of a call. */
+	uint64_t pages; /* Pages of a range. */
+	uint64_t vcpu; /* Index of another vCPU. */
+	uint64_t deadline; /* Value of the physical counter at which a timer fires, or RUN_NO_DEADLINE. */
+};
+
+/* What the host writes at RAVELIN_RUN_ENTRY. */
+struct ravelin_run_entry {
+	uint64_t answer; /* Answer, below. VCPU_RUN fails and changes nothing if it does not belong to the last exit. */
+	uint64_t value; /* Value that is loaded, in its low `size` bytes. The others do not matter. */
+};
 
 #endif /* __ASSEMBLER__ */
 

@@ -54,6 +54,7 @@ macro_rules! codes {
         }
     };
 }
+pub(crate) use codes;
 
 codes! {
     /// How a call ended; in x0, sign-extended to 64 bits. A call that did not succeed changed nothing.

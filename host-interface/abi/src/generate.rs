@@ -4,7 +4,7 @@ use core::fmt::{self, Display, Formatter};
 
 use crate::{
     ADDRESS_END, CALL_COUNTERS, Call, Kind, MAX_IPA_BITS, MAX_VCPUS, MIN_IPA_BITS, PAGE_SIZE, PageStateCode,
-    Statistics, Status, VENDOR_UID, VERSION_MAJOR, VERSION_MINOR, VmAttributes, VmKind, statistics::FIELDS,
+    Statistics, Status, VENDOR_UID, VERSION_MAJOR, VERSION_MINOR, VmAttributes, VmKind, run, statistics::FIELDS,
 };
 
 /// Displays as the text of `host-interface/include/ravelin.h`.
@@ -64,6 +64,7 @@ impl Display for CHeader {
         writeln!(f, "\n#define RAVELIN_STATISTICS_VERSION {}", Statistics::VERSION)?;
         writeln!(f, "#define RAVELIN_STATISTICS_SIZE {}", Statistics::SIZE)?;
         writeln!(f, "#define RAVELIN_CALL_COUNTERS {CALL_COUNTERS}")?;
+        run::header_constants(f)?;
         f.write_str(
             "\n#ifndef __ASSEMBLER__\n\n\
              #ifdef __KERNEL__\n\
@@ -80,8 +81,11 @@ impl Display for CHeader {
         f.write_str(
             "\tuint64_t calls[RAVELIN_CALL_COUNTERS]; /* Uses of each call: entry n counts 0xc6001000 + n. */\n\
              };\n\n\
-             _Static_assert(sizeof(struct ravelin_statistics) == RAVELIN_STATISTICS_SIZE, \"layout\");\n\n\
-             #endif /* __ASSEMBLER__ */\n\n\
+             _Static_assert(sizeof(struct ravelin_statistics) == RAVELIN_STATISTICS_SIZE, \"layout\");\n",
+        )?;
+        run::header_structures(f)?;
+        f.write_str(
+            "\n#endif /* __ASSEMBLER__ */\n\n\
              #endif /* RAVELIN_H */\n",
         )
     }
@@ -168,7 +172,8 @@ impl Display for Reference {
             f,
             "| {} | `calls[{CALL_COUNTERS}]` | Uses of each call, whether it succeeded or not: entry n counts 0xc6001000 + n. |",
             core::mem::offset_of!(Statistics, calls)
-        )
+        )?;
+        run::reference(f)
     }
 }
 

@@ -25,6 +25,7 @@ mod calls;
 mod codes;
 mod generate;
 mod request;
+mod run;
 mod statistics;
 mod vm;
 mod vm_calls;
@@ -36,6 +37,10 @@ pub use calls::{
 pub use codes::{PageStateCode, Status, VmKind};
 pub use generate::{CHeader, Reference};
 pub use request::{HostCall, Pages};
+pub use run::{
+    Answer, ExitReason, RUN_CALL_REGISTERS, RUN_FLAG_EXECUTE, RUN_FLAG_WRITE, RUN_NO_DEADLINE, RunEntry, RunExit,
+    RunPage,
+};
 pub use statistics::Statistics;
 pub use vm::{MAX_IPA_BITS, MAX_VCPUS, MIN_IPA_BITS, VmAttributes, VmCall};
 pub use vm_calls::VM_CALLS;
