@@ -244,7 +244,8 @@ impl<P: TablePool> Inner<'_, P> {
             let tables = match step.el2 {
                 El2Change::None => 0,
                 El2Change::Map | El2Change::MapFirst => {
-                    el2.tables_to_map(machine, va, run.base(), El2Usage::Data, after)
+                    // Between two runs lie pages that are mapped already, so the runs have no new table in common.
+                    el2.tables_to_map(machine, va, run.base(), El2Usage::Data)
                 }
                 El2Change::Unmap | El2Change::UnmapLast => el2.tables_to_unmap(machine, va, after),
             };

@@ -247,20 +247,16 @@ impl<R: Regime> PageTable<R> {
     }
 
     /// Returns how many tables [`PageTable::map`] takes from the pool for the same arguments.
-    ///
-    /// To plan several ranges in ascending order, sum up the answers and give as `after` an address of the range before:
-    /// tables that the two have in common are then counted once.
     pub fn tables_to_map<M: Machine>(
         &self,
         machine: &M,
         range: PageRange<R::Space>,
         to: PhysAddr,
         usage: R::Usage,
-        after: Option<Addr<R::Space>>,
     ) -> usize {
         let wanted = Wanted::new::<R>(range, to, usage);
         self.roots(range)
-            .map(|(table, span)| count_to_map(machine, Some(table), self.geometry.start(), span, wanted, after))
+            .map(|(table, span)| count_to_map(machine, Some(table), self.geometry.start(), span, wanted))
             .fold(0, usize::saturating_add)
     }
 
@@ -284,9 +280,7 @@ impl<R: Regime> PageTable<R> {
             return Err(MapError::OutOfRange);
         }
         let available = pool.available();
-        if Self::most_tables(range.pages()) > available
-            && self.tables_to_map(machine, range, to, usage, None) > available
-        {
+        if Self::most_tables(range.pages()) > available && self.tables_to_map(machine, range, to, usage) > available {
             return Err(MapError::OutOfTables);
         }
         let wanted = Wanted::new::<R>(range, to, usage);
@@ -299,7 +293,10 @@ impl<R: Regime> PageTable<R> {
     }
 
     /// Returns how many tables [`PageTable::unmap`] takes from the pool for the same range, at most four: a block that the
-    /// range cuts needs one, a block of 1 GiB one or two more. `after` as in [`PageTable::tables_to_map`].
+    /// range cuts needs one, a block of 1 GiB one or two more.
+    ///
+    /// To plan several ranges in ascending order, sum up the answers and give as `after` an address of the range before:
+    /// a block that both cut is then counted once.
     pub fn tables_to_unmap<M: Machine>(
         &self,
         machine: &M,
@@ -643,14 +640,7 @@ fn link_pending<M: Machine>(machine: &M, table: PhysAddr, level: Level, span: Sp
 }
 
 /// Counts the tables that mapping `span` takes, with `table` as `None` for one that would have to be made.
-fn count_to_map<M: Machine, S>(
-    machine: &M,
-    table: Option<PhysAddr>,
-    level: Level,
-    span: Span,
-    wanted: Wanted,
-    after: Option<Addr<S>>,
-) -> usize {
+fn count_to_map<M: Machine>(machine: &M, table: Option<PhysAddr>, level: Level, span: Span, wanted: Wanted) -> usize {
     let Some(below) = level.next() else {
         return 0;
     };
@@ -663,10 +653,8 @@ fn count_to_map<M: Machine, S>(
             (_, Some(_)) => continue,
             (_, None) => None,
         };
-        if next.is_none() && !after.is_some_and(|after| slot.all().contains(after.raw())) {
-            count = count.saturating_add(1);
-        }
-        count = count.saturating_add(count_to_map(machine, next, below, slot.part, wanted, after));
+        count = count.saturating_add(usize::from(next.is_none()));
+        count = count.saturating_add(count_to_map(machine, next, below, slot.part, wanted));
     }
     count
 }

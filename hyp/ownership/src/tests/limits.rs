@@ -96,6 +96,21 @@ fn lone_page(index: u64) -> u64 {
 }
 
 #[test]
+fn a_block_cut_in_many_places_takes_one_table() {
+    let layout = scarce(HOST_RESERVE + 3);
+    let mut store = Store::for_ram(&layout.ram);
+    let rig = Rig::new(&layout, &mut store);
+    rig.call(Share, range(GIB, 512)).unwrap();
+    rig.call(Pin, range(GIB, 512)).unwrap();
+    (1..200).step_by(3).for_each(|page| rig.call(Pin, range(GIB + page * PAGE, 1)).unwrap());
+    assert_eq!(rig.memory.counts().el2_tables, 2);
+    rig.call(Unpin, range(GIB, 512)).unwrap();
+    assert_eq!(rig.memory.counts().el2_tables, 3);
+    assert!(rig.el2_reaches(GIB + PAGE) && !rig.el2_reaches(GIB + 2 * PAGE));
+    rig.check();
+}
+
+#[test]
 fn the_hosts_stage_2_is_dropped_when_tables_run_out() {
     let layout = scattered(HOST_RESERVE);
     let mut store = Store::for_ram(&layout.ram);

@@ -61,7 +61,7 @@ fn run<R: Staged>(geometry: Geometry, actions: Vec<Action>) {
                 let count = if shift.is_multiple_of(GIB) { count } else { count.min(1100) };
                 let (range, usage) = (pages(base, count), if other { R::OTHER_USAGE } else { R::USAGE });
                 let to = PhysAddr::new(base + shift).unwrap();
-                let planned = rig.table.tables_to_map(&rig.machine, range, to, usage, None);
+                let planned = rig.table.tables_to_map(&rig.machine, range, to, usage);
                 assert!(planned <= PageTable::<R>::most_tables(count));
                 rig.map(range, base + shift, usage).unwrap();
                 assert_eq!(allocations(&rig.machine.take_log()), planned);

@@ -164,17 +164,6 @@ fn several_holes_in_one_block_share_table_and_invalidation() {
 }
 
 #[test]
-fn plans_of_neighbours_count_common_tables_once() {
-    let rig = el2();
-    let (first, second) = (pages(GIB, 1), pages(GIB + 2 * MIB, 1));
-    let to = |range: PageRange<_>| PhysAddr::new(range.base().raw()).unwrap();
-    let plan = |range, after| rig.table.tables_to_map(&rig.machine, range, to(range), El2Usage::Data, after);
-    assert_eq!(plan(first, None), 3);
-    assert_eq!(plan(second, Some(first.base())), 1);
-    assert_eq!(plan(second, None), 3);
-}
-
-#[test]
 fn without_tables_nothing_is_mapped() {
     let mut rig = Rig::<El2>::new(Geometry::EL2, 2);
     let before = rig.machine.snapshot();
