@@ -14,6 +14,14 @@
     )
 )]
 
+mod context;
 mod exception;
+mod id;
+mod mmio;
+mod sysreg;
 
+pub use context::Context;
 pub use exception::{Exception, PstateFeatures, Trapped};
+pub use id::{GuestFeatures, IdRegisters};
+pub use mmio::MmioAccess;
+pub use sysreg::{CpuInterfaceWrite, SysregAccess, SysregAction};
