@@ -282,7 +282,7 @@ impl Child {
 
 /// Runs `body` in a copy of this process and waits for its end, which SIGALRM brings if nothing else does.
 pub(crate) fn in_child(body: impl FnOnce() -> u8) -> Result<End, Errno> {
-    const SECONDS: usize = 100;
+    const SECONDS: usize = 200;
     let once = [0, 0, SECONDS, 0];
     Child::spawn(|| {
         // SAFETY: Reads the times. The only error would be an address that is none.

@@ -68,7 +68,10 @@ const NODE: &str = "/proc/device-tree/reserved-memory/ravelin@*/reg";
 /// Shell functions of the scripts.
 const PRELUDE: &str = "
 dmesg -n 1
-probe() { /bin/probe \"$@\" || echo \"@fail probe $1: it ended with status $?\"; }
+probe() {
+    /bin/probe \"$@\" || echo \"@fail probe $1: it ended with status $?\"
+    echo \"@note uptime after $1 = $(cut -d ' ' -f 1 /proc/uptime)\"
+}
 ";
 
 /// What is looked at on every boot, with the hypervisor and without.
