@@ -41,7 +41,7 @@ macro_rules! report {
 #[panic_handler]
 fn panic(info: &PanicInfo<'_>) -> ! {
     begin();
-    report!("ravelin panic on cpu {}: {}", Cpu, info.message());
+    report!("\nravelin panic on cpu {}: {}", Cpu, info.message());
     if let Some(location) = info.location() {
         report!("  at {location}");
     }
@@ -56,7 +56,7 @@ extern "C" fn fatal_exception(frame: &FatalFrame, slot: u64) -> ! {
     const KINDS: [&str; 4] = ["synchronous exception", "IRQ", "FIQ", "SError"];
     begin();
     let kind = KINDS[(slot & 3) as usize];
-    report!("ravelin panic on cpu {Cpu}: {kind} in vector slot {slot}");
+    report!("\nravelin panic on cpu {Cpu}: {kind} in vector slot {slot}");
     const NAMES: [&str; 31] = [
         "x0", "x1", "x2", "x3", "x4", "x5", "x6", "x7", "x8", "x9", "x10", "x11", "x12", "x13", "x14", "x15", "x16",
         "x17", "x18", "x19", "x20", "x21", "x22", "x23", "x24", "x25", "x26", "x27", "x28", "x29", "x30",

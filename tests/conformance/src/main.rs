@@ -9,9 +9,11 @@
 
 #![forbid(unsafe_code)]
 
+mod gdb;
 mod machine;
 mod monitor;
 mod output;
+mod panics;
 mod payload;
 mod run;
 
@@ -94,8 +96,9 @@ fn conformance(options: &Options) -> Result<bool> {
         for test in TESTS.iter().filter(|test| !seen.contains(test.name)) {
             report(test.name, &Verdict::Failed("no machine of the matrix has what it needs".into()));
         }
-        let reset = Machine::USUAL;
-        report(&format!("{reset}: the payload resets the machine"), &run::resets(&reset, &payload)?);
+        let usual = Machine::USUAL;
+        report(&format!("{usual}: the payload resets the machine"), &run::resets(&usual, &payload)?);
+        report(&format!("{usual}: a broken instruction is reported"), &run::fails(&usual, &payload)?);
     }
     Ok(failed == 0)
 }

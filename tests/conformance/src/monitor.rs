@@ -34,6 +34,13 @@ impl Monitor {
         Ok((0..).zip(words).all(|(index, word)| word == pattern(page, index, seed)))
     }
 
+    /// Starts QEMU's debugging stub on the given socket.
+    pub(crate) fn debug(&mut self, socket: &Path) -> Result<()> {
+        writeln!(self.0, "gdbserver unix:{},server=on,wait=off", socket.display())?;
+        self.until_prompt()?;
+        Ok(())
+    }
+
     fn until_prompt(&mut self) -> Result<String> {
         let mut text = Vec::new();
         while !text.ends_with(PROMPT.as_bytes()) {

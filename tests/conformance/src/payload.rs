@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use object::{Object, ObjectSegment, read::elf::ElfFile64};
 
-const TARGET: &str = "aarch64-unknown-none-softfloat";
+pub(crate) const TARGET: &str = "aarch64-unknown-none-softfloat";
 
 /// Root of the checkout.
 pub(crate) fn root() -> PathBuf {
@@ -24,11 +24,15 @@ pub(crate) fn cargo() -> Command {
     command
 }
 
-/// Directory for what this program makes: beside cargo's own, wherever the user has put them.
-pub(crate) fn output_dir() -> Result<PathBuf> {
+/// Cargo's target directory, wherever the user has put it.
+pub(crate) fn target_dir() -> Result<PathBuf> {
     let own = env::current_exe().context("the path of this program")?;
-    let target = own.ancestors().nth(2).context("this program lies outside a target directory")?;
-    let dir = target.join("conformance");
+    Ok(own.ancestors().nth(2).context("this program lies outside a target directory")?.to_owned())
+}
+
+/// Directory for what this program makes: beside cargo's own.
+pub(crate) fn output_dir() -> Result<PathBuf> {
+    let dir = target_dir()?.join("conformance");
     fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
     Ok(dir)
 }

@@ -17,7 +17,7 @@ use crate::{
     machine::Machine,
     monitor::Monitor,
     output::{Event, Parser, Verdict},
-    payload,
+    panics, payload,
 };
 
 /// How long a test may take. The longest takes some seconds where the machine is not busy otherwise.
@@ -38,7 +38,7 @@ impl Drop for Guard {
 }
 
 /// A machine that runs.
-struct Session {
+pub(crate) struct Session {
     child: Guard,
     output: mpsc::Receiver<Vec<u8>>,
     socket: std::path::PathBuf,
@@ -88,6 +88,24 @@ impl Session {
         }
     }
 
+    /// Starts the debugging stub of the machine and returns its socket.
+    pub(crate) fn debug(&self) -> Result<std::path::PathBuf> {
+        let socket = self.socket.with_extension("gdb");
+        Monitor::connect(&self.socket)?.debug(&socket)?;
+        Ok(socket)
+    }
+
+    /// Waits for the end of the machine and returns its status; adds what it says to `console`.
+    pub(crate) fn wait(&mut self, console: &mut String) -> Result<i32> {
+        loop {
+            match self.next(&mut Parser::default(), TEST_TIMEOUT, console)? {
+                Next::Events(_) => {}
+                Next::Silence => return Ok(-1),
+                Next::End(status) => return Ok(status),
+            }
+        }
+    }
+
     fn answer(&mut self, page: u64, seed: u64) -> Result<()> {
         let answer = if Monitor::connect(&self.socket)?.page_has_pattern(page, seed)? { b"y" } else { b"n" };
         let stdin = self.child.0.stdin.as_mut().context("the machine has no input")?;
@@ -100,6 +118,7 @@ impl Drop for Session {
     fn drop(&mut self) {
         // QEMU removes it at an orderly end.
         let _ = std::fs::remove_file(&self.socket);
+        let _ = std::fs::remove_file(self.socket.with_extension("gdb"));
     }
 }
 
@@ -191,6 +210,21 @@ pub(crate) fn resets(machine: &Machine, image: &Path) -> Result<Verdict> {
             Next::Silence => return Ok(Verdict::Failed("it did not".into())),
             Next::End(0) if done => return Ok(Verdict::Passed),
             Next::End(status) => return Ok(Verdict::Failed(format!("the machine ended with status {status}"))),
+        }
+    }
+}
+
+/// An instruction of the hypervisor is broken while the payload makes calls: the report says where, and the machine ends.
+pub(crate) fn fails(machine: &Machine, image: &Path) -> Result<Verdict> {
+    let mut session = Session::start(machine, image, "test=stress.random_calls")?;
+    let (mut parser, mut console) = (Parser::default(), String::new());
+    loop {
+        match session.next(&mut parser, START_TIMEOUT, &mut console)? {
+            Next::Events(events) if events.iter().any(|event| matches!(event, Event::Begun(_))) => {
+                return panics::judge(session, console);
+            }
+            Next::Events(_) => {}
+            Next::Silence | Next::End(_) => return Ok(Verdict::Failed("no test began".into())),
         }
     }
 }
