@@ -81,6 +81,7 @@ fn conformance(options: &Options) -> Result<bool> {
 
     let payload = options.payload.clone().map_or_else(payload::build, Ok)?;
     let wanted = if options.tests.is_empty() { "all".into() } else { options.tests.join(",") };
+    let effort = if options.full { 3 } else { 1 };
     let mut seen = BTreeSet::new();
     for machine in machine::matrix(options.full) {
         let mut on_machine = |test: &str, verdict: &Verdict| {
@@ -90,7 +91,7 @@ fn conformance(options: &Options) -> Result<bool> {
                 report(&format!("{machine}: {test}"), verdict);
             }
         };
-        run::run(&machine, &payload, &wanted, &mut on_machine)?;
+        run::run(&machine, &payload, &format!("test={wanted} effort={effort}"), &mut on_machine)?;
     }
     if options.tests.is_empty() {
         for test in TESTS.iter().filter(|test| !seen.contains(test.name)) {

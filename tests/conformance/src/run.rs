@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// How long a test may take. The longest takes some seconds where the machine is not busy otherwise.
-const TEST_TIMEOUT: Duration = Duration::from_secs(300);
+const TEST_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// How long it may take until the first test begins, builds included.
 const START_TIMEOUT: Duration = Duration::from_secs(900);
@@ -142,11 +142,11 @@ fn command(machine: &Machine, image: &Path, arguments: &str, socket: &Path) -> C
     command
 }
 
-/// Runs the wanted tests on the machine and reports each.
+/// Runs the tests that `arguments` select on the machine and reports each.
 pub(crate) fn run(
     machine: &Machine,
     image: &Path,
-    wanted: &str,
+    arguments: &str,
     report: &mut impl FnMut(&str, &Verdict),
 ) -> Result<()> {
     let image = &match machine.address {
@@ -156,7 +156,7 @@ pub(crate) fn run(
     let mut last: Option<String> = None;
     loop {
         let after = last.as_ref().map_or_else(String::new, |test| format!(" after={test}"));
-        let mut session = Session::start(machine, image, &format!("test={wanted} inspector=yes{after}"))?;
+        let mut session = Session::start(machine, image, &format!("{arguments} inspector=yes{after}"))?;
         let mut parser = Parser::default();
         let mut console = String::new();
         let mut current: Option<String> = None;

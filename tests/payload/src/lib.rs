@@ -1,12 +1,13 @@
 //! Programs that run at EL1 in the place of the host and issue real hypercalls.
 //!
 //! One bare-metal image holds all on-target tests. It reads from `/chosen/bootargs` which of them to run (`test=NAME`,
-//! `test=PREFIX*` or `test=all`; with `after=NAME` only those behind that one) and prints one line for each:
+//! `test=PREFIX*` or `test=all`; with `after=NAME` only those behind that one; `effort=N` makes the search for races N times
+//! as long) and prints one line for each:
 //!
 //! ```text
-//! test share.contents ... ok
-//! test psci.cpu_on_race ... ignored: needs 3 CPUs
-//! test donate.stale ... FAILED: CPU 1 still reads 0x48000000
+//! test contents.kept_when_shared ... ok
+//! test psci.race ... ignored: needs 3 CPUs
+//! test stale.other_cpu ... FAILED: CPU 1: Read of 0x48000000 works after the donation
 //! payload: 41 passed; 1 failed; 3 ignored
 //! ```
 //!

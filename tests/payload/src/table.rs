@@ -43,6 +43,10 @@ const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
 tests! {
+    boot.entry_state("the boot CPU enters as Linux's boot protocol says");
+    boot.device_tree_at_start_of_ram("the device tree lies where firmware looks for it");
+    boot.carve_out_is_announced("the device tree keeps the host off the carve-out, which is not too large");
+
     discovery.uid("the vendor UID tells that it is Ravelin, whatever the arguments", calls: [UID]);
     discovery.revision("the version of the interface", calls: [REVISION]);
     discovery.features("the calls offered and the limits; an unknown index is INVALID", calls: [FEATURES]);
@@ -105,6 +109,7 @@ tests! {
     stress.random_calls("random calls of all CPUs on overlapping ranges; the totals agree", calls: [SHARE, UNSHARE, DONATE, TAKE_BACK, PIN, UNPIN], memory: 8 * MIB);
     stress.one_winner("of all CPUs that want a page one gets it", calls: [SHARE, UNSHARE, DONATE, TAKE_BACK], memory: 2 * MIB);
     stress.fault_race("CPUs fault on a block that is being split and joined", calls: [DONATE, TAKE_BACK], cpus: 2, memory: 4 * MIB);
+    stress.statistics_race("statistics go to a page that another CPU takes away", calls: [STATISTICS, SHARE, UNSHARE, DONATE, TAKE_BACK], cpus: 2, memory: 2 * MIB);
     stress.hotplug("a CPU goes off and on while others make calls", calls: [DONATE, TAKE_BACK], cpus: 3, memory: 2 * MIB);
 
     bugs.frame_number_overflow("CVE-2026-0028, -0030, -0031", calls: [SHARE, DONATE], memory: 2 * MIB);
@@ -135,7 +140,8 @@ tests! {
     psci.bad_entry("CPU_ON in the carve-out, a donated page, a device, a hole or at an unaligned address is refused", cpus: 2);
     psci.off_and_on("a CPU goes off and on 50 times, by 32-bit and 64-bit calls", cpus: 2);
     psci.race("of two CPUs that turn on a third one, one succeeds and the other learns why not", cpus: 3);
-    psci.suspend("CPU_SUSPEND to standby returns when a timer fires");
+    psci.boot_cpu("the boot CPU goes off and another one turns it on again", cpus: 2);
+    psci.suspend("CPU_SUSPEND returns when a timer fires, and never to memory of someone else");
 
     device.known_devices("UART, GIC, flash and PCI are reachable");
     device.nobody_home("space where no device answers kills nobody");

@@ -1,6 +1,7 @@
 //! CPUs: stacks, turning them on and off through PSCI, and running closures on them.
 
 use core::{
+    arch::asm,
     cell::UnsafeCell,
     mem,
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
@@ -27,7 +28,7 @@ pub(crate) static STACKS: Stacks = Stacks(UnsafeCell::new([[0; STACK_SIZE]; MAX_
 /// What a CPU was entered with.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct EntryState {
-    /// x0: the context id of CPU_ON.
+    /// x0: the context id of CPU_ON. Of the boot CPU, the bits that are set in x1, x2 or x3.
     pub(crate) context: u64,
     pub(crate) sctlr: u64,
     pub(crate) daif: u64,
@@ -197,6 +198,31 @@ pub(crate) fn turn_on(cpu: usize) -> Result<(), i64> {
         wait();
     }
     Ok(())
+}
+
+/// Calls `function` (CPU_OFF or CPU_SUSPEND), after which this CPU may have to come back through its entry point. Returns the
+/// status, or `None` if it did.
+#[expect(unsafe_code, reason = "saves and restores what a CPU loses")]
+pub(crate) fn power_down(function: u64, power_state: u64) -> Option<i64> {
+    let status: i64;
+    // SAFETY: The routine follows the procedure call standard, also if the CPU loses its state in between.
+    unsafe {
+        asm!("bl call_and_resume", inlateout("x0") function => status, inlateout("x1") power_state => _, clobber_abi("C"));
+    }
+    (status != 1).then_some(status)
+}
+
+/// Entry point and context id with which a CPU comes back from [`power_down`].
+#[expect(unsafe_code, reason = "symbols of the assembly")]
+pub(crate) fn resume() -> (u64, u64) {
+    unsafe extern "C" {
+        fn resume_entry();
+        static resume_context: AtomicU64;
+    }
+    let entry = (resume_entry as *const ()).expose_provenance() as u64;
+    // SAFETY: The assembly defines it, and every access is atomic.
+    let context = unsafe { &resume_context };
+    (entry, context.load(Ordering::Acquire))
 }
 
 /// CPU_ON as it should be called.

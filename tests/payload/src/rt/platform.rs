@@ -25,7 +25,7 @@ impl Region {
         self.end - self.start
     }
 
-    fn overlaps(self, other: Self) -> bool {
+    pub(crate) fn overlaps(self, other: Self) -> bool {
         self.start < other.end && other.start < self.end
     }
 }
@@ -47,6 +47,10 @@ pub(crate) struct Platform {
     pub(crate) flash: Option<Region>,
     /// PCI configuration space.
     pub(crate) pci: Option<Region>,
+    /// Where the device tree lies.
+    pub(crate) tree: u64,
+    /// Whether the carve-out's node in /reserved-memory says no-map.
+    pub(crate) carve_out_is_no_map: bool,
     /// A page for statistics, outside what [`Platform::free`] returns.
     pub(crate) statistics: u64,
     /// The words of `/chosen/bootargs`.
@@ -107,6 +111,8 @@ fn parse(address: usize) -> Platform {
         flash: None,
         pci: None,
         statistics: 0,
+        tree: address as u64,
+        carve_out_is_no_map: false,
         bootargs: ArrayString::new(),
     };
     platform.taken.push(own_image());
@@ -123,6 +129,7 @@ fn parse(address: usize) -> Platform {
                         platform.taken.push(region);
                         if child.name_without_address().starts_with("ravelin") {
                             platform.carve_out = Some(region);
+                            platform.carve_out_is_no_map = child.property("no-map").is_some();
                         }
                     }
                 }
@@ -183,6 +190,11 @@ impl Platform {
     /// The value of `NAME=VALUE` on the command line.
     pub(crate) fn argument(&self, name: &str) -> Option<&str> {
         self.bootargs.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
+    }
+
+    /// How often tests that look for races shall try, in multiples of what they do without `effort=N`.
+    pub(crate) fn effort(&self) -> u64 {
+        self.argument("effort").and_then(|effort| effort.parse().ok()).unwrap_or(1)
     }
 
     /// Finds `size` bytes of free RAM that start at a multiple of `align`, the highest there are.

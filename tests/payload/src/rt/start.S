@@ -3,6 +3,24 @@
 
 .arch armv8-a+fp+simd
 
+.macro SAVE
+    stp     x29, x30, [sp, #-112]!
+    stp     x19, x20, [sp, #16]
+    stp     x21, x22, [sp, #32]
+    stp     x23, x24, [sp, #48]
+    stp     x25, x26, [sp, #64]
+    stp     x27, x28, [sp, #80]
+.endm
+
+.macro RESTORE
+    ldp     x19, x20, [sp, #16]
+    ldp     x21, x22, [sp, #32]
+    ldp     x23, x24, [sp, #48]
+    ldp     x25, x26, [sp, #64]
+    ldp     x27, x28, [sp, #80]
+    ldp     x29, x30, [sp], #112
+.endm
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Entry. Works as an arm64 Image (header, Documentation/arch/arm64/booting) and entered at its first byte by a loader that
 // knows nothing: EL1, MMU off, x0 = DTB.
@@ -23,10 +41,12 @@ _start:
 
 .section .text.start, "ax"
 boot:
+    mrs     x21, daif
     msr     daifset, #0xf
     mov     x19, x0
+    orr     x24, x1, x2
+    orr     x24, x24, x3
     mrs     x20, sctlr_el1
-    mrs     x21, daif
     mrs     x22, currentel
     mrs     x23, spsel
 
@@ -59,6 +79,7 @@ boot:
     mov     x2, x21
     mov     x3, x22
     mov     x4, x23
+    mov     x5, x24
     bl      {boot_main}
     b       .
 
@@ -82,6 +103,29 @@ secondary_entry:
     mov     x4, x23
     bl      {secondary_main}
     b       .
+
+// A PSCI call after which the CPU may lose its state: x0 = function, x1 = first argument of CPU_SUSPEND. Returns its status;
+// or 1, if the CPU came back through resume_entry, whose context id is the stack pointer.
+.global call_and_resume
+call_and_resume:
+    SAVE
+    adrp    x2, resume_entry
+    add     x2, x2, :lo12:resume_entry
+    mov     x3, sp
+    adrp    x9, resume_context
+    str     x3, [x9, :lo12:resume_context]
+    smc     #0
+    RESTORE
+    ret
+.global resume_entry
+resume_entry:
+    mov     x19, x0
+    bl      mmu_on
+    msr     spsel, #1
+    mov     sp, x19
+    mov     x0, #1
+    RESTORE
+    ret
 
 mmu_on:
     adrp    x9, stage1_level0
@@ -125,6 +169,12 @@ mmu_on:
     .endr
 .endm
 
+
+.section .data.resume, "aw"
+.balign 8
+.global resume_context
+resume_context:
+    .quad   0
 
 .section .data.tables, "aw"
 .balign 4096
@@ -264,24 +314,6 @@ probe_execute:
     ldp     x29, x30, [sp], #16
     ret
 probe_end:
-
-.macro SAVE
-    stp     x29, x30, [sp, #-112]!
-    stp     x19, x20, [sp, #16]
-    stp     x21, x22, [sp, #32]
-    stp     x23, x24, [sp, #48]
-    stp     x25, x26, [sp, #64]
-    stp     x27, x28, [sp, #80]
-.endm
-
-.macro RESTORE
-    ldp     x19, x20, [sp, #16]
-    ldp     x21, x22, [sp, #32]
-    ldp     x23, x24, [sp, #48]
-    ldp     x25, x26, [sp, #64]
-    ldp     x27, x28, [sp, #80]
-    ldp     x29, x30, [sp], #112
-.endm
 
 // Runs x0 at EL0 with x0 = x1 and x1 = x2 until its first exception; returns as the probes do.
 .global el0_run

@@ -18,10 +18,11 @@ mod assembly {
     );
 }
 
-/// The boot CPU, on its own stack with the MMU on. The last four arguments are what it was entered with.
-extern "C" fn boot_main(dtb: usize, sctlr: u64, daif: u64, current_el: u64, spsel: u64) -> ! {
+/// The boot CPU, on its own stack with the MMU on. The other arguments are what it was entered with, the last one the bits that x1 to
+/// x3 had together.
+extern "C" fn boot_main(dtb: usize, sctlr: u64, daif: u64, current_el: u64, spsel: u64, x1_to_x3: u64) -> ! {
     let platform = platform::init(dtb);
-    cpu::init_boot(EntryState { context: 0, sctlr, daif, current_el, spsel });
+    cpu::init_boot(EntryState { context: x1_to_x3, sctlr, daif, current_el, spsel });
     runner::run(platform)
 }
 

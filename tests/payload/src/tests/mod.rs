@@ -15,6 +15,7 @@ use crate::rt::{
 pub(crate) mod abort;
 pub(crate) mod arguments;
 pub(crate) mod bench;
+pub(crate) mod boot;
 pub(crate) mod bugs;
 pub(crate) mod contents;
 pub(crate) mod device;

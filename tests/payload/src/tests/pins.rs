@@ -3,7 +3,10 @@
 use ravelin_abi::{PageStateCode, Status};
 
 use crate::{
-    rt::memory::{BLOCK, PAGE},
+    rt::{
+        memory::{BLOCK, PAGE},
+        platform::platform,
+    },
     tests::{OWNED, Op, Outcome, SHARED, Snapshot, arena, check, check_eq, check_state, on_all_cpus, state},
 };
 
@@ -80,7 +83,7 @@ pub(crate) fn from_all_cpus() -> Outcome {
     Op::Share.succeeds(address, 4)?;
     Op::Pin.succeeds(address, 4)?;
     on_all_cpus(|_| {
-        for _ in 0..300 {
+        for _ in 0..100 * platform().effort() {
             Op::Pin.succeeds(address, 4)?;
             Op::Unshare.answers(address, 4, Status::Busy, address)?;
             Op::Unpin.succeeds(address, 4)?;

@@ -3,8 +3,14 @@
 use core::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
 use crate::{
-    rt::{call::psci, cpu, gic, memory::PAGE, platform::platform},
-    tests::{Failure, Op, Outcome, arena, check, check_eq, has_hypervisor},
+    rt::{
+        call::{self, Instruction, psci},
+        cpu, gic,
+        memory::PAGE,
+        platform::platform,
+        probe::Access,
+    },
+    tests::{Failure, Op, Outcome, abort::is_denied, arena, check, check_eq, has_hypervisor},
 };
 
 fn affinity_info(cpu: usize) -> i64 {
@@ -68,6 +74,9 @@ pub(crate) fn already_on() -> Outcome {
             let status = psci(function, mpidr, cpu::entry_point(), cpu::context(1, 0));
             check_eq!(status, psci::ALREADY_ON, "{function:#x}");
         }
+        // A 32-bit call has arguments of 32 bits.
+        let status = psci(psci::CPU_ON_32, mpidr | 7 << 32, cpu::entry_point() | 5 << 40, 1 << 63);
+        check_eq!(status, psci::ALREADY_ON, "32-bit CPU_ON with dirty upper halves");
         // Also of the calling CPU itself.
         check_eq!(cpu::psci_on(0, 0), psci::ALREADY_ON, "CPU_ON of the boot CPU");
     }
@@ -145,7 +154,7 @@ pub(crate) fn off_and_on() -> Outcome {
 }
 
 pub(crate) fn race() -> Outcome {
-    for round in 0..50 {
+    for round in 0..50 * platform().effort() {
         let entries = cpu::entries(2);
         cpu::turn_off(2);
         let ready = AtomicU64::new(0);
@@ -176,6 +185,7 @@ pub(crate) fn race() -> Outcome {
 }
 
 pub(crate) fn suspend() -> Outcome {
+    const POWER_DOWN: u64 = 1 << 16;
     for function in [psci::CPU_SUSPEND, psci::CPU_SUSPEND_32] {
         gic::arm_timer(100_000);
         let status = psci(function, 0, cpu::entry_point(), 0);
@@ -185,6 +195,49 @@ pub(crate) fn suspend() -> Outcome {
         check!(fired, "{function:#x} returned before the timer fired");
         let status = psci(function, 0x8000_0000, cpu::entry_point(), 0);
         check!(status < 0, "{function:#x} with reserved bits: {status}");
+
+        // A state that loses the CPU's contents: it comes back, one way or the other, but not at an address that is not the
+        // host's.
+        if let Some(carve_out) = platform().carve_out {
+            for entry in [carve_out.start, carve_out.end - 4, cpu::entry_point() | 1, 0] {
+                let status = psci(function, POWER_DOWN, entry, 0);
+                check!(
+                    matches!(status, psci::INVALID_ADDRESS | psci::INVALID_PARAMETERS),
+                    "{function:#x} with entry {entry:#x}: {status}"
+                );
+            }
+            gic::arm_timer(100_000);
+            let status = cpu::power_down(function, POWER_DOWN);
+            let fired = gic::timer_fired();
+            gic::stop_timer();
+            check!(matches!(status, None | Some(psci::SUCCESS)), "{function:#x} to power-down: {status:?}");
+            check!(fired, "{function:#x} to power-down came back before the timer fired");
+        }
+    }
+    Ok(())
+}
+
+/// The boot CPU is like the others: another one can turn it on again.
+pub(crate) fn boot_cpu() -> Outcome {
+    check!(call::firmware_instruction() == Instruction::Smc, "CPU_OFF of the boot CPU is written for SMC");
+    for round in 0..10 {
+        let answer = AtomicI64::new(i64::MIN);
+        let turn_on = |_: usize| {
+            while affinity_info(0) != psci::AFFINITY_OFF {
+                cpu::wait();
+            }
+            let (entry, context) = cpu::resume();
+            answer.store(psci(psci::CPU_ON, platform().cpus[0], entry, context), Ordering::Release);
+        };
+        let status = cpu::run_on(&[1], &turn_on, || cpu::power_down(psci::CPU_OFF, 0));
+        check_eq!(status, None, "CPU_OFF in round {round}");
+        check_eq!(answer.load(Ordering::Acquire), psci::SUCCESS, "CPU_ON in round {round}");
+    }
+    if has_hypervisor() {
+        let page = arena(PAGE);
+        Op::Donate.succeeds(page, 1)?;
+        is_denied(Access::Read, page)?;
+        Op::TakeBack.succeeds(page, 1)?;
     }
     Ok(())
 }

@@ -3,18 +3,20 @@
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use arrayvec::ArrayVec;
-use ravelin_abi::{PageStateCode, Status};
+use ravelin_abi::{PageStateCode, Statistics, Status};
 use spin::Mutex;
 
 use crate::{
     rt::{
-        cpu,
-        memory::{BLOCK, PAGE},
+        call, cpu,
+        memory::{self, BLOCK, PAGE},
         platform::platform,
         probe::{self, Access, probe},
     },
     tests::{
-        Failure, Op, Outcome, abort::ALIGNMENT, arena, carve_out, check, check_eq, on_all_cpus, page_counts, state,
+        Failure, OWNED, Op, Outcome,
+        abort::{self, ALIGNMENT},
+        arena, carve_out, check, check_eq, number, on_all_cpus, page_counts, state,
     },
 };
 
@@ -51,7 +53,7 @@ pub(crate) fn random_calls() -> Outcome {
     let before = page_counts()?;
     on_all_cpus(|cpu| {
         let mut random = Random(0x1234_5678_9ABC_DEF1 * (cpu as u64 + 1));
-        for _ in 0..1500 {
+        for _ in 0..500 * platform().effort() {
             let index = random.below(PAGES);
             let page = base + index * PAGE;
             let pages = match random.below(8) {
@@ -117,7 +119,7 @@ pub(crate) fn one_winner() -> Outcome {
     let count = platform().cpus.len() as u64;
     let page = arena(BLOCK) + 9 * PAGE;
     for (there, back) in [(Op::Share, Op::Unshare), (Op::Donate, Op::TakeBack)] {
-        for round in 0..100 {
+        for round in 0..30 * platform().effort() {
             for op in [there, back] {
                 let (ready, winners) = (AtomicU64::new(0), AtomicU64::new(0));
                 on_all_cpus(|_| {
@@ -165,7 +167,7 @@ pub(crate) fn fault_race() -> Outcome {
     };
     let change_hands = || {
         let mut random = Random(0x77);
-        for _ in 0..400 {
+        for _ in 0..100 * platform().effort() {
             let pages = 1 + random.below(64);
             let address = base + random.below(1024 - pages) * PAGE;
             Op::Donate.succeeds(address, pages)?;
@@ -209,7 +211,47 @@ pub(crate) fn hotplug() -> Outcome {
     // The CPU that came back is under the same rules.
     Op::Donate.succeeds(base, 1)?;
     let outcome = Mutex::new(Ok(()));
-    cpu::run_on(&[2], &|_| *outcome.lock() = super::abort::is_denied(Access::Read, base).map(|_| ()), || ());
+    cpu::run_on(&[2], &|_| *outcome.lock() = abort::is_denied(Access::Read, base).map(|_| ()), || ());
     outcome.into_inner()?;
     Op::TakeBack.succeeds(base, 1)
+}
+
+/// The hypervisor writes statistics to a page that another CPU takes away from it: it writes while the page is lent, or not at
+/// all.
+pub(crate) fn statistics_race() -> Outcome {
+    let page = arena(BLOCK) + 3 * PAGE;
+    let stop = AtomicBool::new(false);
+    let failure = Mutex::new(Ok(()));
+    let write = |_: usize| {
+        while !stop.load(Ordering::Acquire) {
+            let [x0, x1, ..] = call::hypervisor([number("STATISTICS"), page, 0, 0]);
+            if (x0, x1) != (0, Statistics::SIZE as u64) && (x0, x1) != (Status::Denied.register(), page) {
+                *failure.lock() = Err(Failure::new(format_args!("STATISTICS: {x0:#x}, {x1:#x}")));
+                return;
+            }
+        }
+    };
+    let change_hands = || {
+        for _ in 0..100 * platform().effort() {
+            Op::Share.succeeds(page, 1)?;
+            for _ in 0..20 {
+                core::hint::spin_loop();
+            }
+            while Op::Unshare.call(page, 1) == (Status::Busy, page) {}
+            check_eq!(state(page)?, OWNED, "the page after UNSHARE");
+            memory::fill(page, 80);
+            check_eq!(memory::find_difference(page, 80), None, "the page after UNSHARE");
+            Op::Donate.succeeds(page, 1)?;
+            Op::TakeBack.succeeds(page, 1)?;
+            check_eq!(memory::find_nonzero(page), None, "the page after TAKE_BACK");
+        }
+        Ok(())
+    };
+    let result = cpu::run_on(&[1], &write, || {
+        let result = change_hands();
+        stop.store(true, Ordering::Release);
+        result
+    });
+    result?;
+    failure.into_inner()
 }
