@@ -1,6 +1,6 @@
 //! Registers of a vCPU.
 
-use crate::{Exception, Trapped};
+use crate::{Exception, PstateFeatures, Trapped};
 
 /// What of a vCPU is in the CPU while it runs, and here while it does not. In the order in which the world switch, whose
 /// assembly knows the offsets, goes through it; 64 bits each.
@@ -159,6 +159,11 @@ impl Context {
         self.pstate = exception.pstate;
     }
 
+    /// Takes the exception for an instruction that does not exist, which is the one that trapped.
+    pub const fn take_undefined(&mut self, features: PstateFeatures) {
+        self.take(&self.trapped(0, 0).undefined(features));
+    }
+
     /// Returns what decides about an exception at EL1 in place of one with this syndrome and address.
     #[must_use]
     pub const fn trapped(&self, esr: u64, far: u64) -> Trapped {
@@ -259,8 +264,7 @@ mod tests {
             sctlr_el1: 1 << 23,
             ..Context::default()
         };
-        let undefined = context.trapped(0x18 << 26, 0xbad).undefined(PstateFeatures::default());
-        context.take(&undefined);
+        context.take_undefined(PstateFeatures::default());
         assert_eq!((context.elr_el1, context.spsr_el1, context.esr_el1), (0x1234, 0, 1 << 25));
         assert_eq!((context.pc, context.pstate), (0xffff_0000_0000_0c00, 0x3c5));
         assert_eq!(context.far_el1, 1, "an instruction has no fault address");

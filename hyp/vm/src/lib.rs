@@ -16,12 +16,16 @@
 
 mod context;
 mod exception;
+mod exit;
 mod id;
 mod mmio;
+mod psci;
 mod sysreg;
 
 pub use context::Context;
 pub use exception::{Exception, PstateFeatures, Trapped};
+pub use exit::{Abort, Backing, GuestExit, Pending, Report, Syndrome, WrongAnswer};
 pub use id::{GuestFeatures, IdRegisters};
 pub use mmio::MmioAccess;
-pub use sysreg::{CpuInterfaceWrite, SysregAccess, SysregAction};
+pub use psci::{FirmwareCall, Power, Readiness, firmware_call, mpidr};
+pub use sysreg::{SysregAccess, SysregAction};

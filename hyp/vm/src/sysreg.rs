@@ -4,6 +4,8 @@
 //! CPTR_EL2.TTA are set for guests, and may be that the physical timer, ICC_DIR_EL1 and ICC_SRE_EL1 trap. What traps and is not
 //! listed here is undefined to the guest.
 
+use ravelin_vgic::SgiRegister;
+
 use crate::{Context, IdRegisters};
 
 /// An MSR or MRS that trapped.
@@ -27,23 +29,12 @@ pub enum SysregAction {
     Read(u64),
     /// MSR that has no effect, or has had it.
     Written,
-    /// MSR to a register of the interrupt controller's CPU interface.
-    Interrupt(CpuInterfaceWrite),
+    /// MSR of this value to a register that generates SGIs.
+    Sgi(SgiRegister, u64),
+    /// MSR of this value to ICC_DIR_EL1.
+    Deactivate(u64),
     /// There is no such register, or not in this direction.
     Undefined,
-}
-
-/// A write to the GIC's CPU interface that the interrupt controller's model acts on. Values are those of the register.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CpuInterfaceWrite {
-    /// ICC_SGI1R_EL1.
-    Sgi1(u64),
-    /// ICC_ASGI1R_EL1.
-    AliasSgi1(u64),
-    /// ICC_SGI0R_EL1.
-    Sgi0(u64),
-    /// ICC_DIR_EL1.
-    Deactivate(u64),
 }
 
 /// OSLSR_EL1.OSLM: there is an OS lock. It is open.
@@ -126,10 +117,10 @@ impl SysregAccess {
     fn write(&self, context: &mut Context, value: u64, now: u64) -> SysregAction {
         let &Self { op0, op1, crn, crm, op2, .. } = self;
         match (op0, op1, crn, crm, op2) {
-            (3, 0, 12, 11, 1) => return SysregAction::Interrupt(CpuInterfaceWrite::Deactivate(value)),
-            (3, 0, 12, 11, 5) => return SysregAction::Interrupt(CpuInterfaceWrite::Sgi1(value)),
-            (3, 0, 12, 11, 6) => return SysregAction::Interrupt(CpuInterfaceWrite::AliasSgi1(value)),
-            (3, 0, 12, 11, 7) => return SysregAction::Interrupt(CpuInterfaceWrite::Sgi0(value)),
+            (3, 0, 12, 11, 1) => return SysregAction::Deactivate(value),
+            (3, 0, 12, 11, 5) => return SysregAction::Sgi(SgiRegister::Sgi1, value),
+            (3, 0, 12, 11, 6) => return SysregAction::Sgi(SgiRegister::AliasSgi1, value),
+            (3, 0, 12, 11, 7) => return SysregAction::Sgi(SgiRegister::Sgi0, value),
             // OSLAR_EL1, ICC_SRE_EL1.
             (2, 0, 1, 0, 4) | (3, 0, 12, 12, 5) => {}
             // CNTP_TVAL_EL0: a signed number of 32 bits from now on.
@@ -310,11 +301,11 @@ mod tests {
 
     #[test]
     fn the_interrupt_controller_hears_of_its_registers() {
-        use CpuInterfaceWrite::{AliasSgi1, Deactivate, Sgi0, Sgi1};
-        for (op2, event) in [(1, Deactivate(0x12)), (5, Sgi1(0x12)), (6, AliasSgi1(0x12)), (7, Sgi0(0x12))] {
-            let action = write(&mut Context::default(), [3, 0, 12, 11, op2], 0x12, 0);
-            assert_eq!(action, SysregAction::Interrupt(event));
-        }
+        let written = |op2| write(&mut Context::default(), [3, 0, 12, 11, op2], 0x12, 0);
+        assert_eq!(written(1), SysregAction::Deactivate(0x12));
+        assert_eq!(written(5), SysregAction::Sgi(SgiRegister::Sgi1, 0x12));
+        assert_eq!(written(6), SysregAction::Sgi(SgiRegister::AliasSgi1, 0x12));
+        assert_eq!(written(7), SysregAction::Sgi(SgiRegister::Sgi0, 0x12));
         assert_eq!(read([3, 0, 12, 12, 5]), SysregAction::Read(7));
         assert_eq!(write(&mut Context::default(), [3, 0, 12, 12, 5], 0, 0), SysregAction::Written);
     }
