@@ -1,6 +1,6 @@
 //! Whether what is derived from the ownership table agrees with it: for tests and checking builds.
 
-use ravelin_memory::{BLOCK_SIZE, PAGE_SIZE, PhysAddr};
+use ravelin_memory::{BLOCK_SIZE, PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_pgtable::{El2Usage, Machine, Mapping, TablePool};
 
 use crate::{
@@ -70,12 +70,15 @@ impl<P: TablePool> Inner<'_, P> {
     fn check_stage2<M: Machine>(&self, machine: &M) -> Result<(), Inconsistency> {
         let mut result = Ok(());
         self.host.for_each_leaf(machine, |range, mapping| {
-            let allowed = |page: PhysAddr| {
-                mapping.is_some_and(|mapping| {
-                    mapping.to.identity_ipa() == range.base() && self.table.host_access(page) == Some(mapping.usage)
-                })
+            let pages = PhysRange::new(range.base().raw(), range.pages());
+            let bad = match (pages, mapping) {
+                (Ok(pages), Some(mapping)) if mapping.to == pages.base() => {
+                    let whole = pages.size() >= BLOCK_SIZE && self.table.is_uniform_for_host(pages, mapping.usage);
+                    let refused = |page: &PhysAddr| self.table.host_access(*page) != Some(mapping.usage);
+                    if whole { None } else { pages.iter().find(refused) }
+                }
+                _ => Some(range.base().identity_pa()),
             };
-            let bad = range.iter().map(|ipa| ipa.identity_pa()).find(|&page| !allowed(page));
             if let (Some(page), Ok(())) = (bad, result) {
                 result = Err(Inconsistency::Stage2(page));
             }
@@ -98,9 +101,8 @@ impl<P: TablePool> Inner<'_, P> {
                     None if expected => return Err(Inconsistency::El2Lacks(addr)),
                     None => {}
                 }
-                // One step for all of a uniform block of which nothing is mapped.
-                let uniform = self.table.uniform_entry(addr).is_some_and(|entry| !entry.in_el2());
-                let step = if uniform && walk.level.size() >= BLOCK_SIZE && walk.mapping.is_none() {
+                // One step for all of a uniform block that is mapped as one or not at all.
+                let step = if self.table.uniform_entry(addr).is_some() && walk.level.size() >= BLOCK_SIZE {
                     BLOCK_SIZE
                 } else {
                     PAGE_SIZE

@@ -17,16 +17,14 @@ fn pins_stop_at_their_limit() {
     let mut store = Store::for_ram(&layout.ram);
     let rig = Rig::new(&layout, &mut store);
     rig.call(Share, range(GIB, 3)).unwrap();
-    let limit = if cfg!(miri) { 40 } else { 4095 };
+    let limit = 4095;
     for _ in 0..limit {
         rig.memory.pin(&rig.machine, range(GIB + PAGE, 1)).unwrap();
     }
     assert_eq!(rig.state(GIB + PAGE), (HostState::SharedOwned, limit));
-    if !cfg!(miri) {
-        let before = rig.everything();
-        assert_eq!(rig.call(Pin, range(GIB, 3)), fails(Reason::PinLimit, GIB + PAGE));
-        assert!(rig.everything() == before);
-    }
+    let before = rig.everything();
+    assert_eq!(rig.call(Pin, range(GIB, 3)), fails(Reason::PinLimit, GIB + PAGE));
+    assert!(rig.everything() == before);
     for _ in 0..limit {
         rig.memory.unpin(&rig.machine, range(GIB + PAGE, 1)).unwrap();
     }
