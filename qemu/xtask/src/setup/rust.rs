@@ -38,6 +38,8 @@ pub(crate) fn cargo(subcommand: &str) -> Result<Command> {
         // Only nightly compilers have the option officially; the library is that of this very compiler.
         command.env("RUSTC_BOOTSTRAP", "1").env("__CARGO_TESTS_ONLY_SRC_ROOT", source_dir()?);
         command.arg("-Zbuild-std=core,alloc,compiler_builtins");
+        // As in rustup's library: our profile would add a panic to each addition of `core`.
+        command.args(["--config", "profile.release.package.core.overflow-checks=false"]);
     }
     command.args(["--target", BARE_METAL]);
     Ok(command)
