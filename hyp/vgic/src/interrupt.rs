@@ -208,4 +208,10 @@ impl Interrupt {
         self.set(IN_FLIGHT, false);
         self.home = 0;
     }
+
+    /// A state that need not make sense.
+    #[cfg(test)]
+    pub(crate) const fn arbitrary(flags: u16, priority: u8, home: u8) -> Self {
+        Self { flags: Flags::from_bits_retain(flags), priority, home }
+    }
 }

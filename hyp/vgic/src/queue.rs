@@ -65,7 +65,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn behaves_as_a_set(steps in prop::collection::vec((any::<bool>(), 0_u16..1024), 0..300), from in 0_u16..1100) {
+        fn behaves_as_a_set(steps in prop::collection::vec((any::<bool>(), 0..INTIDS), 0..300), from in 0_u16..INTIDS) {
             let (mut queue, mut model) = (Queue::default(), BTreeSet::new());
             for (insert, intid) in steps {
                 if insert {
