@@ -42,7 +42,7 @@ pub(crate) fn ensure(needs: &Needs<'_>) -> Result<()> {
     let mut missing = Vec::new();
     let mut install = Vec::new();
     let mut programs = Vec::new();
-    if needs.qemu && qemu_version().is_none_or(|(major, _)| major < QEMU_MAJOR) {
+    if needs.qemu && !has_qemu() {
         install.push("qemu-system-arm");
         programs.push(format!("qemu-system-aarch64, version {QEMU_MAJOR} or newer"));
     }
@@ -50,10 +50,12 @@ pub(crate) fn ensure(needs: &Needs<'_>) -> Result<()> {
         install.push("gdb-multiarch");
         programs.push("gdb-multiarch".into());
     }
-    if !install.is_empty()
-        && let Err(error) = apt::install(&install)
-    {
-        missing.extend(programs.iter().map(|program| format!("{program}: {error:#}")));
+    if !install.is_empty() {
+        if let Err(error) = apt::install(&install) {
+            missing.extend(programs.iter().map(|program| format!("{program}: {error:#}")));
+        } else if needs.qemu && !has_qemu() {
+            missing.push(format!("{}: apt has an older one only", programs[0]));
+        }
     }
     if needs.bare_metal
         && let Err(error) = rust::ensure()
@@ -82,6 +84,10 @@ pub(crate) fn setup() -> Result<()> {
     }
     println!("Downloads are in {}", workspace::cache_dir()?.display());
     Ok(())
+}
+
+fn has_qemu() -> bool {
+    qemu_version().is_some_and(|(major, _)| major >= QEMU_MAJOR)
 }
 
 /// Major and minor version of qemu-system-aarch64, if there is one.
