@@ -12,11 +12,11 @@ use ravelin_arch::{
     physical_address_size,
 };
 use ravelin_hypercall::{Cpu, Start};
-use ravelin_memory::{BLOCK_SIZE, HypAddr, HypRange, PAGE_SIZE, PhysAddr, PhysRange, RangeError};
+use ravelin_memory::{HypAddr, HypRange, PAGE_SIZE, PhysAddr, PhysRange, RangeError};
 use ravelin_pgtable::{El2, El2Usage, Flush, Geometry, Machine, MapError, PageTable, TablePool};
 use ravelin_platform::{
-    CPU_BLOCK_SIZE, Conduit as PsciConduit, Demand, DtbError, HostImage, Layout, LogLevel, MAX_DTB_SIZE, Platform,
-    dtb_size, find_console,
+    CPU_BLOCK_SIZE, Conduit as PsciConduit, Demand, DtbError, HostImage, Layout, LogLevel, Platform, dtb_size,
+    find_console,
 };
 
 use crate::{
@@ -117,7 +117,7 @@ struct BootMemory {
 
 impl BootMemory {
     /// Returns the device tree at `address`, if there is one.
-    fn read_dtb(&self, address: u64) -> Option<&'static [u8]> {
+    fn read_dtb(&mut self, address: u64) -> Option<&'static [u8]> {
         const START: usize = 8;
         if address == 0 || !address.is_multiple_of(8) {
             return None;
@@ -125,8 +125,12 @@ impl BootMemory {
         let start = ptr::with_exposed_provenance::<u8>(address as usize);
         // SAFETY: The assembly mapped 2 MiB from here, and nobody writes to it.
         let size = dtb_size(unsafe { slice::from_raw_parts(start, START) })?;
-        const { assert!(MAX_DTB_SIZE <= BLOCK_SIZE as usize) };
-        // SAFETY: As above; `dtb_size` allows no more than `MAX_DTB_SIZE`.
+        // The rest of one that is too large, in which the console can be found all the same.
+        let end = (address + size as u64).next_multiple_of(PAGE_SIZE);
+        let all = HypRange::from_bounds(address & !(PAGE_SIZE - 1), end).ok()?;
+        let base = PhysAddr::new(all.base().raw())?;
+        self.tables.map(&self.machine, &mut self.pool, all, base, El2Usage::Rodata).ok()?;
+        // SAFETY: Mapped, by the assembly or just now, and nobody writes to it.
         Some(unsafe { slice::from_raw_parts(start, size) })
     }
 

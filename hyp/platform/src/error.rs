@@ -24,9 +24,6 @@ pub enum Fault {
     /// The device tree as a whole cannot be read.
     #[error("cannot be read: {0}")]
     Format(#[from] FdtParseError),
-    /// The device tree says that it is larger than Linux permits, or smaller than its own header.
-    #[error("absurd size of {0} bytes")]
-    TotalSize(u64),
     /// Something that must be there is not.
     #[error("no {0}")]
     Missing(&'static str),

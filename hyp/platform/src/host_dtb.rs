@@ -7,11 +7,14 @@
 use ravelin_memory::{PAGE_SIZE, PhysRange};
 
 use crate::{
-    DtbError, Fault, MAX_DTB_SIZE, Platform,
+    DtbError, Fault, Platform,
     cells::{CellCounts, pairs},
     chosen::is_module,
     memory::is_memory,
 };
+
+/// The size of the largest device tree that a host may get, in bytes (Linux, `Documentation/arch/arm64/booting.rst`).
+pub const MAX_HOST_DTB_SIZE: usize = 2 << 20;
 
 /// Room that is left in the host's device tree, in bytes, for firmware that edits it in place.
 pub const SLACK: usize = 16 << 10;
@@ -34,14 +37,14 @@ const NAMES: &[u8] =
 const ADDED: u64 = 4 << 10;
 
 impl Platform<'_> {
-    /// Returns the pages that [`Platform::write_host_dtb`] needs at most, in bytes; at most [`MAX_DTB_SIZE`].
+    /// Returns the pages that [`Platform::write_host_dtb`] needs at most, in bytes; at most [`MAX_HOST_DTB_SIZE`].
     pub(crate) fn host_dtb_room(&self) -> u64 {
         /// Offsets of `size_dt_strings` and `size_dt_struct` in the header.
         const BLOCKS: [usize; 2] = [32, 36];
         let field = |offset: usize| self.fdt().data().get(offset..)?.first_chunk().copied().map(u32::from_be_bytes);
         let blocks = BLOCKS.iter().filter_map(|&offset| field(offset)).map(u64::from);
         let more = [self.kernel.bootargs.len(), SLACK].map(|size| u64::try_from(size).unwrap_or(u64::MAX));
-        let limit = u64::try_from(MAX_DTB_SIZE).unwrap_or(u64::MAX);
+        let limit = u64::try_from(MAX_HOST_DTB_SIZE).unwrap_or(u64::MAX);
         let room = blocks.chain(more).fold(ADDED, u64::saturating_add).min(limit);
         room.checked_next_multiple_of(PAGE_SIZE).unwrap_or(limit)
     }
@@ -54,7 +57,7 @@ impl Platform<'_> {
     ///
     /// # Errors
     ///
-    /// Blames the root if `out` is too small or if the result were larger than [`MAX_DTB_SIZE`].
+    /// Blames the root if `out` is too small or if the result were larger than [`MAX_HOST_DTB_SIZE`].
     pub fn write_host_dtb(&self, carve_out: PhysRange, out: &mut [u8]) -> Result<usize, DtbError> {
         let blame = |fault: Fault| fault.at(["/"]);
         let cells = CellCounts::of(self.fdt().root(), CellCounts::DEFAULT).map_err(blame)?;
@@ -253,7 +256,7 @@ impl Editor<'_> {
         sink.zeros(SLACK)?;
         sink.pad(8)?;
         let total = sink.at;
-        if total > MAX_DTB_SIZE {
+        if total > MAX_HOST_DTB_SIZE {
             return None;
         }
 

@@ -36,7 +36,7 @@ pub use chosen::{ByteRange, LogLevel, Module, Options};
 pub use cpu::MAX_CPUS;
 pub use device::{Conduit, Gic, MAX_REDISTRIBUTOR_REGIONS};
 pub use error::{DtbError, Fault, NodeName};
-pub use host_dtb::SLACK;
+pub use host_dtb::{MAX_HOST_DTB_SIZE, SLACK};
 pub use host_image::HostImage;
 pub use layout::{CPU_BLOCK_SIZE, Demand, Layout};
 pub use memory::{MAX_RAM_REGIONS, MAX_RESERVED_REGIONS};

@@ -9,8 +9,9 @@ use crate::{
     memory,
 };
 
-/// The size of the largest device tree, in bytes. It is what Linux permits (`Documentation/arch/arm64/booting.rst`).
-pub const MAX_DTB_SIZE: usize = 2 << 20;
+/// The size of the largest device tree that is read, in bytes. Bootloaders leave room in theirs; the host's, which is written
+/// anew, is held to what Linux permits.
+pub const MAX_DTB_SIZE: usize = 16 << 20;
 
 /// The size of the header of a device tree, in bytes (Devicetree Specification 0.4, section 5.2).
 const HEADER_SIZE: usize = 40;
@@ -29,9 +30,6 @@ fn open(dtb: &[u8]) -> Result<Fdt<'_>, DtbError> {
     let blame = |fault: Fault| fault.at(["/"]);
     // A wrong magic number is left for the parser to report.
     let size = dtb_size(dtb).unwrap_or(dtb.len());
-    if size > MAX_DTB_SIZE {
-        return Err(blame(Fault::TotalSize(u64::try_from(size).unwrap_or(u64::MAX))));
-    }
     Fdt::new(dtb.get(..size).unwrap_or(dtb)).map_err(|error| blame(Fault::Format(error)))
 }
 

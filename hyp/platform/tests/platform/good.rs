@@ -1,7 +1,7 @@
 //! Device trees without faults.
 
 use ravelin_memory::PhysRange;
-use ravelin_platform::{Conduit, HostImage, LogLevel, Platform, dtb_size, find_console};
+use ravelin_platform::{Conduit, HostImage, LogLevel, MAX_HOST_DTB_SIZE, Platform, dtb_size, find_console};
 
 use crate::tree::{GIC_V2, GIC_V3, KERNEL, RAMDISK, Tree, image_header, reg};
 
@@ -30,6 +30,17 @@ fn qemu_with_guest_loader() {
     let ramdisk = platform.ramdisk.unwrap();
     assert_eq!(ramdisk.node.as_str(), RAMDISK);
     assert_eq!((ramdisk.bytes.base(), ramdisk.bytes.end()), (0x5800_0000, 0x5800_0000 + 100_000));
+}
+
+#[test]
+fn room_may_be_left_in_it() {
+    let mut dtb = GIC_V3.to_vec();
+    let size = 3 << 20;
+    dtb[4..8].copy_from_slice(&u32::to_be_bytes(3 << 20));
+    dtb.resize(size, 0);
+    let platform = Platform::parse(&dtb).unwrap();
+    let written = platform.write_host_dtb(PhysRange::new(0x7f00_0000, 512).unwrap(), &mut vec![0; size]).unwrap();
+    assert!(written <= MAX_HOST_DTB_SIZE);
 }
 
 #[test]
