@@ -8,9 +8,9 @@ use core::{
 
 use ravelin_hypercall::MappedMemory;
 use ravelin_memory::{HypRange, IpaRange, PAGE_SIZE, PhysAddr, PhysRange};
-use ravelin_pgtable::Machine;
+use ravelin_pgtable::{Machine, Vttbr};
 
-use crate::sysreg::{id_field, maintain, read_sysreg};
+use crate::sysreg::{id_field, maintain, read_sysreg, write_lower_sysreg};
 
 /// From this many pages on, and without FEAT_TLBIRANGE, one invalidation of everything costs less than one for each page.
 const PAGES_WORTH_ALL: u64 = 64;
@@ -64,8 +64,9 @@ impl Machine for Hardware {
         maintain!("dsb ishst");
     }
 
-    fn invalidate_stage2(&self, range: IpaRange, leaf_only: bool) {
+    fn invalidate_stage2(&self, tree: Vttbr, range: IpaRange, leaf_only: bool) {
         let first = range.base().page_number();
+        let _current = Current::set(tree);
         if fits_range_operation(range.pages()) {
             let operand = range_operand(first, range.pages());
             if leaf_only {
@@ -74,7 +75,7 @@ impl Machine for Hardware {
                 maintain!("sys #4, c8, c0, #2, {}", operand = operand); // ripas2e1is
             }
         } else if range.pages() > PAGES_WORTH_ALL {
-            self.invalidate_stage2_all();
+            invalidate_vmid();
             return;
         } else {
             for page in first..first + range.pages() {
@@ -90,8 +91,9 @@ impl Machine for Hardware {
         maintain!("dsb ish", "tlbi vmalle1is", "dsb ish", "isb");
     }
 
-    fn invalidate_stage2_all(&self) {
-        maintain!("tlbi vmalls12e1is", "dsb ish", "isb");
+    fn invalidate_stage2_all(&self, tree: Vttbr) {
+        let _current = Current::set(tree);
+        invalidate_vmid();
     }
 
     fn invalidate_el2(&self, range: HypRange) {
@@ -112,6 +114,46 @@ impl Machine for Hardware {
         zero(range.base(), range.size());
         clean_to_poc(range.base(), range.size());
     }
+
+    fn clean(&self, range: PhysRange) {
+        clean_to_poc(range.base(), range.size());
+        synchronise_instructions();
+    }
+}
+
+/// A stage 2 that is the one of this CPU, whose VMID TLB maintenance is for, until this is dropped.
+///
+/// EL2 runs with interrupts masked and does not return to EL1 meanwhile, and what EL1 executes is not speculated on from
+/// EL2.
+struct Current {
+    /// VTTBR_EL2 before, if it was another.
+    before: Option<u64>,
+}
+
+impl Current {
+    fn set(tree: Vttbr) -> Self {
+        let (before, wanted) = (read_sysreg!("vttbr_el2"), tree.bits());
+        if before == wanted {
+            return Self { before: None };
+        }
+        write_lower_sysreg!("vttbr_el2", wanted);
+        maintain!("isb");
+        Self { before: Some(before) }
+    }
+}
+
+impl Drop for Current {
+    fn drop(&mut self) {
+        if let Some(before) = self.before {
+            write_lower_sysreg!("vttbr_el2", before);
+            maintain!("isb");
+        }
+    }
+}
+
+/// Removes all of the current VMID from the TLBs.
+fn invalidate_vmid() {
+    maintain!("tlbi vmalls12e1is", "dsb ish", "isb");
 }
 
 impl MappedMemory for Hardware {

@@ -14,7 +14,7 @@ use ravelin_hypercall::{Cpu, Entries, FaultAction, Firmware, Host, MappedMemory,
 use ravelin_memory::{HypRange, Ipa, IpaRange, PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_ownership::{Counts, HOST_RESERVE, Memory, OwnershipTable, PAGES_PER_BLOCK, PageReport, sizes};
 use ravelin_pgtable::{
-    Geometry, Machine, PageTable,
+    Geometry, Machine, PageTable, Vttbr,
     recording::{RecordingMachine, RecordingPool, Stage},
 };
 
@@ -66,12 +66,12 @@ impl Machine for TestMachine {
         self.inner.publish();
     }
 
-    fn invalidate_stage2(&self, range: IpaRange, leaf_only: bool) {
-        self.inner.invalidate_stage2(range, leaf_only);
+    fn invalidate_stage2(&self, tree: Vttbr, range: IpaRange, leaf_only: bool) {
+        self.inner.invalidate_stage2(tree, range, leaf_only);
     }
 
-    fn invalidate_stage2_all(&self) {
-        self.inner.invalidate_stage2_all();
+    fn invalidate_stage2_all(&self, tree: Vttbr) {
+        self.inner.invalidate_stage2_all(tree);
     }
 
     fn invalidate_el2(&self, range: HypRange) {
@@ -80,6 +80,10 @@ impl Machine for TestMachine {
 
     fn scrub(&self, range: PhysRange) {
         self.inner.scrub(range);
+    }
+
+    fn clean(&self, range: PhysRange) {
+        self.inner.clean(range);
     }
 }
 

@@ -9,6 +9,8 @@ const ADDRESS: u64 = (1 << 48) - PAGE_SIZE;
 /// Bits 11 to 2 of a table descriptor, which walkers ignore: how many entries of that table are in use.
 const ENTRIES_SHIFT: u32 = 2;
 const ENTRIES: u64 = 0x3ff << ENTRIES_SHIFT;
+/// Set in an invalid descriptor that is neither empty nor pending: nothing may be mapped there any more.
+const POISON: u64 = 1 << 2;
 
 /// One 8-byte entry of a translation table.
 ///
@@ -28,11 +30,16 @@ pub enum Kind {
     Table(PhysAddr),
     /// A table that takes the place of a block once the block is out of the TLBs. Invalid for the hardware.
     Pending(PhysAddr),
+    /// Nothing is mapped, and nothing can be.
+    Poisoned,
 }
 
 impl Descriptor {
     /// Maps nothing.
     pub const INVALID: Self = Self(0);
+
+    /// Maps nothing, and is not replaced by [`PageTable::map`](crate::PageTable::map). Invalid for the hardware.
+    pub const POISONED: Self = Self(POISON);
 
     /// Returns the descriptor with these bits.
     #[must_use]
@@ -98,6 +105,7 @@ impl Descriptor {
             (true, true, Level::L3) | (true, false, Level::L1 | Level::L2) => Kind::Leaf(address),
             (true, true, _) => Kind::Table(address),
             (false, true, Level::L0 | Level::L1 | Level::L2) => Kind::Pending(address),
+            (false, false, _) if self.0 == POISON => Kind::Poisoned,
             _ => Kind::Invalid,
         }
     }
@@ -152,6 +160,14 @@ mod tests {
         assert_eq!(pending.bits() & 1, 0);
         assert_eq!(pending.kind(Level::L2), Kind::Pending(ADDR));
         assert_eq!(pending.linked(), Descriptor::table(ADDR, 511));
+    }
+
+    #[test]
+    fn poison_is_invalid_for_the_hardware_at_all_levels() {
+        assert_eq!(Descriptor::POISONED.bits() & 1, 0);
+        for level in [Level::L0, Level::L1, Level::L2, Level::L3] {
+            assert_eq!(Descriptor::POISONED.kind(level), Kind::Poisoned);
+        }
     }
 
     #[test]

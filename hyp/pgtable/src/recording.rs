@@ -10,6 +10,9 @@
 //! * a table freed, cleared or linked again while it can be reached or is cached;
 //! * access to a table that was never handed out, or has been given back.
 //!
+//! A page that the EL2 stage 1 maps for data becomes a table when it is first used as one, and stops being one when it is
+//! scrubbed.
+//!
 //! What only shows at the end of an operation is found by [`RecordingMachine::assert_quiescent`].
 
 use std::{
@@ -20,7 +23,7 @@ use std::{
 use ravelin_memory::{Addr, HypRange, IpaRange, Level, PAGE_SIZE, PageRange, PhysAddr, PhysRange};
 
 use crate::{
-    El2, El2Usage, Geometry, Machine, Regime, TablePool,
+    El2, El2Usage, Geometry, Machine, Regime, TablePool, Vmid, Vttbr,
     descriptor::{Descriptor, Kind},
 };
 
@@ -29,6 +32,8 @@ use crate::{
 pub enum Stage {
     /// The host's stage 2.
     Stage2,
+    /// The stage 2 of the guest with this VMID.
+    Guest(Vmid),
     /// The EL2 stage 1.
     El2,
 }
@@ -49,14 +54,16 @@ pub enum Op {
     Clear(PhysAddr),
     /// Writes were published.
     Publish,
-    /// A range of stage 2 was invalidated, with or without table descriptors.
-    InvalidateStage2(IpaRange, bool),
-    /// All of stage 2 was invalidated.
-    InvalidateStage2All,
+    /// A range of the stage 2 of a VMID was invalidated; the flag says that table descriptors were not.
+    InvalidateStage2(Vmid, IpaRange, bool),
+    /// All of the stage 2 of a VMID was invalidated.
+    InvalidateStage2All(Vmid),
     /// A range of the EL2 stage 1 was invalidated.
     InvalidateEl2(HypRange),
     /// Pages were scrubbed.
     Scrub(PhysRange),
+    /// Pages were cleaned.
+    Clean(PhysRange),
     /// A table was taken from the pool.
     Allocate(PhysAddr),
     /// A table was given back to the pool.
@@ -90,6 +97,21 @@ struct Table {
     place: Option<Place>,
     unpublished: bool,
     root: bool,
+    /// Whether it is a page of EL2's that may wait to be used.
+    spare: bool,
+}
+
+impl Table {
+    /// A table that holds what looks like valid descriptors, to find one that is used without having been written.
+    fn unwritten(spare: bool) -> Self {
+        Self { entries: vec![0xdead_b000 | 3; 512], place: None, unpublished: false, root: false, spare }
+    }
+}
+
+impl From<Vttbr> for Stage {
+    fn from(tree: Vttbr) -> Self {
+        if tree.vmid == Vmid::HOST { Self::Stage2 } else { Self::Guest(tree.vmid) }
+    }
 }
 
 /// A descriptor that is no longer in memory, or no longer linked, but may be cached.
@@ -127,14 +149,17 @@ impl RecordingMachine {
         Self::default()
     }
 
-    /// Makes zeroed root tables at `root` and has the hardware walk them for `stage`.
+    /// Has the hardware walk the root tables at `root` for `stage`, and makes zeroed ones where there are none yet.
     pub fn add_root(&self, stage: Stage, root: PhysAddr, geometry: Geometry) {
         let mut state = self.state();
         for page in 0..geometry.root_pages() {
             let base = page << geometry.table_shift();
             let place = Place { stage, level: geometry.start(), base, linked: true };
-            let table = Table { entries: vec![0; 512], place: Some(place), unpublished: false, root: true };
-            assert!(state.tables.insert(root.raw() + page * PAGE_SIZE, table).is_none(), "root at a table's place");
+            let new = Table { entries: vec![0; 512], ..Table::unwritten(false) };
+            let table = state.tables.entry(root.raw() + page * PAGE_SIZE).or_insert(new);
+            assert!(table.place.is_none() && !table.unpublished, "root at a table's place, or not published");
+            assert!(table.entries.iter().all(|&bits| bits == 0), "the root is not empty");
+            (table.place, table.root) = (Some(place), true);
         }
         state.roots.push((stage, root, geometry));
     }
@@ -173,21 +198,7 @@ impl RecordingMachine {
     /// Returns everything that any TLB or walker could answer for `addr`, `None` being a fault.
     #[must_use]
     pub fn translate(&self, stage: Stage, addr: u64) -> BTreeSet<Option<Translation>> {
-        let state = self.state();
-        let mut answers = BTreeSet::new();
-        for &(_, root, geometry) in state.roots.iter().filter(|root| root.0 == stage) {
-            if addr < geometry.end() {
-                state.walk(geometry.root_table(root, addr), geometry.start(), addr, &mut answers);
-            } else {
-                answers.insert(None);
-            }
-        }
-        for stale in state.stale.iter().filter(|stale| stale.stage == stage) {
-            if (stale.start..stale.end).contains(&addr) {
-                state.follow(stale.descriptor, stale.level, addr, &mut answers);
-            }
-        }
-        answers
+        self.state().translate(stage, addr)
     }
 
     /// Panics unless all writes are published, nothing stale is cached, every table in use is linked, and table
@@ -199,6 +210,9 @@ impl RecordingMachine {
         }
         for (&addr, table) in &state.tables {
             let Some(place) = table.place else {
+                if table.spare {
+                    continue;
+                }
                 panic!("leak: table {addr:#x} is in use but not linked");
             };
             assert!(place.linked, "leak: table {addr:#x} is in use but not linked");
@@ -219,6 +233,49 @@ impl RecordingMachine {
 }
 
 impl State {
+    fn translate(&self, stage: Stage, addr: u64) -> BTreeSet<Option<Translation>> {
+        let mut answers = BTreeSet::new();
+        for &(_, root, geometry) in self.roots.iter().filter(|root| root.0 == stage) {
+            if addr < geometry.end() {
+                self.walk(geometry.root_table(root, addr), geometry.start(), addr, &mut answers);
+            } else {
+                answers.insert(None);
+            }
+        }
+        for stale in self.stale.iter().filter(|stale| stale.stage == stage) {
+            if (stale.start..stale.end).contains(&addr) {
+                self.follow(stale.descriptor, stale.level, addr, &mut answers);
+            }
+        }
+        answers
+    }
+
+    /// Whether EL2 maps the page for data, and nothing else may be cached.
+    fn is_el2_data(&self, page: PhysAddr) -> bool {
+        let data = Translation { to: page, attributes: El2::attributes(El2Usage::Data) };
+        self.translate(Stage::El2, page.raw()) == BTreeSet::from([Some(data)])
+    }
+
+    /// Makes the page a table, if it is one of EL2's own.
+    fn adopt(&mut self, page: PhysAddr) {
+        if !self.tables.contains_key(&page.raw()) && self.is_el2_data(page) {
+            self.tables.insert(page.raw(), Table::unwritten(true));
+        }
+    }
+
+    /// Makes a table of EL2's a page like others. Root tables are walked until then.
+    fn abandon(&mut self, page: PhysAddr) {
+        let Some(table) = self.tables.get(&page.raw()) else { return };
+        assert!(table.spare, "{page} is scrubbed, but is the pool's table");
+        if table.root {
+            assert!(table.entries.iter().all(|&bits| bits == 0), "root {page} is scrubbed, but is not empty");
+            self.roots.retain(|&(_, root, _)| root != page);
+        } else {
+            assert!(table.place.is_none(), "table {page} is scrubbed, but can be reached or is cached");
+        }
+        self.tables.remove(&page.raw());
+    }
+
     fn table(&self, table: PhysAddr) -> &Table {
         self.tables.get(&table.raw()).unwrap_or_else(|| panic!("access to {table}, which is no table in use"))
     }
@@ -243,7 +300,7 @@ impl State {
                 answers.insert(Some(Translation { to, attributes: found.attributes() }));
             }
             Kind::Table(next) => self.walk(next, level.next().unwrap(), addr, answers),
-            Kind::Invalid | Kind::Pending(_) => {
+            Kind::Invalid | Kind::Pending(_) | Kind::Poisoned => {
                 answers.insert(None);
             }
         }
@@ -282,6 +339,7 @@ impl State {
     }
 
     fn write(&mut self, addr: PhysAddr, index: usize, value: u64) {
+        self.adopt(addr);
         self.log.push(Op::Write { table: addr, index, value });
         let table = self.table_mut(addr);
         let old = Descriptor::from_bits(std::mem::replace(&mut table.entries[index], value));
@@ -363,6 +421,7 @@ impl Machine for RecordingMachine {
     fn clear_table(&self, table: PhysAddr) {
         let mut state = self.state();
         state.log.push(Op::Clear(table));
+        state.adopt(table);
         let page = state.table_mut(table);
         assert!(page.place.is_none(), "{table} is cleared while it can be reached or is cached");
         page.entries.fill(0);
@@ -373,16 +432,16 @@ impl Machine for RecordingMachine {
         self.state().publish();
     }
 
-    fn invalidate_stage2(&self, range: IpaRange, leaf_only: bool) {
+    fn invalidate_stage2(&self, tree: Vttbr, range: IpaRange, leaf_only: bool) {
         let mut state = self.state();
-        state.log.push(Op::InvalidateStage2(range, leaf_only));
-        state.invalidate(Stage::Stage2, range.base().raw(), range.end(), leaf_only);
+        state.log.push(Op::InvalidateStage2(tree.vmid, range, leaf_only));
+        state.invalidate(tree.into(), range.base().raw(), range.end(), leaf_only);
     }
 
-    fn invalidate_stage2_all(&self) {
+    fn invalidate_stage2_all(&self, tree: Vttbr) {
         let mut state = self.state();
-        state.log.push(Op::InvalidateStage2All);
-        state.invalidate(Stage::Stage2, 0, u64::MAX, false);
+        state.log.push(Op::InvalidateStage2All(tree.vmid));
+        state.invalidate(tree.into(), 0, u64::MAX, false);
     }
 
     fn invalidate_el2(&self, range: HypRange) {
@@ -392,15 +451,21 @@ impl Machine for RecordingMachine {
     }
 
     fn scrub(&self, range: PhysRange) {
-        let attributes = El2::attributes(El2Usage::Data);
-        for page in range.iter() {
-            let answers = self.translate(Stage::El2, page.raw());
-            let writable = BTreeSet::from([Some(Translation { to: page, attributes })]);
-            assert_eq!(answers, writable, "{page} is scrubbed but not mapped writable in EL2");
-        }
         let mut state = self.state();
+        for page in range.iter() {
+            assert!(state.is_el2_data(page), "{page} is scrubbed but not mapped writable in EL2");
+            state.abandon(page);
+        }
         state.log.push(Op::Scrub(range));
         state.contents.retain(|&page, _| !range.contains(Addr::from_bits_truncating(page)));
+    }
+
+    fn clean(&self, range: PhysRange) {
+        let mut state = self.state();
+        for page in range.iter() {
+            assert!(state.is_el2_data(page), "{page} is cleaned but not mapped in EL2");
+        }
+        state.log.push(Op::Clean(range));
     }
 }
 
@@ -409,9 +474,7 @@ impl TablePool for RecordingPool {
         let mut state = self.0.state();
         let addr = Addr::from_bits_truncating(state.free.pop()?);
         state.in_use += 1;
-        // What looks like valid descriptors, to find a table that is used without having been written.
-        let table = Table { entries: vec![0xdead_b000 | 3; 512], place: None, unpublished: false, root: false };
-        assert!(state.tables.insert(addr.raw(), table).is_none(), "{addr} is in use twice");
+        assert!(state.tables.insert(addr.raw(), Table::unwritten(false)).is_none(), "{addr} is in use twice");
         state.log.push(Op::Allocate(addr));
         Some(addr)
     }
@@ -443,7 +506,7 @@ impl TablePool for RecordingPool {
 /// Returns the invalidations of `log`, of both stages.
 #[must_use]
 pub fn invalidations(log: &[Op]) -> Vec<Op> {
-    let is_one = |op: &&Op| matches!(op, Op::InvalidateStage2(..) | Op::InvalidateStage2All | Op::InvalidateEl2(_));
+    let is_one = |op: &&Op| matches!(op, Op::InvalidateStage2(..) | Op::InvalidateStage2All(_) | Op::InvalidateEl2(_));
     log.iter().filter(is_one).copied().collect()
 }
 

@@ -1,8 +1,8 @@
-//! The two translation regimes: the host's stage 2 and EL2's own stage 1.
+//! The two translation regimes: stage 2 of the host and of guests, and EL2's own stage 1.
 
 use core::fmt;
 
-use ravelin_memory::{Hyp, HypRange, Intermediate, IpaRange, PageRange, Space};
+use ravelin_memory::{Hyp, HypRange, Intermediate, IpaRange, PageRange, PhysAddr, Space};
 
 use crate::Machine;
 
@@ -19,8 +19,46 @@ pub trait Regime {
     /// Returns the attribute bits of a leaf for `usage`.
     fn attributes(usage: Self::Usage) -> u64;
 
-    /// Removes `range` from the TLBs. `leaf_only` says that no table descriptor of the range has changed.
-    fn invalidate<M: Machine>(machine: &M, range: PageRange<Self::Space>, leaf_only: bool);
+    /// Removes `range` of the tree `tree` from the TLBs. `leaf_only` says that no table descriptor of the range has changed.
+    fn invalidate<M: Machine>(machine: &M, tree: Vttbr, range: PageRange<Self::Space>, leaf_only: bool);
+}
+
+/// Tag that tells the TLB entries of one stage 2 from those of others: 8 bits, so that every CPU has them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Vmid(u8);
+
+impl Vmid {
+    /// That of the host.
+    pub const HOST: Self = Self(0);
+
+    /// Returns the VMID of this number.
+    #[must_use]
+    pub const fn new(number: u8) -> Self {
+        Self(number)
+    }
+
+    /// Returns the number.
+    #[must_use]
+    pub const fn number(self) -> u8 {
+        self.0
+    }
+}
+
+/// Root and VMID of a stage 2, as VTTBR_EL2 holds them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Vttbr {
+    /// The first root table.
+    pub root: PhysAddr,
+    /// The VMID.
+    pub vmid: Vmid,
+}
+
+impl Vttbr {
+    /// Returns the value of VTTBR_EL2 (Arm ARM DDI 0487, D24.2.212): VMID in bits 63:48, CnP clear.
+    #[must_use]
+    pub fn bits(self) -> u64 {
+        self.root.raw() | u64::from(self.vmid.0) << 48
+    }
 }
 
 /// Access flag: set from the start, so that no access ever faults for want of it.
@@ -67,11 +105,11 @@ impl Regime for Stage2 {
     }
 
     #[inline]
-    fn invalidate<M: Machine>(machine: &M, range: IpaRange, leaf_only: bool) {
+    fn invalidate<M: Machine>(machine: &M, tree: Vttbr, range: IpaRange, leaf_only: bool) {
         if range.pages() < INVALIDATE_ALL_PAGES {
-            machine.invalidate_stage2(range, leaf_only);
+            machine.invalidate_stage2(tree, range, leaf_only);
         } else {
-            machine.invalidate_stage2_all();
+            machine.invalidate_stage2_all(tree);
         }
     }
 }
@@ -117,7 +155,7 @@ impl Regime for El2 {
     }
 
     #[inline]
-    fn invalidate<M: Machine>(machine: &M, range: HypRange, _leaf_only: bool) {
+    fn invalidate<M: Machine>(machine: &M, _tree: Vttbr, range: HypRange, _leaf_only: bool) {
         machine.invalidate_el2(range);
     }
 }
@@ -131,6 +169,12 @@ mod tests {
         // AF, SH, S2AP, MemAttr
         assert_eq!(Stage2::attributes(Stage2Usage::Memory), 0x7fc);
         assert_eq!(Stage2::attributes(Stage2Usage::Device), (1 << 54) | 0x7d4);
+    }
+
+    #[test]
+    fn vmid_and_root_share_a_register() {
+        let vttbr = Vttbr { root: PhysAddr::new(0x4000_2000).unwrap(), vmid: Vmid::new(255) };
+        assert_eq!(vttbr.bits(), 0x00ff_0000_4000_2000);
     }
 
     #[test]

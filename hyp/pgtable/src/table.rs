@@ -1,11 +1,11 @@
 //! The tree of translation tables: walk, map, unmap.
 
-use core::{fmt, marker::PhantomData};
+use core::{fmt, marker::PhantomData, ops::ControlFlow};
 
 use ravelin_memory::{Addr, Level, PAGE_SIZE, PageRange, PhysAddr, TABLE_ENTRIES};
 
 use crate::{
-    Machine, Regime, TablePool,
+    Machine, Regime, Stage2, TablePool, Vmid, Vttbr,
     descriptor::{Descriptor, Kind},
     flush::Flush,
     geometry::Geometry,
@@ -17,6 +17,9 @@ use crate::{
 pub struct PageTable<R: Regime> {
     root: PhysAddr,
     geometry: Geometry,
+    vmid: Vmid,
+    /// Level of the largest blocks that are made.
+    largest: Level,
     tables: usize,
     regime: PhantomData<R>,
 }
@@ -37,6 +40,17 @@ pub struct Mapping<U> {
     pub to: PhysAddr,
     /// What the mapping is for.
     pub usage: U,
+}
+
+/// What there is at an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found<U> {
+    /// Nothing.
+    Absent,
+    /// Nothing, and nothing can be mapped there.
+    Poisoned,
+    /// A mapping; `None` if its attributes are none that the regime knows.
+    Leaf(Option<Mapping<U>>),
 }
 
 /// Why nothing was mapped.
@@ -74,6 +88,7 @@ struct Slot {
 struct Wanted {
     offset: u64,
     attributes: u64,
+    largest: Level,
 }
 
 impl Span {
@@ -161,7 +176,7 @@ impl Wanted {
     fn leaf(self, slot: Slot) -> Option<Descriptor> {
         let to = slot.part.start.wrapping_add(self.offset);
         let aligned = to & slot.level.size().wrapping_sub(1) == 0;
-        (slot.whole && aligned && slot.level.can_map())
+        (slot.whole && aligned && slot.level >= self.largest)
             .then(|| Descriptor::leaf(slot.level, Addr::from_bits_truncating(to), self.attributes))
     }
 
@@ -182,13 +197,19 @@ impl<R: Regime> PageTable<R> {
     /// other tree uses them.
     #[must_use]
     pub const fn new(root: PhysAddr, geometry: Geometry) -> Self {
-        Self { root, geometry, tables: 0, regime: PhantomData }
+        Self { root, geometry, vmid: Vmid::HOST, largest: Level::L1, tables: 0, regime: PhantomData }
     }
 
     /// Returns the address of the first root table, for the TTBR.
     #[must_use]
     pub const fn root(&self) -> PhysAddr {
         self.root
+    }
+
+    /// Returns what VTTBR_EL2 holds for this tree, if it is of a stage 2.
+    #[must_use]
+    pub const fn vttbr(&self) -> Vttbr {
+        Vttbr { root: self.root, vmid: self.vmid }
     }
 
     /// Returns the shape of the tree.
@@ -232,10 +253,27 @@ impl<R: Regime> PageTable<R> {
         mut f: impl FnMut(PageRange<R::Space>, Option<Mapping<R::Usage>>),
     ) {
         if let Ok(all) = PageRange::from_bounds(0, self.geometry.end()) {
-            for (table, span) in self.roots(all) {
-                visit_leaves::<R, M>(machine, table, self.geometry.start(), span, &mut f);
-            }
+            let _: ControlFlow<()> = self.visit(machine, all, &mut |range, found| {
+                if let Found::Leaf(mapping) = found {
+                    f(range, mapping);
+                }
+                ControlFlow::Continue(())
+            });
         }
+    }
+
+    /// Calls `f` in ascending order with each part of `range` that one descriptor translates, and what is there, until `f`
+    /// breaks. A part without any table costs one call, however large it is.
+    pub fn visit<M: Machine, B>(
+        &self,
+        machine: &M,
+        range: PageRange<R::Space>,
+        f: &mut dyn FnMut(PageRange<R::Space>, Found<R::Usage>) -> ControlFlow<B>,
+    ) -> ControlFlow<B> {
+        for (table, span) in self.roots(range) {
+            visit_in::<R, M, B>(machine, table, self.geometry.start(), span, f)?;
+        }
+        ControlFlow::Continue(())
     }
 
     /// Returns a number of tables that is enough for whatever is done to `pages` pages in a row, without looking at them.
@@ -254,7 +292,7 @@ impl<R: Regime> PageTable<R> {
         to: PhysAddr,
         usage: R::Usage,
     ) -> usize {
-        let wanted = Wanted::new::<R>(range, to, usage);
+        let wanted = self.wanted(range, to, usage);
         self.roots(range)
             .map(|(table, span)| count_to_map(machine, Some(table), self.geometry.start(), span, wanted))
             .fold(0, usize::saturating_add)
@@ -283,7 +321,7 @@ impl<R: Regime> PageTable<R> {
         if Self::most_tables(range.pages()) > available && self.tables_to_map(machine, range, to, usage) > available {
             return Err(MapError::OutOfTables);
         }
-        let wanted = Wanted::new::<R>(range, to, usage);
+        let wanted = self.wanted(range, to, usage);
         let mut means = Means { machine, pool };
         for (table, span) in self.roots(range) {
             self.map_in(&mut means, table, self.geometry.start(), span, wanted)?;
@@ -317,11 +355,37 @@ impl<R: Regime> PageTable<R> {
         machine: &M,
         pool: &mut P,
         range: PageRange<R::Space>,
+        flush: Flush<R>,
+    ) -> Flush<R> {
+        self.take_out(machine, pool, range, Descriptor::INVALID, flush)
+    }
+
+    /// As [`PageTable::unmap`], and sees to it that nothing can be mapped in `range`, all of which is mapped, until that is
+    /// unmapped once more: all of it, or at least all that was poisoned in one go.
+    ///
+    /// A caller asks [`PageTable::tables_to_unmap`] first: without a table, a block that the range cuts is not poisoned.
+    pub fn poison<M: Machine, P: TablePool>(
+        &mut self,
+        machine: &M,
+        pool: &mut P,
+        range: PageRange<R::Space>,
+        flush: Flush<R>,
+    ) -> Flush<R> {
+        self.take_out(machine, pool, range, Descriptor::POISONED, flush)
+    }
+
+    /// Takes `range` out of the tables and leaves descriptors `left`, one that the hardware takes as invalid.
+    fn take_out<M: Machine, P: TablePool>(
+        &mut self,
+        machine: &M,
+        pool: &mut P,
+        range: PageRange<R::Space>,
+        left: Descriptor,
         mut flush: Flush<R>,
     ) -> Flush<R> {
         let mut means = Means { machine, pool };
         for (table, span) in self.roots(range) {
-            self.unmap_in(&mut means, table, self.geometry.start(), span, &mut flush);
+            self.take_out_in(&mut means, table, self.geometry.start(), span, left, &mut flush);
         }
         flush
     }
@@ -342,7 +406,7 @@ impl<R: Regime> PageTable<R> {
         };
         // Also for the contents of the tables that are linked below.
         machine.publish();
-        R::invalidate(machine, range, !flush.tables);
+        R::invalidate(machine, self.vttbr(), range, !flush.tables);
         if flush.pending {
             for (table, span) in self.roots(range) {
                 link_pending(machine, table, self.geometry.start(), span);
@@ -357,6 +421,14 @@ impl<R: Regime> PageTable<R> {
             detached = next;
         }
         true
+    }
+
+    fn wanted(&self, range: PageRange<R::Space>, to: PhysAddr, usage: R::Usage) -> Wanted {
+        Wanted {
+            offset: to.raw().wrapping_sub(range.base().raw()),
+            attributes: R::attributes(usage),
+            largest: self.largest,
+        }
     }
 
     /// Yields the root tables that translate `range` and which part of it.
@@ -384,7 +456,7 @@ impl<R: Regime> PageTable<R> {
         wanted: Wanted,
     ) -> Result<u64, MapError> {
         let Some(below) = level.next() else {
-            return Ok(map_pages::<R, M>(means.machine, table, span, wanted));
+            return Ok(map_pages::<R, M>(means.machine, self.vttbr(), table, span, wanted));
         };
         let mut added = 0_u64;
         for slot in span.slots(table, level) {
@@ -395,7 +467,8 @@ impl<R: Regime> PageTable<R> {
                     added = added.wrapping_add(1);
                 }
                 (Kind::Leaf(to), _) if wanted.is_met_by(old, to, slot) => {}
-                (Kind::Leaf(_), Some(leaf)) => replace::<R, M>(means.machine, slot, leaf),
+                (Kind::Leaf(_), Some(leaf)) => replace::<R, M>(means.machine, self.vttbr(), slot, leaf),
+                (Kind::Poisoned, _) => {}
                 (Kind::Table(next) | Kind::Pending(next), _) => {
                     let more = self.map_in(means, next, below, slot.part, wanted)?;
                     if more != 0 {
@@ -403,12 +476,12 @@ impl<R: Regime> PageTable<R> {
                     }
                 }
                 (Kind::Leaf(to), None) => {
-                    let rest = self.split(means, old, to, slot).ok_or(MapError::OutOfTables)?;
+                    let rest = self.split(means, old, to, slot, Descriptor::INVALID).ok_or(MapError::OutOfTables)?;
                     if let Kind::Table(next) = rest.kind(level) {
                         let more = self.map_in(means, next, below, slot.part, wanted)?;
                         means.machine.publish();
                         let rest = rest.with_entries(rest.entries().wrapping_add(more));
-                        replace::<R, M>(means.machine, slot, rest);
+                        replace::<R, M>(means.machine, self.vttbr(), slot, rest);
                     }
                 }
                 (Kind::Invalid, None) => {
@@ -425,58 +498,72 @@ impl<R: Regime> PageTable<R> {
         Ok(added)
     }
 
-    /// Takes `span` out of `table` and returns how many entries have gone out of use.
-    fn unmap_in<M: Machine, P: TablePool>(
+    /// Takes `span` out of `table`, leaves descriptors `left` there, and returns how many entries have gone out of use.
+    fn take_out_in<M: Machine, P: TablePool>(
         &mut self,
         means: &mut Means<'_, M, P>,
         table: PhysAddr,
         level: Level,
         span: Span,
+        left: Descriptor,
         flush: &mut Flush<R>,
     ) -> u64 {
         let Some(below) = level.next() else {
-            return unmap_pages(means.machine, table, span, flush);
+            return take_out_pages(means.machine, table, span, left, flush);
         };
         let mut removed = 0_u64;
         for slot in span.slots(table, level) {
             let old = slot.read(means.machine);
             match old.kind(level) {
                 Kind::Leaf(to) => {
-                    let rest = if slot.whole { None } else { self.split(means, old, to, slot) };
-                    let rest = rest.map_or(Descriptor::INVALID, Descriptor::pending);
-                    slot.write(means.machine, rest);
-                    flush.pending |= rest != Descriptor::INVALID;
-                    removed = removed.wrapping_add(u64::from(rest == Descriptor::INVALID));
-                    flush.add_span(if rest == Descriptor::INVALID { slot.all() } else { slot.part });
+                    let rest = if slot.whole { None } else { self.split(means, old, to, slot, left) };
+                    let new = match rest {
+                        Some(rest) => rest.pending(),
+                        None if slot.whole => left,
+                        None => Descriptor::INVALID,
+                    };
+                    slot.write(means.machine, new);
+                    flush.pending |= rest.is_some();
+                    removed = removed.wrapping_add(u64::from(new == Descriptor::INVALID));
+                    flush.add_span(if rest.is_none() { slot.all() } else { slot.part });
                 }
                 Kind::Table(next) | Kind::Pending(next) => {
-                    let gone =
-                        if slot.whole { old.entries() } else { self.unmap_in(means, next, below, slot.part, flush) };
-                    let left = old.entries().wrapping_sub(gone);
-                    if left == 0 {
-                        slot.write(means.machine, Descriptor::INVALID);
+                    let gone = if slot.whole {
+                        old.entries()
+                    } else {
+                        self.take_out_in(means, next, below, slot.part, left, flush)
+                    };
+                    let remaining = old.entries().wrapping_sub(gone);
+                    if remaining == 0 {
+                        let left = if slot.whole { left } else { Descriptor::INVALID };
+                        slot.write(means.machine, left);
                         detach(means.machine, next, below, if slot.whole { gone } else { 0 }, flush);
                         flush.tables = true;
                         flush.add_span(slot.part);
-                        removed = removed.wrapping_add(1);
+                        removed = removed.wrapping_add(u64::from(left == Descriptor::INVALID));
                     } else if gone != 0 {
-                        slot.write(means.machine, old.with_entries(left));
+                        slot.write(means.machine, old.with_entries(remaining));
                     }
                 }
-                Kind::Invalid => {}
+                Kind::Poisoned if slot.whole && left == Descriptor::INVALID => {
+                    slot.write(means.machine, left);
+                    removed = removed.wrapping_add(1);
+                }
+                Kind::Invalid | Kind::Poisoned => {}
             }
         }
         removed
     }
 
-    /// Builds, out of everybody's reach, the table that maps what the leaf `old` in `slot` maps, less the slot's part.
-    /// Returns the descriptor that links it.
+    /// Builds, out of everybody's reach, the table that maps what the leaf `old` in `slot` maps, less the slot's part, which
+    /// gets descriptors `left`. Returns the descriptor that links it.
     fn split<M: Machine, P: TablePool>(
         &mut self,
         means: &mut Means<'_, M, P>,
         old: Descriptor,
         to: PhysAddr,
         slot: Slot,
+        left: Descriptor,
     ) -> Option<Descriptor> {
         let below = slot.level.next()?;
         let table = self.allocate(means)?;
@@ -487,27 +574,32 @@ impl<R: Regime> PageTable<R> {
         }
         if below == Level::L3 {
             for index in slot.part.pages() {
-                means.machine.write(table, index, Descriptor::INVALID.bits());
+                means.machine.write(table, index, left.bits());
             }
-            return Some(Descriptor::table(table, TABLE_ENTRIES.wrapping_sub(slot.part.size() / PAGE_SIZE)));
+            let gone = if left == Descriptor::INVALID { slot.part.size() / PAGE_SIZE } else { 0 };
+            return Some(Descriptor::table(table, TABLE_ENTRIES.wrapping_sub(gone)));
         }
         let mut entries = TABLE_ENTRIES;
         for child in slot.part.slots(table, below) {
             let leaf = child.read(means.machine);
             let rest = match leaf.kind(below) {
-                Kind::Leaf(to) if !child.whole => self.split(means, leaf, to, child),
+                Kind::Leaf(to) if !child.whole => self.split(means, leaf, to, child, left),
                 _ => None,
             };
-            child.write(means.machine, rest.unwrap_or(Descriptor::INVALID));
-            entries = entries.wrapping_sub(u64::from(rest.is_none()));
+            let new = rest.unwrap_or(if child.whole { left } else { Descriptor::INVALID });
+            child.write(means.machine, new);
+            entries = entries.wrapping_sub(u64::from(new == Descriptor::INVALID));
         }
         Some(Descriptor::table(table, entries))
     }
 }
 
-impl Wanted {
-    fn new<R: Regime>(range: PageRange<R::Space>, to: PhysAddr, usage: R::Usage) -> Self {
-        Self { offset: to.raw().wrapping_sub(range.base().raw()), attributes: R::attributes(usage) }
+impl PageTable<Stage2> {
+    /// Returns the tree of a guest, whose TLB entries carry `vmid`. Its blocks are of 2 MiB at most, so that one table is
+    /// enough to take a part of one away. For the root as [`PageTable::new`].
+    #[must_use]
+    pub const fn of_guest(root: PhysAddr, geometry: Geometry, vmid: Vmid) -> Self {
+        Self { vmid, largest: Level::L2, ..Self::new(root, geometry) }
     }
 }
 
@@ -521,7 +613,7 @@ impl<R: Regime> Flush<R> {
 
 /// Maps `span` in `table`, which is of level 3, and returns how many entries have come into use. The inner loop of
 /// [`PageTable::map`].
-fn map_pages<R: Regime, M: Machine>(machine: &M, table: PhysAddr, span: Span, wanted: Wanted) -> u64 {
+fn map_pages<R: Regime, M: Machine>(machine: &M, tree: Vttbr, table: PhysAddr, span: Span, wanted: Wanted) -> u64 {
     let mut added = 0_u64;
     let to = Addr::from_bits_truncating(span.start.wrapping_add(wanted.offset));
     let mut leaf = Descriptor::leaf(Level::L3, to, wanted.attributes);
@@ -531,39 +623,55 @@ fn map_pages<R: Regime, M: Machine>(machine: &M, table: PhysAddr, span: Span, wa
             machine.write(table, index, leaf.bits());
             added = added.wrapping_add(1);
         } else if old != leaf {
-            replace_page::<R, M>(machine, table, index, span, leaf);
+            replace_page::<R, M>(machine, tree, table, index, span, leaf);
         }
         leaf = leaf.following(Level::L3);
     }
     added
 }
 
-/// Replaces the page descriptor `index` of `table`, one of those that translate `span`.
+/// Replaces the page descriptor `index` of `table`, one of those that translate `span`, unless it is poisoned.
 #[cold]
-fn replace_page<R: Regime, M: Machine>(machine: &M, table: PhysAddr, index: usize, span: Span, leaf: Descriptor) {
-    if let Some(slot) = span.slots(table, Level::L3).find(|slot| slot.index == index) {
-        replace::<R, M>(machine, slot, leaf);
+fn replace_page<R: Regime, M: Machine>(
+    machine: &M,
+    tree: Vttbr,
+    table: PhysAddr,
+    index: usize,
+    span: Span,
+    leaf: Descriptor,
+) {
+    if let Some(slot) = span.slots(table, Level::L3).find(|slot| slot.index == index)
+        && slot.read(machine) != Descriptor::POISONED
+    {
+        replace::<R, M>(machine, tree, slot, leaf);
     }
 }
 
-/// Takes `span` out of `table`, which is of level 3, and returns how many entries have gone out of use. The inner loop of
-/// [`PageTable::unmap`].
-fn unmap_pages<R: Regime, M: Machine>(machine: &M, table: PhysAddr, span: Span, flush: &mut Flush<R>) -> u64 {
-    let mut removed = 0_u64;
+/// Takes `span` out of `table`, which is of level 3, leaves descriptors `left` there, and returns how many entries have gone
+/// out of use. The inner loop of [`PageTable::unmap`].
+fn take_out_pages<R: Regime, M: Machine>(
+    machine: &M,
+    table: PhysAddr,
+    span: Span,
+    left: Descriptor,
+    flush: &mut Flush<R>,
+) -> u64 {
+    let mut changed = 0_u64;
     for index in span.pages() {
         if machine.read(table, index) != Descriptor::INVALID.bits() {
-            machine.write(table, index, Descriptor::INVALID.bits());
-            removed = removed.wrapping_add(1);
+            machine.write(table, index, left.bits());
+            changed = changed.wrapping_add(1);
         }
     }
-    if removed != 0 {
+    if changed != 0 {
         flush.add_span(span);
     }
-    removed
+    if left == Descriptor::INVALID { changed } else { 0 }
 }
 
-/// A visitor of leaves.
-type Visitor<'a, R> = &'a mut dyn FnMut(PageRange<<R as Regime>::Space>, Option<Mapping<<R as Regime>::Usage>>);
+/// A visitor of what is in the tables.
+type Visitor<'a, R, B> =
+    &'a mut dyn FnMut(PageRange<<R as Regime>::Space>, Found<<R as Regime>::Usage>) -> ControlFlow<B>;
 
 /// Returns what a leaf maps to, if its attributes are ones that the regime uses.
 fn mapping_of<R: Regime>(leaf: Descriptor, to: PhysAddr) -> Option<Mapping<R::Usage>> {
@@ -571,28 +679,42 @@ fn mapping_of<R: Regime>(leaf: Descriptor, to: PhysAddr) -> Option<Mapping<R::Us
     usage.map(|&usage| Mapping { to, usage })
 }
 
-fn visit_leaves<R: Regime, M: Machine>(machine: &M, table: PhysAddr, level: Level, span: Span, f: Visitor<'_, R>) {
+fn visit_in<R: Regime, M: Machine, B>(
+    machine: &M,
+    table: PhysAddr,
+    level: Level,
+    span: Span,
+    f: Visitor<'_, R, B>,
+) -> ControlFlow<B> {
     for slot in span.slots(table, level) {
         let descriptor = slot.read(machine);
-        match (descriptor.kind(level), level.next()) {
-            (Kind::Table(next), Some(below)) => visit_leaves::<R, M>(machine, next, below, slot.part, f),
-            (Kind::Leaf(to), _) => {
-                if let Ok(range) = PageRange::from_bounds(slot.part.start, slot.part.end) {
-                    f(range, mapping_of::<R>(descriptor, to));
-                }
+        let found = match (descriptor.kind(level), level.next()) {
+            (Kind::Table(next), Some(below)) => {
+                visit_in::<R, M, B>(machine, next, below, slot.part, f)?;
+                continue;
             }
-            _ => {}
+            (Kind::Leaf(base), _) => {
+                let offset = slot.part.start.wrapping_sub(slot.all().start);
+                let to = Addr::from_bits_truncating(base.raw().wrapping_add(offset));
+                Found::Leaf(mapping_of::<R>(descriptor, to))
+            }
+            (Kind::Poisoned, _) => Found::Poisoned,
+            _ => Found::Absent,
+        };
+        if let Ok(range) = PageRange::from_bounds(slot.part.start, slot.part.end) {
+            f(range, found)?;
         }
     }
+    ControlFlow::Continue(())
 }
 
 /// Replaces a live descriptor: the only place where one takes another's place without an invalid one in between having
 /// been flushed by [`PageTable::flush`].
-fn replace<R: Regime, M: Machine>(machine: &M, slot: Slot, new: Descriptor) {
+fn replace<R: Regime, M: Machine>(machine: &M, tree: Vttbr, slot: Slot, new: Descriptor) {
     slot.write(machine, Descriptor::INVALID);
     machine.publish();
     if let Ok(range) = PageRange::from_bounds(slot.part.start, slot.part.end) {
-        R::invalidate(machine, range, true);
+        R::invalidate(machine, tree, range, true);
     }
     slot.write(machine, new);
 }
@@ -633,7 +755,7 @@ fn link_pending<M: Machine>(machine: &M, table: PhysAddr, level: Level, span: Sp
                 slot.write(machine, old.linked());
                 linked = true;
             }
-            Kind::Invalid | Kind::Leaf(_) => {}
+            Kind::Invalid | Kind::Poisoned | Kind::Leaf(_) => {}
         }
     }
     linked
@@ -650,7 +772,7 @@ fn count_to_map<M: Machine>(machine: &M, table: Option<PhysAddr>, level: Level, 
         let next = match (old.kind(level), wanted.leaf(slot)) {
             (Kind::Table(next) | Kind::Pending(next), _) => Some(next),
             (Kind::Leaf(to), _) if wanted.is_met_by(old, to, slot) => continue,
-            (_, Some(_)) => continue,
+            (Kind::Poisoned, _) | (_, Some(_)) => continue,
             (_, None) => None,
         };
         count = count.saturating_add(usize::from(next.is_none()));

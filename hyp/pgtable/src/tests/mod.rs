@@ -9,7 +9,7 @@ mod tree;
 use ravelin_memory::{Addr, PageRange, PhysAddr, PhysRange};
 
 use crate::{
-    El2, El2Usage, Flush, Geometry, Machine, MapError, PageTable, Regime, Stage2, Stage2Usage, TablePool,
+    El2, El2Usage, Flush, Geometry, Machine, MapError, PageTable, Regime, Stage2, Stage2Usage, TablePool, Vmid,
     recording::{Op, RecordingMachine, RecordingPool, Stage, Translation},
 };
 

@@ -3,7 +3,7 @@
 use ravelin_memory::{HypRange, IpaRange};
 
 use super::*;
-use crate::Descriptor;
+use crate::{Descriptor, Vttbr};
 
 /// A step that a faulty implementation would leave out.
 #[derive(Clone, Copy, PartialEq)]
@@ -39,14 +39,14 @@ impl Machine for Faulty {
         }
     }
 
-    fn invalidate_stage2(&self, range: IpaRange, leaf_only: bool) {
+    fn invalidate_stage2(&self, tree: Vttbr, range: IpaRange, leaf_only: bool) {
         if self.1 != Omit::Invalidate {
-            self.0.invalidate_stage2(range, leaf_only || self.1 == Omit::Tables);
+            self.0.invalidate_stage2(tree, range, leaf_only || self.1 == Omit::Tables);
         }
     }
 
-    fn invalidate_stage2_all(&self) {
-        self.0.invalidate_stage2_all();
+    fn invalidate_stage2_all(&self, tree: Vttbr) {
+        self.0.invalidate_stage2_all(tree);
     }
 
     fn invalidate_el2(&self, range: HypRange) {
@@ -57,6 +57,10 @@ impl Machine for Faulty {
 
     fn scrub(&self, range: PhysRange) {
         self.0.scrub(range);
+    }
+
+    fn clean(&self, range: PhysRange) {
+        self.0.clean(range);
     }
 }
 

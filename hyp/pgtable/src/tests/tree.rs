@@ -91,7 +91,7 @@ fn a_cut_block_keeps_the_rest() {
     assert_eq!(rig.table.tables_to_unmap(&rig.machine, hole, None), 2);
     assert!(rig.unmap(&[hole]));
     let log = rig.machine.take_log();
-    assert_eq!(invalidations(&log), [Op::InvalidateStage2(hole, true)]);
+    assert_eq!(invalidations(&log), [Op::InvalidateStage2(Vmid::HOST, hole, true)]);
     assert_eq!(allocations(&log), 2);
     for page in [0, 4 * MIB, 4 * MIB + 6 * PAGE, 4 * MIB + 8 * PAGE, 6 * MIB, GIB - PAGE] {
         assert!(rig.is_identity(GIB + page), "{page:#x}");
@@ -193,7 +193,7 @@ fn everything_goes_with_one_invalidation() {
     let flush = rig.table.unmap_all(&rig.machine, &mut rig.pool, Flush::new());
     assert!(rig.table.flush(&rig.machine, &mut rig.pool, flush));
     rig.machine.assert_quiescent();
-    assert_eq!(invalidations(&rig.machine.take_log()), [Op::InvalidateStage2All]);
+    assert_eq!(invalidations(&rig.machine.take_log()), [Op::InvalidateStage2All(Vmid::HOST)]);
     assert_eq!((rig.table.tables(), rig.pool.in_use()), (0, 0));
 }
 
