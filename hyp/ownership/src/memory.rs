@@ -66,8 +66,10 @@ pub enum HostState {
     NoPage,
     /// The host's alone.
     Owned,
-    /// The host's, shared with the hypervisor.
+    /// The host's, shared with the hypervisor or lent to an ordinary guest.
     SharedOwned,
+    /// A guest's, which the host has claimed.
+    SharedBorrowed,
 }
 
 /// What the host may know of a page.
@@ -173,7 +175,8 @@ impl<'a, P: TablePool> Memory<'a, P> {
         };
         let state = match entry.state() {
             State::HOST_OWNED => HostState::Owned,
-            State::HOST_SHARED => HostState::SharedOwned,
+            State::HOST_SHARED | State::HOST_LENT => HostState::SharedOwned,
+            State::GUEST_CLAIMED => HostState::SharedBorrowed,
             _ => return PageReport { state: HostState::NoPage, pins: 0 },
         };
         PageReport { state, pins: entry.pins() }

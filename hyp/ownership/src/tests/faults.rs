@@ -92,6 +92,21 @@ fn a_fault_that_has_been_dealt_with_changes_nothing() {
 }
 
 #[test]
+fn a_fault_fills_one_entry_where_the_walk_ended() {
+    let layout = large();
+    let mut store = Store::for_ram(&layout.ram);
+    let rig = Rig::new(&layout, &mut store);
+    rig.call(Donate, range(GIB, 1)).unwrap();
+    rig.touch(GIB + 2 * MIB);
+    rig.call(TakeBack, range(GIB, 1)).unwrap();
+    // All of the GiB could be one block again, but there is a table already.
+    rig.touch(GIB + 4 * MIB);
+    assert!(rig.host_reaches(GIB + 2 * MIB) && rig.host_reaches(GIB + 4 * MIB));
+    assert!(!rig.host_reaches(GIB + 6 * MIB));
+    rig.check();
+}
+
+#[test]
 fn a_table_of_pages_is_filled_at_once() {
     let layout = small();
     let mut store = Store::for_ram(&layout.ram);
