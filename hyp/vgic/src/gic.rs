@@ -3,10 +3,10 @@
 use crate::{
     FIRST_PPI, FIRST_SPI, INTIDS, MAX_SPIS, MAX_VCPUS,
     distributor::{Distributor, Spi},
+    ich::VMCR_VPMR_SHIFT,
     interrupt::{Flags, Interrupt},
-    lr::VMCR_VPMR_SHIFT,
     vcpu::VcpuGic,
-    vcpu_set::{VcpuSet, affinity},
+    vcpu_set::VcpuSet,
 };
 
 /// Where the vCPUs of a VM keep their [`VcpuGic`].
@@ -42,7 +42,7 @@ pub struct NotAllowed;
 /// The interrupt controller of one VM.
 ///
 /// The index of a vCPU is its position in [`Vcpus`] and its GICR_TYPER.Processor_Number; its affinity is
-/// [`affinity`]. An operation on a vCPU that does not exist does nothing.
+/// [`affinity`](crate::affinity). An operation on a vCPU that does not exist does nothing.
 #[derive(Debug)]
 pub struct Gic<'a, V: ?Sized> {
     pub(crate) distributor: &'a mut Distributor,
@@ -268,10 +268,5 @@ impl<'a, V: Vcpus + ?Sized> Gic<'a, V> {
             }
         }
         kick
-    }
-
-    /// Returns the 32-bit affinity of a vCPU as GICR_TYPER shows it.
-    pub(crate) fn affinity(vcpu: usize) -> u64 {
-        u64::from(affinity(vcpu))
     }
 }

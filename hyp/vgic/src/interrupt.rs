@@ -2,7 +2,7 @@
 
 use bitflags::bitflags;
 
-use crate::{FIRST_PPI, lr};
+use crate::{FIRST_PPI, ich};
 
 bitflags! {
     #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -176,10 +176,13 @@ impl Interrupt {
             self.set(Flags::LR_PENDING, true);
             self.set(Flags::LATCH, false);
         }
-        let mut value = u64::from(intid) | u64::from(self.priority) << lr::PRIORITY_SHIFT;
-        for (set, bit) in
-            [(pending, lr::PENDING), (active, lr::ACTIVE), (maintained, lr::EOI), (self.is(Flags::GROUP1), lr::GROUP1)]
-        {
+        let mut value = u64::from(intid) | u64::from(self.priority) << ich::PRIORITY_SHIFT;
+        for (set, bit) in [
+            (pending, ich::PENDING),
+            (active, ich::ACTIVE),
+            (maintained, ich::EOI),
+            (self.is(Flags::GROUP1), ich::GROUP1),
+        ] {
             if set {
                 value |= bit;
             }
@@ -189,10 +192,10 @@ impl Interrupt {
 
     /// Takes the state back from the list register, which now holds `value`.
     pub(crate) fn unlist(&mut self, value: u64) {
-        if value & lr::PENDING != 0 && self.is(Flags::LR_PENDING) && !self.is(Flags::DROP_PENDING) {
+        if value & ich::PENDING != 0 && self.is(Flags::LR_PENDING) && !self.is(Flags::DROP_PENDING) {
             self.set(Flags::LATCH, true);
         }
-        let active = value & lr::ACTIVE != 0 && !self.is(Flags::DROP_ACTIVE);
+        let active = value & ich::ACTIVE != 0 && !self.is(Flags::DROP_ACTIVE);
         if active {
             self.set(Flags::ACTIVE, true);
         }

@@ -33,8 +33,9 @@
 //!
 //! # Bounds
 //!
-//! An access to a register takes at most 32 steps, or, where it changes how interrupts are routed or which groups are
-//! on, one per vCPU or one per SPI. Scheduling takes one step per interrupt that is pending or active on the vCPU.
+//! An access to a register takes at most 32 steps; one that changes which groups are on, or whether a redistributor
+//! sleeps, takes one per vCPU and per SPI, as does an exit after which the CPU interface has other groups on. Scheduling
+//! takes one step per interrupt that is pending or active on the vCPU.
 
 #![forbid(unsafe_code)]
 #![cfg_attr(not(test), no_std)]
@@ -52,8 +53,8 @@
 
 mod distributor;
 mod gic;
+pub mod ich;
 mod interrupt;
-pub mod lr;
 mod mmio;
 mod queue;
 mod redistributor;

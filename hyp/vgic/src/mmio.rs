@@ -66,8 +66,8 @@ pub enum Outcome {
     },
 }
 
-/// No such access exists: it does not lie within the frame, is not aligned to its size, or has no valid size; or the
-/// vCPU does not exist.
+/// No such access exists: it does not lie within the frame, is not aligned to its size, or has no valid size; or the VM
+/// has no such vCPU.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Unsupported;
 
@@ -207,7 +207,7 @@ impl<V: Vcpus + ?Sized> Gic<'_, V> {
                 None => self.distributor_register(offset, access),
             },
             Frame::Redistributor { vcpu: owner, frame } => {
-                if self.vcpus.get(owner).is_none() {
+                if owner >= self.vcpus.count() {
                     return Err(Unsupported);
                 }
                 match (frame, fields) {

@@ -64,6 +64,8 @@ mod tests {
     use super::*;
 
     proptest! {
+        #![proptest_config(crate::tests::config())]
+
         #[test]
         fn behaves_as_a_set(steps in prop::collection::vec((any::<bool>(), 0..INTIDS), 0..300), from in 0_u16..INTIDS) {
             let (mut queue, mut model) = (Queue::default(), BTreeSet::new());

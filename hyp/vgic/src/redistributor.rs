@@ -3,7 +3,8 @@
 use crate::{
     gic::{Gic, Vcpus},
     mmio::{Access, IIDR, PIDR2},
-    vcpu_set::VcpuSet,
+    vcpu::VcpuGic,
+    vcpu_set::{VcpuSet, affinity},
 };
 
 const CTLR: u64 = 0x0000;
@@ -23,10 +24,11 @@ const WAKER_PROCESSOR_SLEEP: u64 = 1 << 1;
 const WAKER_CHILDREN_ASLEEP: u64 = 1 << 2;
 
 impl<V: Vcpus + ?Sized> Gic<'_, V> {
-    /// Performs an access to the frame RD_base of the redistributor of `owner` (12.10, 12.11).
+    /// Performs an access to the frame RD_base of the redistributor of `owner` (12.10, 12.11). A vCPU that does not
+    /// exist yet already has what identifies it, so that a guest can walk all redistributors up to the last one.
     pub(crate) fn redistributor_register(&mut self, owner: usize, offset: u64, access: Access) -> (u64, VcpuSet) {
         let stale = self.distributor.stale.contains(owner);
-        let Some(gic) = self.vcpus.get_mut(owner) else { return (0, VcpuSet::EMPTY) };
+        let asleep = self.vcpus.get(owner).is_some_and(VcpuGic::is_asleep);
         let value = match (offset, access) {
             (CTLR, Access::Read { size: 4 }) if stale => CTLR_RWP,
             (IIDR_OFFSET, Access::Read { size: 4 }) => IIDR,
@@ -34,7 +36,7 @@ impl<V: Vcpus + ?Sized> Gic<'_, V> {
             (TYPER, Access::Read { size: 4 }) => self.redistributor_type(owner) & u64::from(u32::MAX),
             (TYPER_HIGH, Access::Read { size: 4 }) => self.redistributor_type(owner) >> 32,
             (PIDR2_OFFSET, Access::Read { size: 4 }) => PIDR2,
-            (WAKER, Access::Read { size: 4 }) => match (gic.is_asleep(), stale) {
+            (WAKER, Access::Read { size: 4 }) => match (asleep, stale) {
                 (false, _) => 0,
                 (true, false) => WAKER_PROCESSOR_SLEEP | WAKER_CHILDREN_ASLEEP,
                 (true, true) => WAKER_PROCESSOR_SLEEP,
@@ -50,7 +52,7 @@ impl<V: Vcpus + ?Sized> Gic<'_, V> {
     fn redistributor_type(&self, owner: usize) -> u64 {
         let last = if owner.checked_add(1) == Some(self.vcpus.count()) { TYPER_LAST } else { 0 };
         let number = u64::try_from(owner).unwrap_or(0);
-        Self::affinity(owner) << 32 | number << 8 | last
+        u64::from(affinity(owner)) << 32 | number << 8 | last
     }
 
     fn set_asleep(&mut self, owner: usize, asleep: bool) -> VcpuSet {

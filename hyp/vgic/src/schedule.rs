@@ -13,11 +13,11 @@
 
 use crate::{
     gic::{Gic, Vcpus},
-    interrupt::{Flags, Interrupt},
-    lr::{
+    ich::{
         HCR_EN, HCR_EOICOUNT, HCR_EOICOUNT_SHIFT, HCR_LRENPIE, HCR_NPIE, HCR_TDIR, HCR_VGRP0DIE, HCR_VGRP0EIE,
         MAX_LIST_REGISTERS, VMCR_VEOIM,
     },
+    interrupt::{Flags, Interrupt},
     vcpu::VcpuGic,
     vcpu_set::VcpuSet,
 };

@@ -2,8 +2,8 @@
 
 use crate::{
     FIRST_SPI,
+    ich::{MAX_LIST_REGISTERS, VMCR_VENG},
     interrupt::Interrupt,
-    lr::{MAX_LIST_REGISTERS, VMCR_VENG},
     queue::Queue,
 };
 

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::world::{GICD, World, rd, sgi};
-use crate::{Access, Frame, ListRegisters, Outcome, SgiRegister, lr::MAX_LIST_REGISTERS};
+use crate::{Access, Frame, ListRegisters, Outcome, SgiRegister, ich::MAX_LIST_REGISTERS};
 
 #[derive(Clone, Debug)]
 enum Op {
@@ -68,7 +68,7 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(100))]
+    #![proptest_config(super::config())]
 
     #[test]
     fn nothing_panics(spis in prop::sample::select(vec![32_usize, 96, 992]), ops in prop::collection::vec(op(), 1..200)) {

@@ -2,14 +2,17 @@
 
 use crate::{
     ListRegisters,
-    lr::{
+    ich::{
         ACTIVE, EOI, GROUP1, HCR_EOICOUNT, HCR_EOICOUNT_SHIFT, HCR_LRENPIE, HCR_NPIE, HCR_TDIR, HCR_VGRP0DIE,
-        HCR_VGRP0EIE, PENDING, PRIORITY_SHIFT, VINTID, VMCR_VEOIM, VMCR_VPMR_SHIFT,
+        HCR_VGRP0EIE, PENDING, PRIORITY_SHIFT, VMCR_VEOIM, VMCR_VPMR_SHIFT,
     },
 };
 
 #[derive(Clone, Debug)]
 pub(crate) struct Cpu(pub(crate) ListRegisters);
+
+/// ICH_LR<n>_EL2.vINTID.
+const VINTID: u64 = 0xffff_ffff;
 
 fn priority(lr: u64) -> u64 {
     lr >> PRIORITY_SHIFT & 0xff

@@ -400,6 +400,12 @@ fn a_group_that_the_guest_has_off_does_not_block_the_other() {
     world.cpu(0).set_groups(0b11);
     world.maintain(0);
     assert_eq!(world.acknowledge(0), Some(40));
+    world.end(0, 40);
+    // Both are on, Group 0 has all list registers, and goes off.
+    world.raise(50, true);
+    world.cpu(0).set_groups(0b10);
+    world.maintain(0);
+    assert_eq!(world.acknowledge(0), Some(50));
 }
 
 #[test]
@@ -445,18 +451,36 @@ fn software_sets_and_clears_pending_and_active() {
 #[test]
 fn activation_by_register_does_not_take_the_end_of_another() {
     let mut world = World::new(1, 1);
-    for intid in [40, 41] {
+    for (intid, priority) in [(40, 0x80), (41, 0x08), (42, 0x10)] {
         world.set_edge(0, intid, true);
+        world.enable(0, intid, priority);
     }
-    world.enable(0, 40, 0x80);
-    world.enable(0, 41, 0x08);
     world.raise(40, true);
     assert_eq!(world.acknowledge(0), Some(40));
+    // One of them is in the list register, the other is above 40 among those that are not.
     world.write_bit(0, ISACTIVER, 41);
+    world.write_bit(0, ISACTIVER, 42);
     world.end(0, 40);
-    assert!(!world.read_bit(0, ISACTIVER, 40) && world.read_bit(0, ISACTIVER, 41));
+    assert_eq!(world.read(0, GICD, ISACTIVER + 4), 0b110 << 8);
     world.raise(40, true);
     assert_eq!(world.drain(0), [40]);
+}
+
+#[test]
+fn the_end_of_what_is_not_listed_leaves_what_is() {
+    let mut world = World::new(1, 1);
+    for (intid, priority) in [(40, 0x80), (41, 0x08)] {
+        world.set_edge(0, intid, true);
+        world.enable(0, intid, priority);
+        world.raise(intid, true);
+        assert_eq!(world.acknowledge(0), Some(intid));
+    }
+    world.resume(0);
+    // Not in the order in which they were taken.
+    world.end(0, 40);
+    assert_eq!(world.read(0, GICD, ISACTIVER + 4), 0b10 << 8);
+    world.end(0, 41);
+    assert_eq!(world.read(0, GICD, ISACTIVER + 4), 0);
 }
 
 #[test]

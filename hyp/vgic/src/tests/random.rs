@@ -261,7 +261,7 @@ impl Run {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(super::config())]
 
     /// If kicks are instantaneous, list registers cannot be told from the reference.
     #[test]

@@ -3,7 +3,10 @@
 use super::world::{
     GICD, ICACTIVER, ICENABLER, ICFGR, ICPENDR, IGROUPR, IPRIORITYR, ISACTIVER, ISENABLER, ISPENDR, World, rd, sgi,
 };
-use crate::{Access, Distributor, Frame, Gic, Spi, Unsupported, VcpuGic, affinity};
+use crate::{
+    Access, Distributor, Frame, Gic, Outcome, SgiRegister, Spi, Unsupported, VcpuGic, VcpuSet, Vcpus, affinity,
+    ich::HCR_VGRP0EIE,
+};
 
 const CTLR_ARE_DS: u64 = 1 << 4 | 1 << 6;
 
@@ -224,4 +227,40 @@ fn sizes_of_storage() {
     }
     assert_eq!((size_of::<Distributor>(), size_of::<Spi>(), size_of::<VcpuGic>()), (32, 8, 336));
     let _: Frame = GICD;
+}
+
+/// A vCPU that is configured but not made yet.
+#[test]
+fn redistributors_can_be_walked_before_all_vcpus_exist() {
+    struct Sparse(VcpuGic);
+    impl Vcpus for Sparse {
+        fn count(&self) -> usize {
+            2
+        }
+        fn get(&self, vcpu: usize) -> Option<&VcpuGic> {
+            (vcpu == 1).then_some(&self.0)
+        }
+        fn get_mut(&mut self, vcpu: usize) -> Option<&mut VcpuGic> {
+            (vcpu == 1).then_some(&mut self.0)
+        }
+    }
+    let (mut distributor, mut spis, mut vcpus) = (Distributor::default(), [Spi::default(); 32], Sparse(VcpuGic::new()));
+    let mut gic = Gic::new(&mut distributor, &mut spis, &mut vcpus).unwrap();
+    gic.reset_distributor();
+    let mut read = |frame, offset| gic.mmio(1, frame, offset, Access::Read { size: 4 });
+    let done = |value| Ok(Outcome::Done { value, kick: VcpuSet::EMPTY });
+    assert_eq!((read(rd(0), 8), read(rd(1), 8)), (done(0), done(1 << 8 | 1 << 4)));
+    assert_eq!(read(rd(0), 0xffe8), done(0x30));
+    assert_eq!(read(sgi(0), ICFGR), done(0));
+    assert_eq!(read(rd(2), 8), Err(Unsupported));
+    // Nothing is delivered to it, nor lost.
+    assert_eq!(gic.send_sgi(1, SgiRegister::Sgi1, 1 << 40), VcpuSet::EMPTY);
+    let _ = gic.mmio(1, GICD, ISENABLER + 4, Access::Write { size: 4, value: 1 }).unwrap();
+    let _ = gic.mmio(1, GICD, 0, Access::Write { size: 4, value: 3 }).unwrap();
+    gic.give_to_host(32).unwrap();
+    assert_eq!(gic.raise_spi(32, true), Ok(VcpuSet::EMPTY));
+    let route = Access::Write { size: 8, value: 1 };
+    assert_eq!(gic.mmio(0, GICD, 0x6000 + 8 * 32, route), Err(Unsupported));
+    let _ = gic.mmio(1, GICD, 0x6000 + 8 * 32, route).unwrap();
+    assert_eq!(gic.prepare_entry(1, 4).unwrap().hcr & HCR_VGRP0EIE << 2, HCR_VGRP0EIE << 2);
 }

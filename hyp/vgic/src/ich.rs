@@ -1,8 +1,8 @@
 //! Encodings of the virtual CPU interface's control registers (Arm IHI 0069, 12.4).
 
-/// ICH_LR<n>_EL2: pending, as the low bit of the field State.
+/// ICH_LR<n>_EL2: the interrupt is pending. The low 32 bits of the register are the virtual INTID.
 pub const PENDING: u64 = 1 << 62;
-/// ICH_LR<n>_EL2: active, as the high bit of the field State.
+/// ICH_LR<n>_EL2: the interrupt is active, also together with [`PENDING`].
 pub const ACTIVE: u64 = 1 << 63;
 /// ICH_LR<n>_EL2: Group 1, signalled as a virtual IRQ.
 pub const GROUP1: u64 = 1 << 60;
@@ -10,8 +10,6 @@ pub const GROUP1: u64 = 1 << 60;
 pub const EOI: u64 = 1 << 41;
 /// ICH_LR<n>_EL2: position of the 8-bit priority.
 pub const PRIORITY_SHIFT: u32 = 48;
-/// ICH_LR<n>_EL2: the virtual INTID, which has at most 10 significant bits here.
-pub const VINTID: u64 = 0xffff_ffff;
 
 /// ICH_HCR_EL2: the virtual CPU interface works.
 pub const HCR_EN: u64 = 1 << 0;
@@ -30,9 +28,7 @@ pub const HCR_EOICOUNT_SHIFT: u32 = 27;
 /// ICH_HCR_EL2: EOIcount, once shifted down.
 pub const HCR_EOICOUNT: u64 = 0x1f;
 
-/// ICH_VMCR_EL2: the guest has Group 0 enabled; the bit for Group 1 lies one higher.
-pub const VMCR_VENG0: u64 = 1 << 0;
-/// ICH_VMCR_EL2: both group enables.
+/// ICH_VMCR_EL2: the guest has Group 0 enabled (bit 0), Group 1 enabled (bit 1).
 pub const VMCR_VENG: u64 = 0b11;
 /// ICH_VMCR_EL2: end of interrupt only drops the priority, ICV_DIR_EL1 deactivates.
 pub const VMCR_VEOIM: u64 = 1 << 9;
