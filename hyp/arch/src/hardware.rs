@@ -60,8 +60,9 @@ impl Machine for Hardware {
 
     #[inline]
     fn publish(&self) {
-        // Walkers observe the descriptor writes before anything after this (Arm ARM DDI 0487, D8.2.6).
-        maintain!("dsb ishst");
+        // The walkers of all CPUs observe the descriptor writes (Arm ARM DDI 0487, D8.2.6), and EL2's own accesses behind
+        // this, which a new mapping of its own may be for, are walked for anew.
+        maintain!("dsb ishst", "isb");
     }
 
     fn invalidate_stage2(&self, tree: Vttbr, range: IpaRange, leaf_only: bool) {

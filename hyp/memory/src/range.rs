@@ -204,7 +204,7 @@ mod tests {
         assert_eq!(PhysRange::new(0x1001, 1), Err(RangeError::Unaligned));
         assert_eq!(PhysRange::new(0x1000, 0), Err(RangeError::Empty));
         assert_eq!(PhysRange::new(ADDRESS_END, 1), Err(RangeError::Overflow));
-        assert_eq!(PhysRange::new(u64::MAX & !0xfff, 1), Err(RangeError::Overflow));
+        assert_eq!(PhysRange::new(u64::MAX - 0xfff, 1), Err(RangeError::Overflow));
         assert_eq!(PhysRange::new(0x1000, u64::MAX), Err(RangeError::Overflow));
         assert_eq!(PhysRange::new(0x1000, 1 << 52), Err(RangeError::Overflow));
         assert_eq!(PhysRange::new(ADDRESS_END - 0x1000, 2), Err(RangeError::Overflow));

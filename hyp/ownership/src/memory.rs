@@ -66,10 +66,8 @@ pub enum HostState {
     NoPage,
     /// The host's alone.
     Owned,
-    /// The host's, shared with the hypervisor or lent to an ordinary guest.
+    /// The host's, shared with the hypervisor.
     SharedOwned,
-    /// A guest's, which the host has claimed.
-    SharedBorrowed,
 }
 
 /// What the host may know of a page.
@@ -175,8 +173,7 @@ impl<'a, P: TablePool> Memory<'a, P> {
         };
         let state = match entry.state() {
             State::HOST_OWNED => HostState::Owned,
-            State::HOST_SHARED | State::HOST_LENT => HostState::SharedOwned,
-            State::GUEST_CLAIMED => HostState::SharedBorrowed,
+            State::HOST_SHARED => HostState::SharedOwned,
             _ => return PageReport { state: HostState::NoPage, pins: 0 },
         };
         PageReport { state, pins: entry.pins() }
