@@ -57,60 +57,6 @@
 /* Writes the statistics to the start of a page that the host has lent to the hypervisor. The rest of the page keeps its contents. */
 #define RAVELIN_CALL_STATISTICS 0xc6001008
 
-/* Makes a VM in pages that the host donates with the call, as many as VM_SIZES says. */
-#define RAVELIN_CALL_VM_CREATE 0xc6001010
-#define RAVELIN_VM_CREATE_MAX_PAGES 512
-
-/* Gives a VM pages that the host owns, for its translation tables. */
-#define RAVELIN_CALL_VM_DONATE_TABLES 0xc6001011
-#define RAVELIN_VM_DONATE_TABLES_MAX_PAGES 512
-
-/* Makes a vCPU in pages that the host donates with the call, as many as VM_SIZES says. The host owns the run page and goes on using it; it cannot be unshared or given away while the vCPU exists. Only a VM that is not sealed yet takes vCPUs. The vCPU of index 0 starts when the VM is sealed, others when the guest says so. */
-#define RAVELIN_CALL_VCPU_CREATE 0xc6001012
-#define RAVELIN_VCPU_CREATE_MAX_PAGES 512
-
-/* Puts pages that the host owns at a guest address, with their contents. A protected VM becomes their owner and the host loses access; to an ordinary one they are lent. What a protected VM gets before it is sealed is measured, and may be 512 pages a call. */
-#define RAVELIN_CALL_VM_MAP 0xc6001013
-#define RAVELIN_VM_MAP_MAX_PAGES 262144
-
-/* Takes pages that are lent to an ordinary VM from it. */
-#define RAVELIN_CALL_VM_UNMAP 0xc6001014
-#define RAVELIN_VM_UNMAP_MAX_PAGES 262144
-
-/* Ends the making of a VM: fixes its measurement, and where its vCPU 0 starts with the address of the device tree in x0. */
-#define RAVELIN_CALL_VM_SEAL 0xc6001015
-
-/* Runs a vCPU of a sealed VM until something needs the host. The run page says what. */
-#define RAVELIN_CALL_VCPU_RUN 0xc6001016
-
-/* Ends the life of a VM, none of whose vCPUs may be running. From then on its pages can be reclaimed, and nothing else can be done with it. */
-#define RAVELIN_CALL_VM_TEARDOWN 0xc6001017
-
-/* Returns the pages of a VM that is being torn down to the host: zeroed if they were the guest's alone, with their contents if they were shared. Guest addresses without a page are passed over. */
-#define RAVELIN_CALL_VM_RECLAIM 0xc6001018
-#define RAVELIN_VM_RECLAIM_MAX_PAGES 512
-
-/* Returns what the host has donated for a VM that is being torn down, zeroed, up to 512 pages a call. It is BUSY while the VM has pages that have not been reclaimed. When nothing is left to return, the handle has no meaning any more. */
-#define RAVELIN_CALL_VM_DESTROY 0xc6001019
-
-/* Takes up a guest's offer: the host may access the pages until it releases them. */
-#define RAVELIN_CALL_CLAIM 0xc600101a
-#define RAVELIN_CLAIM_MAX_PAGES 262144
-
-/* Ends the host's access to pages that it has claimed. They stay offered. */
-#define RAVELIN_CALL_RELEASE 0xc600101b
-#define RAVELIN_RELEASE_MAX_PAGES 262144
-
-/* Takes private pages from a guest that is alive and returns them to the host, zeroed. The guest gets an abort where they were, from then on. */
-#define RAVELIN_CALL_FORCE_RECLAIM 0xc600101c
-#define RAVELIN_FORCE_RECLAIM_MAX_PAGES 512
-
-/* Sets the level of one of a sealed VM's shared peripheral interrupts, those of the devices that the host plays. */
-#define RAVELIN_CALL_SPI 0xc600101d
-
-/* Says how many pages the host has to donate for a VM of these attributes and for each of its vCPUs. */
-#define RAVELIN_CALL_VM_SIZES 0xc600101e
-
 /* Status in x0, sign-extended to 64 bits. */
 #define RAVELIN_STATUS_SUCCESS (0) /* Done. */
 #define RAVELIN_STATUS_NOT_SUPPORTED (-1) /* There is no such call. */

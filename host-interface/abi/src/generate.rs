@@ -3,7 +3,7 @@
 use core::fmt::{self, Display, Formatter};
 
 use crate::{
-    ADDRESS_END, CALL_COUNTERS, Call, Kind, MAX_IPA_BITS, MAX_VCPUS, MIN_IPA_BITS, PAGE_SIZE, PageStateCode,
+    ADDRESS_END, CALL_COUNTERS, CALLS, Kind, MAX_IPA_BITS, MAX_VCPUS, MIN_IPA_BITS, PAGE_SIZE, PageStateCode,
     Statistics, Status, VENDOR_UID, VERSION_MAJOR, VERSION_MINOR, VmAttributes, VmKind, run, statistics::FIELDS,
 };
 
@@ -36,7 +36,7 @@ impl Display for CHeader {
         writeln!(f, "#define RAVELIN_PAGE_SIZE {PAGE_SIZE}")?;
 
         writeln!(f, "\n/* Calls: function identifiers. */")?;
-        for call in Call::all() {
+        for call in CALLS {
             writeln!(f, "\n/* {} */", call.doc)?;
             writeln!(f, "#define RAVELIN_CALL_{} {:#010x}", call.name, call.number)?;
             for Limit { name, max } in limits(call.arguments) {
@@ -113,7 +113,7 @@ impl Display for Reference {
         )?;
 
         writeln!(f, "| number | call | arguments |\n|---|---|---|")?;
-        for call in Call::all() {
+        for call in CALLS {
             write!(f, "| `{:#010x}` | [`{}`](#{}) |", call.number, call.name, Lower(call.name))?;
             for (index, argument) in call.arguments.iter().enumerate() {
                 let separator = if index == 0 { "" } else { "," };
@@ -122,7 +122,7 @@ impl Display for Reference {
             writeln!(f, " |")?;
         }
 
-        for call in Call::all() {
+        for call in CALLS {
             writeln!(f, "\n## {}\n\n`{:#010x}`. {}\n", call.name, call.number, call.doc)?;
             writeln!(f, "| register | |\n|---|---|")?;
             for (register, argument) in (1..).zip(call.arguments) {

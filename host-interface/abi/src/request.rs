@@ -64,7 +64,15 @@ impl HostCall {
     /// reserved ones, the hint in bit 16 and all of the upper half, makes it none. Otherwise what [`Kind`] says for each
     /// argument, in its order.
     pub fn parse(function: u64, arguments: [u64; MAX_ARGUMENTS]) -> Result<Self, Status> {
-        let call = u32::try_from(function).ok().and_then(Call::find).ok_or(Status::NotSupported)?;
+        Self::of(u32::try_from(function).ok().and_then(Call::find).ok_or(Status::NotSupported)?, arguments)
+    }
+
+    /// Makes the request that the values of x1 to x6 stand for in `call`.
+    ///
+    /// # Errors
+    ///
+    /// What [`Kind`] says for each argument, in its order.
+    pub fn of(call: &Call, arguments: [u64; MAX_ARGUMENTS]) -> Result<Self, Status> {
         Ok((call.request)(&Parsed::check(call.arguments, arguments)?))
     }
 }
@@ -157,7 +165,8 @@ mod tests {
     fn parse<const N: usize>(function: u64, arguments: [u64; N]) -> Result<HostCall, Status> {
         let mut values = [u64::MAX; MAX_ARGUMENTS];
         values[..N].copy_from_slice(&arguments);
-        HostCall::parse(function, values)
+        let call = Call::all().find(|call| u64::from(call.number) == function).ok_or(Status::NotSupported)?;
+        HostCall::of(call, values)
     }
 
     const SHARE: u64 = 0xc600_1001;
@@ -177,7 +186,7 @@ mod tests {
                 });
                 let mut values = [u64::MAX; MAX_ARGUMENTS];
                 values.iter_mut().zip(arguments).for_each(|(value, argument)| *value = argument);
-                HostCall::parse(call.number.into(), values).unwrap()
+                HostCall::of(call, values).unwrap()
             })
             .collect();
         for (index, request) in requests.iter().enumerate() {

@@ -17,9 +17,6 @@ use crate::{
     smc::Gate,
 };
 
-/// Number of the first call about VMs. None of them is offered yet, whatever its arguments.
-const FIRST_NOT_OFFERED: u64 = 0xc600_1010;
-
 /// Access to memory that the hypervisor has mapped.
 pub trait MappedMemory {
     /// Copies `bytes`, at most a page, to the start of a page that is mapped writable in the EL2 stage 1. Others may access
@@ -61,7 +58,7 @@ impl<'a, P: TablePool, F: Firmware> Host<'a, P, F> {
     pub fn hvc<M: Machine + MappedMemory>(&self, machine: &M, immediate: u16, registers: &mut Registers) {
         let [function, x1, x2, x3, x4, x5, x6, ..] = *registers;
         let call = match immediate {
-            0 if function < FIRST_NOT_OFFERED => HostCall::parse(function, [x1, x2, x3, x4, x5, x6]),
+            0 => HostCall::parse(function, [x1, x2, x3, x4, x5, x6]),
             _ => Err(Status::NotSupported),
         };
         if matches!(call, Err(Status::NotSupported)) {
