@@ -9,6 +9,7 @@
 //! probe hotplug ROUNDS        takes CPUs off and on again
 //! probe memory LEAVE          fills and verifies all free memory but LEAVE MiB
 //! probe kcore STEP            reads a page of RAM in every STEP KiB through /proc/kcore
+//! probe kexec                 starts /root/kernel with /root/initrd
 //! ```
 //!
 //! It prints a line for each check, and for each value that is compared with that of a host without a hypervisor:
@@ -41,6 +42,8 @@ mod hotplug;
 mod instructions;
 #[cfg(target_os = "none")]
 mod kcore;
+#[cfg(target_os = "none")]
+mod kexec;
 #[cfg(target_os = "none")]
 mod memory;
 #[cfg(target_os = "none")]

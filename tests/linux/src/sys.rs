@@ -20,11 +20,13 @@ pub(crate) mod number {
     pub(crate) const SET_ROBUST_LIST: usize = 99;
     pub(crate) const NANOSLEEP: usize = 101;
     pub(crate) const SETITIMER: usize = 103;
+    pub(crate) const KEXEC_LOAD: usize = 104;
     pub(crate) const CLOCK_GETTIME: usize = 113;
     pub(crate) const SCHED_SETAFFINITY: usize = 122;
     pub(crate) const KILL: usize = 129;
     pub(crate) const SIGALTSTACK: usize = 132;
     pub(crate) const RT_SIGACTION: usize = 134;
+    pub(crate) const REBOOT: usize = 142;
     pub(crate) const PRCTL: usize = 167;
     pub(crate) const GETPID: usize = 172;
     pub(crate) const SOCKETPAIR: usize = 199;
@@ -51,6 +53,7 @@ impl Errno {
     pub(crate) const NOENT: Self = Self(2);
     pub(crate) const NOEXEC: Self = Self(8);
     pub(crate) const FAULT: Self = Self(14);
+    pub(crate) const INVAL: Self = Self(22);
 }
 
 impl fmt::Display for Errno {

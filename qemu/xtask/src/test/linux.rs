@@ -8,10 +8,10 @@ mod transcript;
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
-use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
+use std::{fs, io};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -51,6 +51,39 @@ const FULL_EXTRAS: [(&str, u32, &str, &[Extra]); 6] = [
     ("cortex-a76", 4, "8G", &[Extra::Memory]),
     ("neoverse-n1", 8, "4G", &[Extra::Hotplug]),
     ("max", 4, "2G", &[Extra::Hotplug, Extra::Memory]),
+];
+
+/// QEMU has it for machines with EL2 only.
+const GICV4: &str = "GICv4";
+
+/// Machines that differ in more than their size: what it is called, the CPU model, and arguments for QEMU. The first of
+/// them runs without `--full`, too.
+const VARIANTS: [(&str, &str, &[&str]); 10] = [
+    (
+        "two memory nodes",
+        "cortex-a76",
+        &[
+            "-object",
+            "memory-backend-ram,id=m0,size=512M",
+            "-object",
+            "memory-backend-ram,id=m1,size=512M",
+            "-numa",
+            "node,memdev=m0,cpus=0",
+            "-numa",
+            "node,memdev=m1,cpus=1",
+            "-smp",
+            "sockets=2",
+        ],
+    ),
+    ("SMMU, PCI ports", "cortex-a76", &["-machine", "iommu=smmuv3", "-device", "pcie-root-port"]),
+    (GICV4, "neoverse-v1", &["-machine", "gic-version=4"]),
+    ("no ITS", "cortex-a72", &["-machine", "its=off"]),
+    ("low devices", "cortex-a53", &["-machine", "highmem=off"]),
+    ("no SVE", "max,sve=off", &[]),
+    ("no SME", "max,sme=off", &[]),
+    ("no LPA2", "max,lpa2=off", &[]),
+    ("no pointer authentication", "max,pauth=off", &[]),
+    ("no MTE", "max", &["-machine", "mte=off"]),
 ];
 
 /// Enough for 8 emulated CPUs, or for 8 GiB of memory to be filled, on a busy machine.
@@ -126,20 +159,30 @@ struct Config {
     smp: u32,
     memory: &'static str,
     kernel: &'static str,
+    /// What is special, and the arguments for QEMU that make it so.
+    variant: Option<(&'static str, &'static [&'static str])>,
+}
+
+impl Config {
+    /// A plain machine with the default kernel.
+    const fn new(cpu: &'static str, smp: u32, memory: &'static str) -> Self {
+        Self { cpu, smp, memory, kernel: DEFAULT_KERNEL, variant: None }
+    }
 }
 
 impl std::fmt::Display for Config {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { cpu, smp, memory, kernel } = self;
+        let Self { cpu, smp, memory, kernel, variant } = self;
         if *kernel != DEFAULT_KERNEL {
             write!(f, "{kernel} on ")?;
         }
-        write!(f, "{cpu} x{smp} {memory}")
+        write!(f, "{cpu} x{smp} {memory}")?;
+        variant.map_or(Ok(()), |(name, _)| write!(f, " {name}"))
     }
 }
 
 /// The machine of the tests that need only one.
-const USUAL: Config = Config { cpu: "cortex-a76", smp: 2, memory: "1G", kernel: DEFAULT_KERNEL };
+const USUAL: Config = Config::new("cortex-a76", 2, "1G");
 
 /// Runs the suite.
 pub(super) fn run(full: bool, report: &mut Report) -> Result<()> {
@@ -160,6 +203,8 @@ pub(super) fn run(full: bool, report: &mut Report) -> Result<()> {
     report.check("--exec passes on the status 1", exit_status("false", 1));
     report.check("poweroff ends the machine", ends("poweroff -f", "reboot: Power down"));
     report.check("reboot ends the machine", ends("reboot -f", "reboot: Restarting system"));
+    report.check("a machine that is reset boots again", boots_again());
+    report.check("kexec to another kernel", suite.kexec());
     report.check("an initrd given by linux,initrd-start", initrd_of_the_bootloader());
     suite.unguarded(report);
     refusal::run(report);
@@ -168,20 +213,23 @@ pub(super) fn run(full: bool, report: &mut Report) -> Result<()> {
 
 /// The machines, and what else is done there.
 fn matrix(full: bool, report: &mut Report) -> Result<Vec<(Config, &'static [Extra])>> {
-    let config = |cpu, smp, memory| Config { cpu, smp, memory, kernel: DEFAULT_KERNEL };
+    let variants = VARIANTS.map(|(name, cpu, args)| Config { cpu, variant: Some((name, args)), ..USUAL });
+    let mut matrix: Vec<(Config, &[Extra])> = Vec::new();
     if !full {
-        return Ok(SMALL_MATRIX.map(|(cpu, smp, memory, extras)| (config(cpu, smp, memory), extras)).into());
+        matrix.extend(SMALL_MATRIX.map(|(cpu, smp, memory, extras)| (Config::new(cpu, smp, memory), extras)));
+        matrix.push((variants[0], &[]));
+        return Ok(matrix);
     }
-    let mut matrix = Vec::new();
     for (cpu, smp) in CPUS.iter().flat_map(|cpu| NUMBERS.map(|smp| (*cpu, smp))) {
         for memory in SIZES {
             let with_extras = FULL_EXTRAS.iter().find(|row| (row.0, row.1, row.2) == (cpu, smp, memory));
-            matrix.push((config(cpu, smp, memory), with_extras.map_or(&[][..], |row| row.3)));
+            matrix.push((Config::new(cpu, smp, memory), with_extras.map_or(&[], |row| row.3)));
         }
     }
+    matrix.extend(variants.map(|config| (config, &[][..])));
     for kernel in OTHER_KERNELS {
         match Manifest::load()?.ensure(kernel) {
-            Ok(_) => matrix.extend(CPUS.map(|cpu| (Config { cpu, smp: 2, memory: "2G", kernel }, &[][..]))),
+            Ok(_) => matrix.extend(CPUS.map(|cpu| (Config { kernel, ..Config::new(cpu, 2, "2G") }, &[][..]))),
             Err(error) => report.skip(kernel, &format!("{error:#}")),
         }
     }
@@ -209,8 +257,10 @@ impl Suite {
 
     /// The same machine without the hypervisor; one with other CPUs or memory will do unless it has to be `exact`.
     fn without(&mut self, config: &Config, exact: bool) -> Result<&Transcript> {
-        let fits =
-            |known: &Config| known == config || !exact && (known.cpu, known.kernel) == (config.cpu, config.kernel);
+        let variant = config.variant.filter(|(name, _)| *name != GICV4);
+        let config = &Config { variant, ..*config };
+        let cpus = |config: &Config| (config.cpu, config.kernel, config.variant);
+        let fits = |known: &Config| known == config || !exact && cpus(known) == cpus(config);
         let index = match self.without.iter().position(|(known, _)| fits(known)) {
             Some(index) => index,
             None => {
@@ -281,6 +331,23 @@ impl Suite {
         Ok(())
     }
 
+    /// The host's kernel is replaced by another one, which starts its CPUs anew.
+    fn kexec(&self) -> Result<()> {
+        const MARKER: &str = "status after kexec: ";
+        let task = Task::Command { script: "[ $(nproc) = 2 ]", marker: MARKER };
+        let busybox = fs::read(Manifest::load()?.ensure(BUSYBOX)?)?;
+        let file = |path: &str, contents| ExtraFile { path: path.into(), contents };
+        let kernel = file("root/kernel", fs::read(Manifest::load()?.ensure(DEFAULT_KERNEL)?)?);
+        let initrd = file("root/initrd", initramfs::build(&busybox, &task, None, &[])?);
+        let transcript = boot("kexec", &USUAL, |options| {
+            options.exec = Some("probe kexec".into());
+            options.extra_files = vec![file("bin/probe", self.probe.clone()), kernel, initrd];
+        })?;
+        ensure!(transcript.outcome == Outcome::Ended(0), "{:?}; {}", transcript.outcome, transcript.tail());
+        ensure!(transcript.console.contains(&format!("{MARKER}0")), "{}", transcript.tail());
+        Ok(())
+    }
+
     /// The kernel touches the carve-out where it expects no fault; that may cost it one process.
     fn unguarded(&self, report: &mut Report) {
         const NAME: &str = "an access of the kernel that nothing guards costs one process at most";
@@ -312,9 +379,12 @@ fn boot(name: &str, config: &Config, change: impl FnOnce(&mut Options)) -> Resul
         semihosting: true,
         ..Options::default()
     };
-    if config.cpu == "max" {
+    if config.cpu.starts_with("max") {
         // Without memory of its own for tags the CPU has no tags.
         options.qemu_arg = ["-machine", "mte=on"].map(Into::into).into();
+    }
+    if let Some((_, arguments)) = config.variant {
+        options.qemu_arg.extend(arguments.iter().copied().map(Into::into));
     }
     change(&mut options);
     let mut console = Vec::new();
@@ -451,6 +521,51 @@ fn ends(command: &str, last: &str) -> Result<()> {
     Ok(())
 }
 
+/// A reset that does not end QEMU, twice.
+fn boots_again() -> Result<()> {
+    const BOOTS: usize = 3;
+    let mut console = Vec::new();
+    let options = Options {
+        exec: Some("nproc; reboot -f".into()),
+        append: Some("quiet".into()),
+        qemu_arg: ["-action", "reboot=reset"].map(Into::into).into(),
+        semihosting: true,
+        ..Options::default()
+    };
+    let mut sink = Until { seen: &mut console, last: "\n2\n", times: BOOTS };
+    // The end that the sink makes is none of the machine's.
+    let end = Ready::new(&options)?.run(&mut sink, Some(TIMEOUT));
+    let reached = sink.reached();
+    let console = String::from_utf8_lossy(&console);
+    ensure!(reached, "{:?}; the console is\n{console}", end.map_err(|error| error.to_string()));
+    ensure!(console.matches("ravelin: version").count() == BOOTS, "the hypervisor did not start again");
+    Ok(())
+}
+
+/// Takes a console until it has said something so many times.
+struct Until<'a> {
+    seen: &'a mut Vec<u8>,
+    last: &'static str,
+    times: usize,
+}
+
+impl Until<'_> {
+    fn reached(&self) -> bool {
+        String::from_utf8_lossy(self.seen).matches(self.last).count() >= self.times
+    }
+}
+
+impl io::Write for Until<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.seen.extend_from_slice(bytes);
+        if self.reached() { Err(io::ErrorKind::QuotaExceeded.into()) } else { Ok(bytes.len()) }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// The bootloader's own way to hand over an initrd, where the kernel comes as a module.
 fn initrd_of_the_bootloader() -> Result<()> {
     const MARKER: &str = "the init of the other initrd: ";
@@ -471,10 +586,11 @@ fn initrd_of_the_bootloader() -> Result<()> {
 
 /// A line for each CPU model and number, a column for each size of RAM.
 fn print_matrix(rows: &[(Config, &str, u64)]) {
-    println!("\n{:<28}{}", "", SIZES.map(|size| format!("{size:>14}")).concat());
+    println!("\n{:<52}{}", "", SIZES.map(|size| format!("{size:>14}")).concat());
     let mut lines: Vec<(String, Vec<String>)> = Vec::new();
     for (config, verdict, seconds) in rows {
-        let head = format!("{} {} x{}", config.kernel, config.cpu, config.smp);
+        let variant = config.variant.map_or(String::new(), |(name, _)| format!(" {name}"));
+        let head = format!("{} {} x{}{variant}", config.kernel, config.cpu, config.smp);
         if lines.last().is_none_or(|line| line.0 != head) {
             lines.push((head, vec![String::new(); SIZES.len()]));
         }
@@ -483,7 +599,7 @@ fn print_matrix(rows: &[(Config, &str, u64)]) {
         }
     }
     for (head, cells) in lines {
-        println!("{head:<28}{}", cells.iter().map(|cell| format!("{cell:>14}")).collect::<String>());
+        println!("{head:<52}{}", cells.iter().map(|cell| format!("{cell:>14}")).collect::<String>());
     }
     println!();
 }
@@ -551,7 +667,7 @@ mod tests {
         assert!(iomem(&transcript(console)).is_ok());
         assert!(iomem(&transcript(&format!("{console}@iomem   7fd00000-7fdfffff : reserved\n"))).is_err());
         assert!(iomem(&transcript(&console.replace("0x400000", "0x200000"))).is_err());
-        let config = Config { memory: "1G", ..USUAL };
+        let config = USUAL;
         let sized = |total: u64| transcript(&format!("{console}@note MemTotal = {total}\n"));
         assert!(memory(&sized(970_000), &config).is_ok());
         assert!(memory(&sized(600_000), &config).is_err());
