@@ -15,17 +15,41 @@
 )]
 
 mod context;
+mod entropy;
 mod exception;
 mod exit;
+#[cfg(test)]
+mod fake;
+mod gic;
+mod guest;
+pub mod guest_call;
+mod handle;
 mod id;
+mod measurement;
 mod mmio;
+mod mmio_guard;
+mod object;
 mod psci;
+mod refusal;
+pub mod rsi;
 mod sysreg;
+mod table;
+mod transitions;
+mod vm;
 
 pub use context::Context;
+pub use entropy::{EntropySource, MAX_BITS, call as entropy_call};
 pub use exception::{Exception, PstateFeatures, Trapped};
 pub use exit::{Abort, Backing, GuestExit, Pending, Report, Syndrome, WrongAnswer};
+pub use gic::VcpuGics;
+pub use guest::{Guest, Outcome};
+pub use handle::{Handle, SLOTS};
 pub use id::{GuestFeatures, IdRegisters};
+pub use measurement::{Digest, PageBytes};
 pub use mmio::MmioAccess;
+pub use object::ObjectMemory;
 pub use psci::{FirmwareCall, Power, Readiness, firmware_call, mpidr};
+pub use refusal::Refusal;
 pub use sysreg::{SysregAccess, SysregAction};
+pub use transitions::{Frame, GuestFailure, Transitions};
+pub use vm::{Vcpu, Vm, Vms};

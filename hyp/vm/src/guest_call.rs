@@ -1,0 +1,121 @@
+//! pKVM's hypercalls for its guests: HVC with the numbers and results that Linux and Android know
+//! (Linux, Documentation/virt/kvm/arm/hypercalls.rst; Android adds ranges and relinquishing).
+
+use ravelin_abi::{MAX_RANGE_PAGES, VmKind};
+use ravelin_memory::{IpaRange, PAGE_SIZE};
+
+use crate::{
+    Context,
+    guest::{self, Guest, Outcome},
+    transitions::{Frame, GuestFailure, Transitions},
+};
+
+const UID: u32 = 0x8600_ff01;
+const FEATURES: u32 = 0x8600_0000;
+const HYP_MEMINFO: u32 = 0xc600_0002;
+const MEM_SHARE: u32 = 0xc600_0003;
+const MEM_UNSHARE: u32 = 0xc600_0004;
+const MMIO_GUARD: u32 = 0xc600_0007;
+const MEM_RELINQUISH: u32 = 0xc600_0009;
+
+/// UUID 28b46fb6-2ec5-11e9-a9ca-4b564d003a74, by which guests know KVM's interface.
+const KVM_UID: [u64; 4] = [0xb66f_b428, 0xe911_c52e, 0x564b_caa9, 0x743a_004d];
+
+/// Bit n stands for function n: FEATURES alone.
+const ORDINARY_FEATURES: u64 = 1;
+
+/// FEATURES, HYP_MEMINFO, MEM_SHARE, MEM_UNSHARE, MMIO_GUARD, MEM_RELINQUISH.
+const PROTECTED_FEATURES: u64 = 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 7 | 1 << 9;
+
+/// In x1 after HYP_MEMINFO: the calls take a number of pages in x2, and return in x1 how many are done.
+const HAS_RANGE: u64 = 1;
+
+const SUCCESS: u64 = 0;
+
+/// SMCCC_RET_INVALID_PARAMETER, -3.
+const INVALID_PARAMETER: u64 = u64::MAX - 2;
+
+/// Performs a guest's call, if it is one of those that its kind of VM has. `None` if not: then it is another interface's, or
+/// not supported.
+///
+/// A call without a number of pages is for one page, and zeroes x1. A range is done in part if it is long: x1 says how many
+/// pages, and the guest calls again for the others.
+pub fn call<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: &mut Context) -> Option<Outcome> {
+    let features = match guest.kind() {
+        VmKind::Ordinary => ORDINARY_FEATURES,
+        VmKind::Pkvm => PROTECTED_FEATURES,
+        VmKind::Realm => return None,
+    };
+    let [_, address, second, third, ..] = context.x;
+    match guest::function(context) {
+        UID => context.set_results(KVM_UID),
+        FEATURES => context.set_results([features, 0, 0, 0]),
+        _ if features == ORDINARY_FEATURES => return None,
+        HYP_MEMINFO if [address, second, third] == [0; 3] => context.set_results([PAGE_SIZE, HAS_RANGE, 0, 0]),
+        HYP_MEMINFO => refuse(context),
+        MMIO_GUARD => {
+            let guarded = [second, third] == [0; 2] && guard(transitions, guest, address);
+            context.set_results([if guarded { SUCCESS } else { INVALID_PARAMETER }, 0, 0, 0]);
+        }
+        MEM_SHARE => {
+            return Some(perform(guest, context, Outcome::Shared, |range| transitions.share(&guest.memory, range)));
+        }
+        MEM_UNSHARE => {
+            let done = |_| Outcome::Done;
+            return Some(perform(guest, context, done, |range| transitions.unshare(&guest.memory, range)));
+        }
+        MEM_RELINQUISH => {
+            let relinquish = |range| transitions.relinquish(&guest.memory, range);
+            return Some(perform(guest, context, Outcome::Relinquished, relinquish));
+        }
+        _ => return None,
+    }
+    Some(Outcome::Done)
+}
+
+/// Tells the guest that the host does not release what it wants back, or that another call of this interface has failed.
+pub fn refuse(context: &mut Context) {
+    context.set_results([INVALID_PARAMETER, 0, 0, 0]);
+}
+
+/// Takes a step that the registers ask for.
+fn perform<G>(
+    guest: &Guest<G>,
+    context: &mut Context,
+    outcome: impl FnOnce(IpaRange) -> Outcome,
+    step: impl FnOnce(IpaRange) -> Result<u64, GuestFailure>,
+) -> Outcome {
+    let [_, base, count, reserved, ..] = context.x;
+    let pages = if count == 0 { 1 } else { count };
+    let range = guest
+        .range(base, pages)
+        .filter(|range| reserved == 0 && pages <= MAX_RANGE_PAGES && !guest.mmio.lock().overlaps(range));
+    let Some(range) = range else {
+        refuse(context);
+        return Outcome::Done;
+    };
+    match step(range) {
+        Ok(done) => {
+            context.set_results([SUCCESS, if count == 0 { 0 } else { done }, 0, 0]);
+            IpaRange::new(base, done).map_or(Outcome::Done, outcome)
+        }
+        Err(GuestFailure::Absent(frame)) => Outcome::PageFault(frame),
+        Err(GuestFailure::Claimed(claimed)) => Outcome::Unshare(claimed),
+        Err(GuestFailure::NeedsTables(pages)) => Outcome::NeedsTables(pages),
+        Err(GuestFailure::Refused) => {
+            refuse(context);
+            Outcome::Done
+        }
+    }
+}
+
+/// Notes that a page is a device's. Returns whether it can be one.
+fn guard<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, address: u64) -> bool {
+    let Some(page) = guest.range(address, 1) else {
+        return false;
+    };
+    let (Frame::Absent, _) = transitions.look(&guest.memory, page) else {
+        return false;
+    };
+    guest.mmio.lock().add(page.base())
+}

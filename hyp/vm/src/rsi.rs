@@ -1,0 +1,251 @@
+//! The Realm Services Interface 1.0 (Arm DEN0137), by SMC, on the transitions of protected guests.
+//!
+//! The top bit of a guest address is set in those of devices and of shared memory. A page has both addresses; which one
+//! the guest can use changes with IPA_STATE_SET. Other than in CCA, its contents do not.
+
+use ravelin_abi::{MAX_RANGE_PAGES, VmKind};
+use ravelin_memory::{Ipa, IpaRange, PAGE_SHIFT, PAGE_SIZE};
+
+use crate::{
+    Context,
+    guest::{self, Guest, Outcome},
+    measurement::Digest,
+    transitions::{Frame, GuestFailure, Transitions},
+};
+
+const ABI_VERSION: u32 = 0xc400_0190;
+const FEATURES: u32 = 0xc400_0191;
+const MEASUREMENT_READ: u32 = 0xc400_0192;
+const MEASUREMENT_EXTEND: u32 = 0xc400_0193;
+const REALM_CONFIG: u32 = 0xc400_0196;
+const IPA_STATE_SET: u32 = 0xc400_0197;
+const IPA_STATE_GET: u32 = 0xc400_0198;
+const HOST_CALL: u32 = 0xc400_0199;
+
+/// Version 1.0, the only one.
+const VERSION_1_0: u64 = 1 << 16;
+
+const SUCCESS: u64 = 0;
+const ERROR_INPUT: u64 = 1;
+
+/// RIPAS: shared with the host, or nothing there.
+const EMPTY: u64 = 0;
+/// RIPAS: the guest's alone.
+const RAM: u64 = 1;
+/// RIPAS: taken by force.
+const DESTROYED: u64 = 2;
+
+/// What IPA_STATE_SET returns in x2.
+const ACCEPT: u64 = 0;
+const REJECT: u64 = 1;
+
+/// In the realm's configuration: measurements are SHA-256.
+const SHA_256: u8 = 0;
+
+/// Bytes of the registers that hold a measurement.
+const MEASUREMENT_SIZE: usize = 64;
+
+/// Size and alignment of what HOST_CALL points to: the immediate in the first 8 bytes, then 31 registers.
+const HOST_CALL_SIZE: usize = 256;
+
+/// Performs a realm's call, if it is one of this interface. `None` if not: then it is another interface's, or not supported,
+/// as the calls are that ask for an attestation token.
+pub fn call<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: &mut Context) -> Option<Outcome> {
+    if guest.kind() != VmKind::Realm {
+        return None;
+    }
+    let [_, x1, x2, x3, ..] = context.x;
+    match guest::function(context) {
+        ABI_VERSION => {
+            let status = if x1 == VERSION_1_0 { SUCCESS } else { ERROR_INPUT };
+            context.set_results([status, VERSION_1_0, VERSION_1_0]);
+        }
+        FEATURES => context.set_results([SUCCESS, 0]),
+        MEASUREMENT_READ => match guest.measurements.lock().get(x1) {
+            Some(digest) => set_measurement(context, &digest),
+            None => fail(context),
+        },
+        MEASUREMENT_EXTEND => {
+            let extended = extend(guest, context);
+            context.set_results([if extended { SUCCESS } else { ERROR_INPUT }]);
+        }
+        REALM_CONFIG => return Some(write_config(transitions, guest, context)),
+        IPA_STATE_SET => {
+            return Some(match (bounds(guest, x1, x2), x3) {
+                (Some(range), EMPTY) => {
+                    set_state(context, range, transitions.share(&guest.memory, range), Outcome::Shared)
+                }
+                (Some(range), RAM) => {
+                    set_state(context, range, transitions.unshare(&guest.memory, range), |_| Outcome::Done)
+                }
+                _ => failed(context),
+            });
+        }
+        IPA_STATE_GET => match bounds(guest, x1, x2) {
+            Some(range) => {
+                let (frame, frames) = transitions.look(&guest.memory, range);
+                let state = match frame {
+                    Frame::Absent | Frame::Private => RAM,
+                    Frame::Shared => EMPTY,
+                    Frame::Poisoned => DESTROYED,
+                };
+                context.set_results([SUCCESS, address_after(range, frames), state]);
+            }
+            None => fail(context),
+        },
+        HOST_CALL => return Some(host_call(transitions, guest, context)),
+        _ => return None,
+    }
+    Some(Outcome::Done)
+}
+
+/// Tells the realm that the host does not release what it wants back: none of the range has changed.
+pub fn refuse(context: &mut Context) {
+    let [_, base, ..] = context.x;
+    context.set_results([SUCCESS, base, REJECT]);
+}
+
+/// Ends a HOST_CALL with the registers that the host has sent. The outcome is as that of the call.
+pub fn complete_host_call<T: Transitions>(
+    transitions: &T,
+    guest: &Guest<T::Guest>,
+    context: &mut Context,
+    registers: &[u64; 31],
+) -> Outcome {
+    let Some(at) = host_call_address(guest, context).and_then(|at| at.checked_add(8)) else {
+        return failed(context);
+    };
+    let mut bytes = [0; HOST_CALL_SIZE - 8];
+    for (chunk, register) in bytes.chunks_exact_mut(8).zip(registers) {
+        chunk.copy_from_slice(&register.to_le_bytes());
+    }
+    match transitions.write_guest(&guest.memory, at, &bytes) {
+        Ok(()) => {
+            context.set_results([SUCCESS]);
+            Outcome::Done
+        }
+        Err(frame) => not_private(context, at, frame),
+    }
+}
+
+fn fail(context: &mut Context) {
+    context.set_results([ERROR_INPUT]);
+}
+
+fn failed(context: &mut Context) -> Outcome {
+    fail(context);
+    Outcome::Done
+}
+
+/// Ends a call that names a page that is not private.
+fn not_private(context: &mut Context, at: Ipa, frame: Frame) -> Outcome {
+    match frame {
+        Frame::Absent => Outcome::PageFault(at.page()),
+        Frame::Private | Frame::Shared | Frame::Poisoned => failed(context),
+    }
+}
+
+/// Returns the range of the realm's memory from `base` to `top`; the first gigabyte of it, if it is longer.
+fn bounds<G>(guest: &Guest<G>, base: u64, top: u64) -> Option<IpaRange> {
+    let whole = IpaRange::from_bounds(base, top).ok()?;
+    let whole = guest.range(base, whole.pages())?;
+    guest.range(base, whole.pages().min(MAX_RANGE_PAGES))
+}
+
+/// Returns the address of the page behind the first `pages` of a range.
+fn address_after(range: IpaRange, pages: u64) -> u64 {
+    range.base().raw().saturating_add(pages.min(range.pages()) << PAGE_SHIFT)
+}
+
+/// Ends an IPA_STATE_SET for a range, of which `done` pages have changed.
+fn set_state(
+    context: &mut Context,
+    range: IpaRange,
+    done: Result<u64, GuestFailure>,
+    outcome: impl FnOnce(IpaRange) -> Outcome,
+) -> Outcome {
+    match done {
+        Ok(done) => {
+            context.set_results([SUCCESS, address_after(range, done), ACCEPT]);
+            IpaRange::new(range.base().raw(), done).map_or(Outcome::Done, outcome)
+        }
+        Err(GuestFailure::Absent(frame)) => Outcome::PageFault(frame),
+        Err(GuestFailure::Claimed(claimed)) => Outcome::Unshare(claimed),
+        Err(GuestFailure::NeedsTables(pages)) => Outcome::NeedsTables(pages),
+        Err(GuestFailure::Refused) => {
+            refuse(context);
+            Outcome::Done
+        }
+    }
+}
+
+/// Returns a measurement in x1 to x8.
+fn set_measurement(context: &mut Context, digest: &Digest) {
+    let mut results = [0; 1 + MEASUREMENT_SIZE / 8];
+    for (result, word) in results.iter_mut().skip(1).zip(digest.as_chunks().0) {
+        *result = u64::from_le_bytes(*word);
+    }
+    context.set_results(results);
+}
+
+/// Extends measurement x1 by x2 bytes of x3 to x10. Returns whether it can be.
+fn extend<G>(guest: &Guest<G>, context: &Context) -> bool {
+    let [_, index, size, values @ ..] = &context.x;
+    let mut bytes = [0; MEASUREMENT_SIZE];
+    for (chunk, value) in bytes.chunks_exact_mut(8).zip(values) {
+        chunk.copy_from_slice(&value.to_le_bytes());
+    }
+    let data = usize::try_from(*size).ok().and_then(|size| bytes.get(..size));
+    data.is_some_and(|data| guest.measurements.lock().extend(*index, data))
+}
+
+/// Writes the configuration to the page that x1 points to.
+fn write_config<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: &mut Context) -> Outcome {
+    let [_, address, ..] = context.x;
+    let Some(page) = guest.range(address, 1) else {
+        return failed(context);
+    };
+    let mut config = [0_u8; 9];
+    if let Some((bits, hash)) = config.split_at_mut_checked(8) {
+        bits.copy_from_slice(&guest.attributes.ipa_bits.to_le_bytes());
+        hash.copy_from_slice(&[SHA_256]);
+    }
+    // The rest of the page is zero, which takes few bytes of stack at a time.
+    let zeroes = [0_u8; 512];
+    let rest = (0..PAGE_SIZE).step_by(zeroes.len()).filter_map(|offset| page.base().checked_add(offset));
+    let mut writes = rest.map(|at| (at, &zeroes[..])).chain([(page.base(), &config[..])]);
+    match writes.try_for_each(|(at, bytes)| transitions.write_guest(&guest.memory, at, bytes)) {
+        Ok(()) => {
+            context.set_results([SUCCESS]);
+            Outcome::Done
+        }
+        Err(frame) => not_private(context, page.base(), frame),
+    }
+}
+
+/// Returns what x1 points to.
+fn host_call_address<G>(guest: &Guest<G>, context: &Context) -> Option<Ipa> {
+    let [_, address, ..] = context.x;
+    let at = Ipa::new(address).filter(|at| u64::try_from(HOST_CALL_SIZE).is_ok_and(|size| at.is_aligned(size)))?;
+    guest.range(at.page().raw(), 1)?;
+    Some(at)
+}
+
+fn host_call<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: &mut Context) -> Outcome {
+    let Some(at) = host_call_address(guest, context) else {
+        return failed(context);
+    };
+    let mut bytes = [0; HOST_CALL_SIZE];
+    if let Err(frame) = transitions.read_guest(&guest.memory, at, &mut bytes) {
+        return not_private(context, at, frame);
+    }
+    let ([head, words @ ..], _) = bytes.as_chunks::<8>() else {
+        return failed(context);
+    };
+    let [low, high, ..] = *head;
+    let mut registers = [0; 31];
+    for (register, word) in registers.iter_mut().zip(words) {
+        *register = u64::from_le_bytes(*word);
+    }
+    Outcome::HostCall { immediate: u16::from_le_bytes([low, high]), registers }
+}

@@ -1,0 +1,182 @@
+//! What VMs are made of: the transitions of memory between host, hypervisor and guests.
+
+use ravelin_abi::VmAttributes;
+use ravelin_memory::{Ipa, IpaRange, PhysAddr, PhysRange};
+
+use crate::{Refusal, measurement::PageBytes};
+
+/// The transitions of memory that VMs take part in, on the CPU that runs.
+///
+/// Each is all or nothing, and takes the locks that it needs for itself. Ranges are as long as the caller says they may be;
+/// those of a guest may have any length, and are done in part.
+pub trait Transitions {
+    /// A guest's memory: its stage 2 and the pages for its tables.
+    type Guest: Send + Sync;
+
+    /// Makes pages of the host the hypervisor's, mapped writable in its stage 1, with their contents.
+    ///
+    /// # Errors
+    ///
+    /// Those of the host call DONATE.
+    fn donate(&self, range: PhysRange) -> Result<(), Refusal>;
+
+    /// Undoes a [`Transitions::donate`] of the same range, of fewer pages than a block has; nothing is in them any more. The
+    /// pages are scrubbed.
+    fn take_back(&self, range: PhysRange);
+
+    /// Lends a page of the host's to the hypervisor and maps it writable in its stage 1, so that the host can neither end the
+    /// loan nor give the page away.
+    ///
+    /// # Errors
+    ///
+    /// Those of the host calls SHARE and PIN.
+    fn borrow_page(&self, page: PhysAddr) -> Result<(), Refusal>;
+
+    /// Undoes a [`Transitions::borrow_page`].
+    fn return_page(&self, page: PhysAddr);
+
+    /// Returns how many pages a guest of these attributes needs for the root of its stage 2: a power of two.
+    fn root_pages(attributes: VmAttributes) -> u64;
+
+    /// Returns an empty guest with the VMID `slot + 1`. The root of its stage 2 is in `root`, which the hypervisor owns: as
+    /// many pages as [`Transitions::root_pages`] says, aligned to their size.
+    fn new_guest(&self, slot: usize, attributes: VmAttributes, root: PhysRange) -> Self::Guest;
+
+    /// Gives a guest pages of the host for its tables.
+    ///
+    /// # Errors
+    ///
+    /// Those of the host call VM_DONATE_TABLES.
+    fn donate_tables(&self, guest: &Self::Guest, range: PhysRange) -> Result<(), Refusal>;
+
+    /// Puts pages of the host into a guest's memory: a protected one becomes their owner, an ordinary one borrows them.
+    ///
+    /// # Errors
+    ///
+    /// Those of the host call VM_MAP.
+    fn map(&self, guest: &Self::Guest, range: PhysRange, at: Ipa) -> Result<(), Refusal>;
+
+    /// Takes borrowed pages from an ordinary guest.
+    ///
+    /// # Errors
+    ///
+    /// Those of the host call VM_UNMAP.
+    fn unmap(&self, guest: &Self::Guest, range: IpaRange) -> Result<(), Refusal>;
+
+    /// Gives the host access to what a guest has offered.
+    ///
+    /// # Errors
+    ///
+    /// Those of the host call CLAIM.
+    fn claim(&self, guest: &Self::Guest, range: IpaRange) -> Result<(), Refusal>;
+
+    /// Ends the host's access to what it has claimed.
+    ///
+    /// # Errors
+    ///
+    /// Those of the host call RELEASE.
+    fn release(&self, guest: &Self::Guest, range: IpaRange) -> Result<(), Refusal>;
+
+    /// Returns the slot of the VM that owned a page a moment ago.
+    ///
+    /// # Errors
+    ///
+    /// NOT_RAM; DENIED if none did.
+    fn owner(&self, page: PhysAddr) -> Result<usize, Refusal>;
+
+    /// Takes private pages of a guest from it, scrubs them and returns them to the host; their frames are poisoned.
+    ///
+    /// # Errors
+    ///
+    /// Those of the host call FORCE_RECLAIM; DENIED also for pages of another guest.
+    fn force_reclaim(&self, guest: &Self::Guest, range: PhysRange) -> Result<(), Refusal>;
+
+    /// Returns what pages of a guest that never runs again are in `range` to the host.
+    ///
+    /// # Errors
+    ///
+    /// Those of the host call VM_RECLAIM.
+    fn reclaim(&self, guest: &Self::Guest, range: IpaRange) -> Result<(), Refusal>;
+
+    /// Returns whether a guest has no pages, apart from those for its tables.
+    fn is_empty(&self, guest: &Self::Guest) -> bool;
+
+    /// Returns up to `most` pages for tables of an empty guest that never runs again to the host, scrubbed, and then how many
+    /// are left. With the last of them, nothing that hardware has cached of the guest is left either. The root stays.
+    ///
+    /// # Errors
+    ///
+    /// NO_MEMORY.
+    fn return_tables(&self, guest: &Self::Guest, most: u64) -> Result<u64, Refusal>;
+
+    /// Reads a page that the hypervisor has just made a guest's.
+    fn read_page(&self, page: PhysAddr, read: &mut dyn FnMut(&PageBytes));
+
+    /// Offers pages of a guest to the host, the first pages of the range. Returns how many; at least one.
+    ///
+    /// # Errors
+    ///
+    /// See [`GuestFailure`]; nothing has changed.
+    fn share(&self, guest: &Self::Guest, range: IpaRange) -> Result<u64, GuestFailure>;
+
+    /// Makes offered pages the guest's alone again, the first pages of the range. Returns how many; at least one. Of a realm,
+    /// frames that are not offered, also absent ones, are passed over.
+    ///
+    /// # Errors
+    ///
+    /// See [`GuestFailure`]; nothing has changed.
+    fn unshare(&self, guest: &Self::Guest, range: IpaRange) -> Result<u64, GuestFailure>;
+
+    /// Gives private pages of a guest up, the first pages of the range: they are scrubbed and the host's again. Returns how
+    /// many; at least one.
+    ///
+    /// # Errors
+    ///
+    /// See [`GuestFailure`]; nothing has changed.
+    fn relinquish(&self, guest: &Self::Guest, range: IpaRange) -> Result<u64, GuestFailure>;
+
+    /// Returns what the first frame of a range is to the guest, and how many frames from there on are known to be the same;
+    /// at least one.
+    fn look(&self, guest: &Self::Guest, range: IpaRange) -> (Frame, u64);
+
+    /// Copies from a private page of the guest. `bytes` does not cross the end of the page. Other vCPUs may write there at the
+    /// same time.
+    ///
+    /// # Errors
+    ///
+    /// The frame is not private.
+    fn read_guest(&self, guest: &Self::Guest, at: Ipa, bytes: &mut [u8]) -> Result<(), Frame>;
+
+    /// Copies to a private page of the guest, as [`Transitions::read_guest`].
+    ///
+    /// # Errors
+    ///
+    /// The frame is not private.
+    fn write_guest(&self, guest: &Self::Guest, at: Ipa, bytes: &[u8]) -> Result<(), Frame>;
+}
+
+/// Why a transition that a guest wants does not happen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuestFailure {
+    /// There is no page in this frame. The host may put one there.
+    Absent(Ipa),
+    /// The host has claimed pages of this range and must release them first.
+    Claimed(IpaRange),
+    /// This many pages for tables are missing.
+    NeedsTables(u64),
+    /// A frame is poisoned, or not in the state that the transition starts from.
+    Refused,
+}
+
+/// What a frame is to its guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Frame {
+    /// There is no page.
+    Absent,
+    /// The page is the guest's alone, or lent to it by the host.
+    Private,
+    /// The page is offered to the host.
+    Shared,
+    /// The page was taken by force.
+    Poisoned,
+}

@@ -1,0 +1,537 @@
+//! VMs and their lives.
+//!
+//! A VM is *created* and gets tables, vCPUs and memory; *sealed*, from when on it can run; and *dying*, when its memory and
+//! then all that the host has donated for it go back to the host. Each step holds the lock of the VM's slot: those that end
+//! a stage alone, all others together with the CPUs that run vCPUs, so that none of them ever sees a stage end.
+
+use core::{
+    mem::size_of,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+};
+
+use ravelin_abi::{MAX_TAKE_BACK_PAGES, Status, VmAttributes};
+use ravelin_memory::{IpaRange, PAGE_SIZE, PhysAddr, PhysRange};
+use ravelin_vgic::{Gic, Spi, VcpuGic, VcpuSet};
+use spin::Mutex;
+
+use crate::{
+    Guest, Handle, ObjectMemory, Power, Refusal, Transitions,
+    gic::{SPIS, VcpuGics, VmGic},
+    measurement::{Measurement, Measurements, Seal},
+    table::Table,
+};
+
+/// A vCPU.
+pub struct Vcpu<V> {
+    /// Its state.
+    pub state: V,
+    index: usize,
+    run_page: PhysAddr,
+    metadata: PhysRange,
+}
+
+impl<V> Vcpu<V> {
+    /// Returns which vCPU of its VM it is.
+    pub const fn index(&self) -> usize {
+        self.index
+    }
+
+    /// Returns the page, mapped writable in the EL2 stage 1, through which the host runs the vCPU.
+    pub const fn run_page(&self) -> PhysAddr {
+        self.run_page
+    }
+}
+
+/// Place for a vCPU.
+struct VcpuSlot<B> {
+    /// Set once there is one, for those who do not hold the lock.
+    exists: AtomicBool,
+    power: Power,
+    /// The vCPU, if it exists. Who runs it holds the lock.
+    vcpu: Mutex<Option<B>>,
+}
+
+// By hand, because a derive would ask the same of the box.
+impl<B> Default for VcpuSlot<B> {
+    fn default() -> Self {
+        Self { exists: AtomicBool::new(false), power: Power::off(), vcpu: Mutex::new(None) }
+    }
+}
+
+type VcpuSlots<O, V> = <O as ObjectMemory>::Slice<VcpuSlot<<O as ObjectMemory>::Box<Vcpu<V>>>>;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Created,
+    Sealed,
+    Dying,
+}
+
+/// A VM.
+pub struct Vm<O: ObjectMemory, G: Send + Sync, V: Send + Sync> {
+    handle: Handle,
+    stage: Stage,
+    guest: Guest<G>,
+    /// Until it is sealed. Who adds to it holds the lock while pages become the guest's, so that their order is that of the
+    /// measurement.
+    measurement: Mutex<Measurement>,
+    vcpus: VcpuSlots<O, V>,
+    gic: Mutex<VmGic<O>>,
+    metadata: PhysRange,
+}
+
+impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vm<O, G, V> {
+    /// Returns the VM's handle.
+    pub const fn handle(&self) -> Handle {
+        self.handle
+    }
+
+    /// Returns what the guest's calls work on.
+    pub const fn guest(&self) -> &Guest<G> {
+        &self.guest
+    }
+
+    /// Returns whether a vCPU is on, if it exists.
+    pub fn power(&self, vcpu: usize) -> Option<&Power> {
+        self.vcpus.get(vcpu).filter(|slot| slot.exists.load(Relaxed)).map(|slot| &slot.power)
+    }
+
+    /// Runs `f` on the VM's interrupt controller. No other lock may be taken meanwhile.
+    pub fn with_gic<R>(&self, f: impl FnOnce(&mut Gic<'_, VcpuGics<O>>) -> R) -> Option<R> {
+        self.gic.lock().view().as_mut().map(f)
+    }
+
+    /// Returns the refusal of what a VM in this stage does not do.
+    fn demand(&self, allowed: &[Stage]) -> Result<(), Refusal> {
+        if allowed.contains(&self.stage) { Ok(()) } else { Err(Status::WrongState.into()) }
+    }
+
+    /// Returns the range of the guest's memory that is at an address.
+    fn range(&self, base: u64, pages: u64) -> Result<IpaRange, Refusal> {
+        self.guest.range(base, pages).ok_or(Status::Overflow.into())
+    }
+}
+
+/// A VM that has not died.
+const ALIVE: &[Stage] = &[Stage::Created, Stage::Sealed];
+
+/// All VMs.
+pub struct Vms<O: ObjectMemory, G: Send + Sync, V: Send + Sync> {
+    objects: O,
+    table: Table<O::Box<Vm<O, G, V>>>,
+}
+
+impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
+    /// Returns a table without VMs, which keeps its objects in `objects`.
+    pub const fn new(objects: O) -> Self {
+        Self { objects, table: Table::new() }
+    }
+
+    /// Returns how many pages a VM of these attributes takes, and how many each of its vCPUs.
+    pub fn sizes<T: Transitions<Guest = G>>(attributes: VmAttributes) -> (u64, u64) {
+        (Sizes::new::<T, O, V>(attributes).total(), pages_for::<Vcpu<V>>(1))
+    }
+
+    /// Makes a VM of pages that the host donates.
+    ///
+    /// # Errors
+    ///
+    /// INVALID unless there are as many pages as [`Vms::sizes`] says; UNALIGNED; those of [`Transitions::donate`]; LIMIT if
+    /// there are 255 VMs.
+    pub fn create<T: Transitions<Guest = G>>(
+        &self,
+        transitions: &T,
+        attributes: VmAttributes,
+        metadata: PhysRange,
+    ) -> Result<Handle, Refusal> {
+        let sizes = Sizes::new::<T, O, V>(attributes);
+        let parts = sizes.parts(metadata).ok_or(Status::Invalid)?;
+        if !parts.root.base().is_aligned(parts.root.size()) {
+            return Err(Status::Unaligned.into());
+        }
+        let vcpus = vcpus(attributes);
+        self.table.create(|handle| {
+            transitions.donate(metadata)?;
+            let objects = &self.objects;
+            let gics = objects.place_slice(parts.gics, vcpus, |_| None);
+            let spis = objects.place_slice(parts.spis, SPIS, |_| Spi::default());
+            let vm = Vm {
+                handle,
+                stage: Stage::Created,
+                guest: Guest::new(attributes, transitions.new_guest(handle.slot(), attributes, parts.root)),
+                measurement: Mutex::new(Measurement::new()),
+                vcpus: objects.place_slice(parts.vcpus, vcpus, |_| VcpuSlot::default()),
+                gic: Mutex::new(VmGic::new(spis, gics)),
+                metadata,
+            };
+            Ok(objects.place(parts.vm, vm))
+        })
+    }
+
+    /// Gives a VM pages of the host for its tables.
+    ///
+    /// # Errors
+    ///
+    /// WRONG_STATE if it is dying; those of [`Transitions::donate_tables`].
+    pub fn donate_tables<T: Transitions<Guest = G>>(
+        &self,
+        transitions: &T,
+        handle: Handle,
+        tables: PhysRange,
+    ) -> Result<(), Refusal> {
+        self.table.shared(handle, |vm| {
+            vm.demand(ALIVE)?;
+            transitions.donate_tables(&vm.guest.memory, tables)
+        })
+    }
+
+    /// Makes a vCPU of pages that the host donates, with a run page that stays the host's. `state` returns its first state
+    /// for its index.
+    ///
+    /// # Errors
+    ///
+    /// WRONG_STATE if the VM is sealed; INVALID if the VM cannot have a vCPU of this index, or unless there are as many pages
+    /// as [`Vms::sizes`] says; EXISTS; those of [`Transitions::donate`] and [`Transitions::borrow_page`].
+    pub fn create_vcpu<T: Transitions<Guest = G>>(
+        &self,
+        transitions: &T,
+        handle: Handle,
+        index: u64,
+        metadata: PhysRange,
+        run_page: PhysAddr,
+        state: impl FnOnce(usize) -> V,
+    ) -> Result<(), Refusal> {
+        self.table.shared(handle, |vm| {
+            vm.demand(&[Stage::Created])?;
+            let index = usize::try_from(index).map_err(|_| Status::Invalid)?;
+            let slot = vm.vcpus.get(index).ok_or(Status::Invalid)?;
+            let mut vcpu = slot.vcpu.try_lock().ok_or(Status::Busy)?;
+            if vcpu.is_some() {
+                return Err(Status::Exists.into());
+            }
+            if metadata.pages() != pages_for::<Vcpu<V>>(1) {
+                return Err(Status::Invalid.into());
+            }
+            transitions.borrow_page(run_page)?;
+            transitions.donate(metadata).inspect_err(|_| transitions.return_page(run_page))?;
+            let new = Vcpu { state: state(index), index, run_page, metadata };
+            *vcpu = Some(self.objects.place(metadata, new));
+            vm.gic.lock().add(index);
+            slot.exists.store(true, Relaxed);
+            Ok(())
+        })
+    }
+
+    /// Puts pages of the host at a guest address. Those that a protected VM gets before it is sealed are measured.
+    ///
+    /// # Errors
+    ///
+    /// WRONG_STATE if it is dying; OVERFLOW if the guest has no memory there; TOO_LARGE if too many pages had to be measured;
+    /// BUSY while other pages are; those of [`Transitions::map`].
+    pub fn map<T: Transitions<Guest = G>>(
+        &self,
+        transitions: &T,
+        handle: Handle,
+        at: u64,
+        range: PhysRange,
+    ) -> Result<(), Refusal> {
+        self.table.shared(handle, |vm| {
+            vm.demand(ALIVE)?;
+            let frames = vm.range(at, range.pages())?;
+            let measured = vm.stage == Stage::Created && vm.guest.kind().is_protected();
+            if !measured {
+                return transitions.map(&vm.guest.memory, range, frames.base());
+            }
+            if range.pages() > MAX_TAKE_BACK_PAGES {
+                return Err(Status::TooLarge.into());
+            }
+            let mut measurement = vm.measurement.try_lock().ok_or(Status::Busy)?;
+            transitions.map(&vm.guest.memory, range, frames.base())?;
+            for (page, frame) in range.iter().zip(frames.iter()) {
+                transitions.read_page(page, &mut |contents| measurement.add_page(frame, contents));
+            }
+            Ok(())
+        })
+    }
+
+    /// Takes lent pages from an ordinary VM.
+    ///
+    /// # Errors
+    ///
+    /// WRONG_STATE if it is dying or not an ordinary one; OVERFLOW; those of [`Transitions::unmap`].
+    pub fn unmap<T: Transitions<Guest = G>>(
+        &self,
+        transitions: &T,
+        handle: Handle,
+        range: IpaRange,
+    ) -> Result<(), Refusal> {
+        self.on_frames(handle, range, |vm, range| {
+            if vm.guest.kind().is_protected() {
+                return Err(Status::WrongState.into());
+            }
+            transitions.unmap(&vm.guest.memory, range)
+        })
+    }
+
+    /// Fixes what a VM is when it starts, and where: at `entry`, with `device_tree` in x0.
+    ///
+    /// # Errors
+    ///
+    /// WRONG_STATE if it is sealed already, or dying; OVERFLOW if the guest has no memory there; ABSENT without a vCPU 0; BUSY
+    /// while anything else is done with the VM.
+    pub fn seal(&self, handle: Handle, entry: u64, device_tree: u64) -> Result<(), Refusal> {
+        self.alone(handle, |vm| {
+            vm.demand(&[Stage::Created])?;
+            for address in [entry, device_tree] {
+                vm.range(address & !(PAGE_SIZE.wrapping_sub(1)), 1)?;
+            }
+            let exist = vm.vcpus.iter().filter(|slot| slot.exists.load(Relaxed)).count();
+            // It has never been on.
+            vm.power(0).ok_or(Status::Absent)?.turn_on(entry, device_tree).map_err(|_| Status::WrongState)?;
+            let attributes = vm.guest.attributes;
+            let seal = Seal { attributes, vcpus: u64::try_from(exist).unwrap_or(u64::MAX), entry, device_tree };
+            *vm.guest.measurements.get_mut() = Measurements::new(vm.measurement.get_mut().seal(&seal));
+            vm.gic.get_mut().reset();
+            vm.stage = Stage::Sealed;
+            Ok(())
+        })
+    }
+
+    /// Runs `f` on a vCPU of a sealed VM, which nobody else can run meanwhile. The VM stays sealed.
+    ///
+    /// # Errors
+    ///
+    /// WRONG_STATE if the VM is not sealed, or dying; ABSENT; BUSY if another CPU has it; those of `f`.
+    pub fn run<R>(
+        &self,
+        handle: Handle,
+        index: u64,
+        f: impl FnOnce(&Vm<O, G, V>, &mut Vcpu<V>) -> Result<R, Refusal>,
+    ) -> Result<R, Refusal> {
+        self.table.shared(handle, |vm| {
+            vm.demand(&[Stage::Sealed])?;
+            let slot = usize::try_from(index).ok().and_then(|index| vm.vcpus.get(index)).ok_or(Status::Absent)?;
+            let mut vcpu = slot.vcpu.try_lock().ok_or(Status::Busy)?;
+            f(vm, vcpu.as_mut().ok_or(Status::Absent)?)
+        })
+    }
+
+    /// Moves the wire of an SPI, and runs `kick` for the vCPUs that must look at their interrupts.
+    ///
+    /// # Errors
+    ///
+    /// WRONG_STATE unless the VM is sealed; INVALID for what is not an SPI of the host.
+    pub fn raise_spi(
+        &self,
+        handle: Handle,
+        intid: u64,
+        level: bool,
+        kick: impl FnOnce(&Vm<O, G, V>, VcpuSet),
+    ) -> Result<(), Refusal> {
+        self.table.shared(handle, |vm| {
+            vm.demand(&[Stage::Sealed])?;
+            let intid = u32::try_from(intid).map_err(|_| Status::Invalid)?;
+            let raised = vm.with_gic(|gic| gic.raise_spi(intid, level));
+            let vcpus = raised.and_then(Result::ok).ok_or(Status::Invalid)?;
+            kick(vm, vcpus);
+            Ok(())
+        })
+    }
+
+    /// Gives the host access to what the guest has offered.
+    ///
+    /// # Errors
+    ///
+    /// WRONG_STATE if the VM is dying; OVERFLOW; those of [`Transitions::claim`].
+    pub fn claim<T: Transitions<Guest = G>>(
+        &self,
+        transitions: &T,
+        handle: Handle,
+        range: IpaRange,
+    ) -> Result<(), Refusal> {
+        self.on_frames(handle, range, |vm, range| transitions.claim(&vm.guest.memory, range))
+    }
+
+    /// Ends the host's access to what it has claimed.
+    ///
+    /// # Errors
+    ///
+    /// WRONG_STATE if the VM is dying; OVERFLOW; those of [`Transitions::release`].
+    pub fn release<T: Transitions<Guest = G>>(
+        &self,
+        transitions: &T,
+        handle: Handle,
+        range: IpaRange,
+    ) -> Result<(), Refusal> {
+        self.on_frames(handle, range, |vm, range| transitions.release(&vm.guest.memory, range))
+    }
+
+    /// Takes private pages from a living guest, all of the same one.
+    ///
+    /// # Errors
+    ///
+    /// WRONG_STATE if its VM is dying; those of [`Transitions::owner`] and [`Transitions::force_reclaim`].
+    pub fn force_reclaim<T: Transitions<Guest = G>>(&self, transitions: &T, range: PhysRange) -> Result<(), Refusal> {
+        let denied = Refusal { status: Status::Denied, detail: range.base().raw() };
+        let reclaimed = self.table.shared_slot(transitions.owner(range.base())?, |vm| {
+            vm.demand(ALIVE)?;
+            transitions.force_reclaim(&vm.guest.memory, range)
+        });
+        // The page was the guest's a moment ago.
+        reclaimed.map_err(|refusal| if refusal.status == Status::BadHandle { denied } else { refusal })
+    }
+
+    /// Ends a VM's life.
+    ///
+    /// # Errors
+    ///
+    /// WRONG_STATE if it is dying already; BUSY while anything else is done with it.
+    pub fn teardown(&self, handle: Handle) -> Result<(), Refusal> {
+        self.alone(handle, |vm| {
+            vm.demand(ALIVE)?;
+            vm.stage = Stage::Dying;
+            Ok(())
+        })
+    }
+
+    /// Returns the pages of a dying VM in a range of frames to the host.
+    ///
+    /// # Errors
+    ///
+    /// WRONG_STATE unless it is dying; OVERFLOW; those of [`Transitions::reclaim`].
+    pub fn reclaim<T: Transitions<Guest = G>>(
+        &self,
+        transitions: &T,
+        handle: Handle,
+        range: IpaRange,
+    ) -> Result<(), Refusal> {
+        self.table.shared(handle, |vm| {
+            vm.demand(&[Stage::Dying])?;
+            let range = vm.range(range.base().raw(), range.pages())?;
+            transitions.reclaim(&vm.guest.memory, range)
+        })
+    }
+
+    /// Returns what was donated for a dying VM to the host, [`MAX_TAKE_BACK_PAGES`] at most, and then how many pages are left.
+    /// With the last of them the handle loses its meaning.
+    ///
+    /// # Errors
+    ///
+    /// WRONG_STATE unless it is dying; BUSY while it has memory, or anything else is done with it; those of
+    /// [`Transitions::return_tables`].
+    pub fn destroy<T: Transitions<Guest = G>>(&self, transitions: &T, handle: Handle) -> Result<u64, Refusal> {
+        self.table.alone(handle, |entry| {
+            let vm = entry.as_mut().ok_or(Status::BadHandle)?;
+            vm.demand(&[Stage::Dying])?;
+            if !transitions.is_empty(&vm.guest.memory) {
+                return Err(Status::Busy.into());
+            }
+            let metadata = vm.metadata;
+            let mut most = MAX_TAKE_BACK_PAGES.saturating_sub(metadata.pages());
+            let mut left = 0_u64;
+            for slot in vm.vcpus.iter_mut() {
+                let vcpu = slot.vcpu.get_mut();
+                let Some(&Vcpu { metadata, run_page, .. }) = vcpu.as_deref() else { continue };
+                if let Some(rest) = most.checked_sub(metadata.pages()) {
+                    most = rest;
+                    *vcpu = None;
+                    transitions.take_back(metadata);
+                    transitions.return_page(run_page);
+                } else {
+                    left = left.saturating_add(metadata.pages());
+                }
+            }
+            left = left.saturating_add(transitions.return_tables(&vm.guest.memory, most)?);
+            if left != 0 {
+                return Ok(left.saturating_add(metadata.pages()));
+            }
+            *entry = None;
+            transitions.take_back(metadata);
+            Ok(0)
+        })
+    }
+
+    /// Does something with frames of a living VM.
+    fn on_frames(
+        &self,
+        handle: Handle,
+        range: IpaRange,
+        f: impl FnOnce(&Vm<O, G, V>, IpaRange) -> Result<(), Refusal>,
+    ) -> Result<(), Refusal> {
+        self.table.shared(handle, |vm| {
+            vm.demand(ALIVE)?;
+            f(vm, vm.range(range.base().raw(), range.pages())?)
+        })
+    }
+
+    /// Takes a VM from one stage to the next.
+    fn alone(&self, handle: Handle, f: impl FnOnce(&mut Vm<O, G, V>) -> Result<(), Refusal>) -> Result<(), Refusal> {
+        self.table.alone(handle, |entry| f(entry.as_mut().ok_or(Status::BadHandle)?))
+    }
+}
+
+/// Returns how many vCPUs a VM may have.
+fn vcpus(attributes: VmAttributes) -> usize {
+    usize::try_from(attributes.vcpus).unwrap_or(0)
+}
+
+/// Returns how many pages `count` values take.
+fn pages_for<T>(count: usize) -> u64 {
+    u64::try_from(size_of::<T>().saturating_mul(count)).unwrap_or(u64::MAX).div_ceil(PAGE_SIZE)
+}
+
+/// How many pages the parts of a VM take.
+struct Sizes {
+    root: u64,
+    vm: u64,
+    vcpus: u64,
+    spis: u64,
+    gics: u64,
+}
+
+/// Where the parts of a VM are.
+struct Parts {
+    root: PhysRange,
+    vm: PhysRange,
+    vcpus: PhysRange,
+    spis: PhysRange,
+    gics: PhysRange,
+}
+
+impl Sizes {
+    fn new<T: Transitions, O: ObjectMemory, V: Send + Sync>(attributes: VmAttributes) -> Self {
+        let vcpus = vcpus(attributes);
+        Self {
+            root: T::root_pages(attributes),
+            vm: pages_for::<Vm<O, T::Guest, V>>(1),
+            vcpus: pages_for::<VcpuSlot<O::Box<Vcpu<V>>>>(vcpus),
+            spis: pages_for::<Spi>(SPIS),
+            gics: pages_for::<Option<VcpuGic>>(vcpus),
+        }
+    }
+
+    fn total(&self) -> u64 {
+        [self.root, self.vm, self.vcpus, self.spis, self.gics].into_iter().fold(0, u64::saturating_add)
+    }
+
+    /// Cuts a range into the parts. `None` unless it has the right size.
+    fn parts(&self, range: PhysRange) -> Option<Parts> {
+        let mut next = range.base().raw();
+        let mut cut = |pages| {
+            let part = PhysRange::new(next, pages).ok().filter(|part| range.covers(part))?;
+            next = part.end();
+            Some(part)
+        };
+        let parts = Parts {
+            root: cut(self.root)?,
+            vm: cut(self.vm)?,
+            vcpus: cut(self.vcpus)?,
+            spis: cut(self.spis)?,
+            gics: cut(self.gics)?,
+        };
+        (next == range.end()).then_some(parts)
+    }
+}
+
+#[cfg(test)]
+mod tests;
