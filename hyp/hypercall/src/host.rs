@@ -214,5 +214,6 @@ const fn state_code(state: HostState) -> PageStateCode {
         HostState::NoPage => PageStateCode::NoPage,
         HostState::Owned => PageStateCode::Owned,
         HostState::SharedOwned => PageStateCode::SharedOwned,
+        HostState::SharedBorrowed => PageStateCode::SharedBorrowed,
     }
 }

@@ -51,8 +51,7 @@ impl<P: TablePool> Inner<'_, P> {
     fn check_counts(&self) -> Result<(), Inconsistency> {
         let mut counted = Counts::default();
         self.table.count_pages(&mut counted);
-        let pages = |counts: &Counts| (counts.host_owned, counts.host_shared, counts.hyp_owned, counts.hyp_donated);
-        if pages(&counted) != pages(&self.counts) {
+        if counted.pages() != self.counts.pages() {
             return Err(Inconsistency::Counts);
         }
         for (block, owned) in self.table.blocks() {

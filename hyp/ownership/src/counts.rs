@@ -13,13 +13,23 @@ pub struct Counts {
     pub hyp_owned: u64,
     /// Pages that the host has donated to the hypervisor.
     pub hyp_donated: u64,
+    /// Pages that the host has donated for VMs and what they are made of, their tables included.
+    pub hyp_kept: u64,
+    /// Pages that the host lends to ordinary VMs.
+    pub host_lent: u64,
+    /// Pages that guests own alone.
+    pub guest_owned: u64,
+    /// Pages that guests offer to the host, and that it has not claimed.
+    pub guest_offered: u64,
+    /// Pages of guests that the host has claimed.
+    pub guest_claimed: u64,
     /// Translation tables that the host's stage 2 uses, less its root.
     pub host_tables: usize,
     /// Translation tables from the pool that the EL2 stage 1 uses.
     pub el2_tables: usize,
     /// Translation tables left in the pool.
     pub free_tables: usize,
-    /// TLB invalidations of stage 2 since boot.
+    /// TLB invalidations of stage 2, of the host and of guests, since boot.
     pub stage2_invalidations: u64,
     /// TLB invalidations of the EL2 stage 1 since boot.
     pub el2_invalidations: u64,
@@ -45,12 +55,32 @@ impl Counts {
         }
     }
 
+    /// Returns how many pages are in each state.
+    pub(crate) const fn pages(&self) -> [u64; 9] {
+        [
+            self.host_owned,
+            self.host_shared,
+            self.hyp_owned,
+            self.hyp_donated,
+            self.hyp_kept,
+            self.host_lent,
+            self.guest_owned,
+            self.guest_offered,
+            self.guest_claimed,
+        ]
+    }
+
     fn of(&mut self, state: State) -> Option<&mut u64> {
         match state {
             State::HOST_OWNED => Some(&mut self.host_owned),
             State::HOST_SHARED => Some(&mut self.host_shared),
             State::HYP_OWNED => Some(&mut self.hyp_owned),
             State::HYP_DONATED => Some(&mut self.hyp_donated),
+            State::HYP_KEPT => Some(&mut self.hyp_kept),
+            State::HOST_LENT => Some(&mut self.host_lent),
+            State::GUEST_OWNED => Some(&mut self.guest_owned),
+            State::GUEST_OFFERED => Some(&mut self.guest_offered),
+            State::GUEST_CLAIMED => Some(&mut self.guest_claimed),
             _ => None,
         }
     }

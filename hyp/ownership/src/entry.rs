@@ -4,22 +4,29 @@
 //! |---|---|---|
 //! | 11:0 | pins | pins, if uniform |
 //! | 15:12 | state | state, if uniform |
-//! | 23:16 | VM handle, later | 0 |
-//! | 33:24 | guest frame (59:24), later | pages in state `HostOwned`, if split |
+//! | 23:16 | slot of the VM, of a guest's page | the same, if uniform |
+//! | 59:24 | guest frame, of a guest's page | that of the first page, if uniform |
+//! | 33:24 | | pages in state `HostOwned`, if split |
 //! | 60 | 0 | split: the page entries count, not this one |
 //! | 61 | 0 | primed: the page entries all equal this uniform one |
+//!
+//! The pages of a uniform block of a guest have ascending frames, which need not be aligned to anything.
 
 use core::fmt;
 
 const PINS: u64 = 0xfff;
 const STATE_SHIFT: u32 = 12;
 const STATE: u64 = 0xf << STATE_SHIFT;
+const SLOT_SHIFT: u32 = 16;
+const SLOT: u64 = 0xff << SLOT_SHIFT;
+const FRAME_SHIFT: u32 = 24;
+const FRAME: u64 = ((1 << 36) - 1) << FRAME_SHIFT;
 const OWNED_SHIFT: u32 = 24;
 const OWNED: u64 = 0x3ff << OWNED_SHIFT;
 const SPLIT: u64 = 1 << 60;
 const PRIMED: u64 = 1 << 61;
 
-/// Owner in bits 1:0, bit 2 set if shared with the hypervisor, bit 3 if donated to it.
+/// Owner in bits 1:0: 0 nobody, 1 host, 2 hypervisor, 3 guest. Bits 3:2 say how.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct State(u64);
 
@@ -35,10 +42,30 @@ impl State {
     /// The hypervisor owns the page, which the host has donated.
     pub const HYP_DONATED: Self = Self(0b1010);
 
+    /// The hypervisor owns the page, which the host has donated for a VM: it comes back when the VM is done with it.
+    pub const HYP_KEPT: Self = Self(0b0110);
+    /// The host owns the page and lends it to an ordinary VM.
+    pub const HOST_LENT: Self = Self(0b1001);
+    /// A guest owns the page, and nobody else has access.
+    pub const GUEST_OWNED: Self = Self(0b0011);
+    /// A guest owns the page and offers it to the host, which has no access yet.
+    pub const GUEST_OFFERED: Self = Self(0b0111);
+    /// A guest owns the page and the host, which has claimed it, may access it.
+    pub const GUEST_CLAIMED: Self = Self(0b1111);
+
     /// Returns whether the host may access pages in this state.
     #[must_use]
     pub const fn host_access(self) -> bool {
-        self.0 & 0b11 == Self::HOST_OWNED.0
+        const ALLOWED: u64 = 1 << State::HOST_OWNED.0
+            | 1 << State::HOST_SHARED.0
+            | 1 << State::HOST_LENT.0
+            | 1 << State::GUEST_CLAIMED.0;
+        ALLOWED & (1 << self.0) != 0
+    }
+
+    /// Returns whether a guest has a mapping of the page.
+    pub(crate) const fn has_frame(self) -> bool {
+        self.0 & 0b11 == Self::GUEST_OWNED.0 || self.0 == Self::HOST_LENT.0
     }
 
     const fn bits(self) -> u64 {
@@ -54,6 +81,11 @@ impl fmt::Debug for State {
             Self::HOST_SHARED => "HostShared",
             Self::HYP_OWNED => "HypOwned",
             Self::HYP_DONATED => "HypDonated",
+            Self::HYP_KEPT => "HypKept",
+            Self::HOST_LENT => "HostLent",
+            Self::GUEST_OWNED => "GuestOwned",
+            Self::GUEST_OFFERED => "GuestOffered",
+            Self::GUEST_CLAIMED => "GuestClaimed",
             _ => "?",
         })
     }
@@ -72,8 +104,24 @@ impl Entry {
         Self(state.bits() | pins)
     }
 
+    /// State of a page that the guest in `slot` has in this frame, which has at most 36 bits.
+    pub(crate) fn of_guest(state: State, slot: u8, frame: u64) -> Self {
+        Self(state.bits() | u64::from(slot) << SLOT_SHIFT | frame << FRAME_SHIFT)
+    }
+
     pub(crate) const fn from_bits(bits: u64) -> Self {
-        Self(bits & (STATE | PINS))
+        Self(bits & (STATE | PINS | SLOT | FRAME))
+    }
+
+    /// Returns the entry of the page that lies `index` pages behind this entry's one, if they are of one kind.
+    pub(crate) const fn following(self, index: u64) -> Self {
+        if self.state().has_frame() { Self(self.0.wrapping_add(index << FRAME_SHIFT)) } else { self }
+    }
+
+    /// Returns slot and frame of the guest that has a mapping of the page.
+    pub(crate) fn guest(self) -> Option<(u8, u64)> {
+        let [_, _, slot, ..] = self.0.to_le_bytes();
+        self.state().has_frame().then_some((slot, (self.0 & FRAME) >> FRAME_SHIFT))
     }
 
     pub(crate) const fn bits(self) -> u64 {
@@ -90,7 +138,7 @@ impl Entry {
 
     /// Returns whether the EL2 stage 1 maps the page by this entry.
     pub(crate) const fn in_el2(self) -> bool {
-        self.0 & (State::HYP_DONATED.bits() & !State::HYP_OWNED.bits() | PINS) != 0
+        matches!(self.state(), State::HYP_DONATED | State::HYP_KEPT) || self.pins() != 0
     }
 }
 
@@ -165,12 +213,27 @@ mod tests {
         assert!(Entry::new(State::HOST_SHARED, 1).in_el2());
         assert!(!Entry::new(State::HOST_SHARED, 0).in_el2());
         assert!(!Entry::new(State::HYP_OWNED, 0).in_el2());
+        assert!(Entry::new(State::HYP_KEPT, 0).in_el2());
+        assert!(!Entry::of_guest(State::GUEST_CLAIMED, 255, 0).in_el2());
     }
 
     #[test]
-    fn only_the_host_has_host_access() {
-        let all = [State::NOBODY, State::HOST_OWNED, State::HOST_SHARED, State::HYP_OWNED, State::HYP_DONATED];
-        let access: Vec<_> = all.into_iter().filter(|state| state.host_access()).collect();
-        assert_eq!(access, [State::HOST_OWNED, State::HOST_SHARED]);
+    fn the_host_may_access_what_it_owns_or_has_claimed() {
+        let access: Vec<_> = (0..16).map(State).filter(|state| state.host_access()).collect();
+        assert_eq!(access, [State::HOST_OWNED, State::HOST_SHARED, State::HOST_LENT, State::GUEST_CLAIMED]);
+    }
+
+    #[test]
+    fn guest_entries_name_slot_and_frame() {
+        let entry = Entry::of_guest(State::GUEST_CLAIMED, 254, (1 << 36) - 2);
+        assert_eq!((entry.state(), entry.pins()), (State::GUEST_CLAIMED, 0));
+        assert_eq!(entry.guest(), Some((254, (1 << 36) - 2)));
+        assert_eq!(entry.following(1).guest(), Some((254, (1 << 36) - 1)));
+        assert_eq!(Block::uniform(entry).primed().as_uniform(), Some(entry));
+        let host = Entry::new(State::HOST_SHARED, 7);
+        assert_eq!((host.guest(), host.following(3)), (None, host));
+        for state in [State::GUEST_OWNED, State::GUEST_OFFERED, State::GUEST_CLAIMED, State::HOST_LENT] {
+            assert_eq!(Entry::of_guest(state, 3, 4).guest(), Some((3, 4)), "{state:?}");
+        }
     }
 }

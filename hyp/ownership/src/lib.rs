@@ -22,18 +22,25 @@ mod check;
 mod counts;
 mod entry;
 mod fault;
+mod guest;
 mod memory;
+mod reason;
 mod step;
 mod table;
 #[cfg(test)]
 mod tests;
+mod transfer;
+mod transient;
 
 pub use check::Inconsistency;
 pub use counts::Counts;
 pub use entry::State;
 pub use fault::HostFault;
+pub use guest::{GuestKind, GuestMemory};
 pub use memory::{Failure, HostState, Memory, PageReport, Reason};
+pub use reason::{GuestFailure, GuestReason, HostFailure};
 pub use table::{OwnershipTable, PAGES_PER_BLOCK, SetupError, Sizes, sizes};
+pub use transfer::{GuestPage, MAX_STEPS, Unshare};
 
 /// Translation tables that EL2's own mappings leave to the host's stage 2, so that it always gets on.
 pub const HOST_RESERVE: usize = 32;

@@ -1,6 +1,6 @@
 //! All of memory behind one lock.
 
-use core::mem;
+use core::{mem, ops::ControlFlow};
 
 use ravelin_memory::{HypAddr, Level, PhysAddr, PhysRange};
 use ravelin_pgtable::{El2, El2Usage, Flush, Machine, PageTable, Stage2, TablePool};
@@ -9,7 +9,7 @@ use spin::mutex::TicketMutex;
 use crate::{
     HOST_RESERVE,
     counts::Counts,
-    entry::State,
+    entry::{Entry, State},
     step::{El2Change, Step},
     table::{OwnershipTable, RamRange},
 };
@@ -66,8 +66,10 @@ pub enum HostState {
     NoPage,
     /// The host's alone.
     Owned,
-    /// The host's, shared with the hypervisor.
+    /// The host's, shared with the hypervisor or lent to an ordinary guest.
     SharedOwned,
+    /// A guest's, which the host has claimed.
+    SharedBorrowed,
 }
 
 /// What the host may know of a page.
@@ -173,7 +175,8 @@ impl<'a, P: TablePool> Memory<'a, P> {
         };
         let state = match entry.state() {
             State::HOST_OWNED => HostState::Owned,
-            State::HOST_SHARED => HostState::SharedOwned,
+            State::HOST_SHARED | State::HOST_LENT => HostState::SharedOwned,
+            State::GUEST_CLAIMED => HostState::SharedBorrowed,
             _ => return PageReport { state: HostState::NoPage, pins: 0 },
         };
         PageReport { state, pins: entry.pins() }
@@ -198,7 +201,7 @@ impl<'a, P: TablePool> Memory<'a, P> {
 
 impl<P: TablePool> Inner<'_, P> {
     /// Takes `step` for all pages of `range` or, if that is not possible, for none.
-    fn take<M: Machine>(&mut self, machine: &M, range: PhysRange, step: &Step) -> Result<(), Failure> {
+    pub(crate) fn take<M: Machine>(&mut self, machine: &M, range: PhysRange, step: &Step) -> Result<(), Failure> {
         let ram = self.table.check(range, step)?;
         if step.el2 != El2Change::None {
             self.reserve(machine, ram, range, step)?;
@@ -210,18 +213,27 @@ impl<P: TablePool> Inner<'_, P> {
             flush = self.host.unmap(machine, &mut self.pool, range.identity_ipa(), flush);
         }
         let Self { table, host, pool, .. } = self;
-        table.commit(ram, step, &mut |block| {
-            // With its last-level table out of the way, the next fault maps the block as one.
-            let block = block.identity_ipa();
-            if host.lookup(machine, block.base()).level == Level::L3 {
-                flush = host.unmap(machine, pool, block, mem::take(&mut flush));
-            }
-        });
-        if !flush.is_empty() {
-            self.flush_host(machine, flush);
-        }
+        table.commit(ram, step, &mut |block| rejoin(machine, host, pool, block, &mut flush));
+        self.flush_host(machine, flush);
         self.counts.moved(step.before, step.after, range.pages());
         Ok(())
+    }
+
+    /// Sets the entries of `run`, which is RAM, to `entry` and what follows it. Adds what that owes to `flush`, of the host.
+    pub(crate) fn assign<M: Machine>(
+        &mut self,
+        machine: &M,
+        run: PhysRange,
+        entry: Entry,
+        mut flush: Flush<Stage2>,
+    ) -> Flush<Stage2> {
+        let Self { table, host, pool, counts, .. } = self;
+        let _: ControlFlow<()> = table.visit(run, &mut |part, old, _| {
+            counts.moved(old.map_or(State::NOBODY, Entry::state), entry.state(), part.pages());
+            ControlFlow::Continue(())
+        });
+        table.assign(run, entry, &mut |block| rejoin(machine, host, pool, block, &mut flush));
+        flush
     }
 
     /// Makes sure that the pool has the tables that `step` takes for the EL2 stage 1, and leaves enough to the host.
@@ -292,6 +304,10 @@ impl<P: TablePool> Inner<'_, P> {
             El2Change::Map | El2Change::Unmap => change(range),
             El2Change::MapFirst | El2Change::UnmapLast => table.el2_runs(ram, step, &mut change),
         }
+        self.flush_el2(machine, flush);
+    }
+
+    pub(crate) fn flush_el2<M: Machine>(&mut self, machine: &M, flush: Flush<El2>) {
         if self.el2.flush(machine, &mut self.pool, flush) {
             self.counts.el2_invalidations = self.counts.el2_invalidations.wrapping_add(1);
         }
@@ -304,9 +320,27 @@ impl<P: TablePool> Inner<'_, P> {
         self.counts.evictions = self.counts.evictions.wrapping_add(1);
     }
 
-    fn flush_host<M: Machine>(&mut self, machine: &M, flush: Flush<Stage2>) {
+    pub(crate) fn flush_host<M: Machine>(&mut self, machine: &M, flush: Flush<Stage2>) {
         if self.host.flush(machine, &mut self.pool, flush) {
-            self.counts.stage2_invalidations = self.counts.stage2_invalidations.wrapping_add(1);
+            self.count_stage2_invalidation();
         }
+    }
+
+    pub(crate) const fn count_stage2_invalidation(&mut self) {
+        self.counts.stage2_invalidations = self.counts.stage2_invalidations.wrapping_add(1);
+    }
+}
+
+/// Takes the host's last-level table of `block` out of the way, so that the next fault maps the block as one.
+fn rejoin<M: Machine, P: TablePool>(
+    machine: &M,
+    host: &mut PageTable<Stage2>,
+    pool: &mut P,
+    block: PhysRange,
+    flush: &mut Flush<Stage2>,
+) {
+    let block = block.identity_ipa();
+    if host.lookup(machine, block.base()).level == Level::L3 {
+        *flush = host.unmap(machine, pool, block, mem::take(flush));
     }
 }

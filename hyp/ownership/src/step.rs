@@ -46,6 +46,8 @@ impl Step {
     pub(crate) const UNSHARE: Self = Self::unpinned(State::HOST_SHARED, State::HOST_OWNED, El2Change::None);
     pub(crate) const DONATE: Self = Self::unpinned(State::HOST_OWNED, State::HYP_DONATED, El2Change::Map);
     pub(crate) const TAKE_BACK: Self = Self::unpinned(State::HYP_DONATED, State::HOST_OWNED, El2Change::Unmap);
+    pub(crate) const KEEP: Self = Self::unpinned(State::HOST_OWNED, State::HYP_KEPT, El2Change::Map);
+    pub(crate) const GIVE_BACK: Self = Self::unpinned(State::HYP_KEPT, State::HOST_OWNED, El2Change::Unmap);
     pub(crate) const PIN: Self = Self {
         before: State::HOST_SHARED,
         after: State::HOST_SHARED,
@@ -140,9 +142,28 @@ impl Step {
 mod tests {
     use super::*;
 
-    const STEPS: [Step; 6] = [Step::SHARE, Step::UNSHARE, Step::DONATE, Step::TAKE_BACK, Step::PIN, Step::UNPIN];
-    const STATES: [State; 5] =
-        [State::NOBODY, State::HOST_OWNED, State::HOST_SHARED, State::HYP_OWNED, State::HYP_DONATED];
+    const STEPS: [Step; 8] = [
+        Step::SHARE,
+        Step::UNSHARE,
+        Step::DONATE,
+        Step::TAKE_BACK,
+        Step::KEEP,
+        Step::GIVE_BACK,
+        Step::PIN,
+        Step::UNPIN,
+    ];
+    const STATES: [State; 10] = [
+        State::NOBODY,
+        State::HOST_OWNED,
+        State::HOST_SHARED,
+        State::HYP_OWNED,
+        State::HYP_DONATED,
+        State::HYP_KEPT,
+        State::HOST_LENT,
+        State::GUEST_OWNED,
+        State::GUEST_OFFERED,
+        State::GUEST_CLAIMED,
+    ];
 
     impl Step {
         fn pins(&self) -> std::ops::RangeInclusive<u64> {

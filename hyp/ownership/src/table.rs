@@ -1,5 +1,7 @@
 //! The ownership table: an entry per 2 MiB block and, where the block is split, one per page.
 
+use core::ops::ControlFlow;
+
 use arrayvec::ArrayVec;
 use ravelin_memory::{BLOCK_SIZE, PAGE_SHIFT, PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_pgtable::Stage2Usage;
@@ -100,6 +102,17 @@ impl Piece {
 
     fn len(self) -> usize {
         self.end.wrapping_sub(self.first)
+    }
+
+    fn range(self) -> Option<PhysRange> {
+        run_range((self.page, self.page.wrapping_add(to_u64(self.len()))))
+    }
+}
+
+/// Writes `entry` and what follows it.
+fn write_run(entries: &mut [u64], entry: Entry) {
+    for (index, bits) in (0..).zip(entries) {
+        *bits = entry.following(index).bits();
     }
 }
 
@@ -249,12 +262,12 @@ impl<'a> OwnershipTable<'a> {
     pub(crate) fn entry(&self, page: PhysAddr) -> Option<Entry> {
         let piece = self.ram_range(PhysRange::single(page))?.pieces().next()?;
         match self.block(piece.index).as_uniform() {
-            Some(entry) => Some(entry),
+            Some(entry) => Some(entry.following(to_u64(piece.first))),
             None => self.pages.get(piece.index)?.get(piece.first).copied().map(Entry::from_bits),
         }
     }
 
-    /// Returns the entry of all pages of the block in which `page` lies, if the block is uniform RAM.
+    /// Returns the entry of the first page of the block in which `page` lies, if the block is uniform RAM.
     pub(crate) fn uniform_entry(&self, page: PhysAddr) -> Option<Entry> {
         self.block(self.ram_range(PhysRange::single(page))?.index).as_uniform()
     }
@@ -404,6 +417,74 @@ impl<'a> OwnershipTable<'a> {
         }
     }
 
+    /// Calls `f` in ascending order with each run of pages of `range` whose entries say the same, until `f` breaks: the pages,
+    /// the entry of the first and what it costs to look at and change them: one step for a block that is uniform and covered
+    /// as a whole, otherwise one for each page. What is not RAM has no entry.
+    pub(crate) fn visit<B>(
+        &self,
+        range: PhysRange,
+        f: &mut dyn FnMut(PhysRange, Option<Entry>, u64) -> ControlFlow<B>,
+    ) -> ControlFlow<B> {
+        let Some(ram) = self.ram_range(range) else {
+            return f(PhysRange::single(range.base()), None, 1);
+        };
+        for piece in ram.pieces() {
+            if let Some(entry) = self.block(piece.index).as_uniform() {
+                let Some(run) = piece.range() else { continue };
+                let steps = if piece.is_whole() { 1 } else { run.pages() };
+                f(run, Some(entry.following(to_u64(piece.first))), steps)?;
+                continue;
+            }
+            let mut entries = self.entries(piece);
+            let mut page = piece.page;
+            while let Some(first) = entries.first().copied().map(Entry::from_bits) {
+                let same =
+                    (0..).zip(entries).take_while(|(index, bits)| first.following(*index).bits() == **bits).count();
+                let end = page.wrapping_add(to_u64(same));
+                if let Some(run) = run_range((page, end)) {
+                    f(run, Some(first), to_u64(same))?;
+                }
+                page = end;
+                entries = entries.get(same..).unwrap_or_default();
+            }
+        }
+        match PhysAddr::new(ram.range.end()) {
+            Some(end) if ram.range.end() < range.end() => f(PhysRange::single(end), None, 1),
+            _ => ControlFlow::Continue(()),
+        }
+    }
+
+    /// Sets the entries of `range`, which is RAM, to `entry` and what follows it. Calls `collapsed` as
+    /// [`OwnershipTable::commit`] does.
+    pub(crate) fn assign(&mut self, range: PhysRange, entry: Entry, collapsed: &mut dyn FnMut(PhysRange)) {
+        let Some(ram) = self.ram_range(range) else { return };
+        let host_owned = Entry::new(State::HOST_OWNED, 0);
+        for piece in ram.pieces() {
+            let entry = entry.following(piece.page.wrapping_sub(range.base().page_number()));
+            let was_split = self.block(piece.index).as_uniform().is_none();
+            let whole = if piece.is_whole() {
+                self.set_block(piece.index, Block::uniform(entry));
+                true
+            } else {
+                let owned = |entries: &[u64]| to_u64(entries.iter().filter(|&&bits| bits == host_owned.bits()).count());
+                let total = self.split(piece.index);
+                let before = owned(self.entries(piece));
+                write_run(self.entries_mut(piece), entry);
+                let total = total.wrapping_sub(before).wrapping_add(owned(self.entries(piece)));
+                let whole = total == PAGES_PER_BLOCK_U64;
+                let uniform = Block::uniform(host_owned).primed();
+                self.set_block(piece.index, if whole { uniform } else { Block::split(total) });
+                whole
+            };
+            let block = address(piece.page).align_down(BLOCK_SIZE);
+            if let (true, true, Ok(block)) =
+                (whole && entry == host_owned, was_split, PhysRange::new(block.raw(), PAGES_PER_BLOCK_U64))
+            {
+                collapsed(block);
+            }
+        }
+    }
+
     /// Yields every block of RAM with its number of pages in state `HostOwned`, if it is split.
     pub(crate) fn blocks(&self) -> impl Iterator<Item = (PhysRange, Option<u64>)> {
         // A block in which one region ends and the next begins counts once.
@@ -464,6 +545,10 @@ impl<'a> OwnershipTable<'a> {
     /// Sets all page entries of a block.
     fn prime(&mut self, index: usize, entry: Entry) {
         if let Some(pages) = self.pages.get_mut(index) {
+            if entry.state().has_frame() {
+                write_run(pages, entry);
+                return;
+            }
             let entry = entry.bits();
             for run in pages.as_chunks_mut().0 {
                 *run = [entry, entry, entry, entry, entry, entry, entry, entry];

@@ -1,0 +1,213 @@
+//! The memory of a guest.
+
+use core::ops::DerefMut;
+
+use ravelin_memory::{Ipa, IpaRange, PAGE_SIZE, PhysAddr};
+use ravelin_pgtable::{Geometry, Machine, PageTable, Stage2, TablePool, Vmid, Vttbr};
+use spin::mutex::TicketMutex;
+
+/// What kind of guest it is, as far as its memory goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuestKind {
+    /// The host lends it pages and keeps access.
+    Ordinary,
+    /// The guest owns its pages. What it offers to the host stays mapped where it is.
+    Pkvm,
+    /// The guest owns its pages. The upper half of its address space is the alias of the lower one for what it offers to the
+    /// host: a page is mapped in one of the two only.
+    Realm,
+}
+
+/// The stage 2 of a guest, the pages for its tables, and how much it maps.
+///
+/// Behind a lock of its own, which is only taken while [`Memory`](crate::Memory)'s is held.
+pub struct GuestMemory {
+    slot: u8,
+    kind: GuestKind,
+    vttbr: Vttbr,
+    geometry: Geometry,
+    inner: TicketMutex<Guest>,
+}
+
+pub(crate) struct Guest {
+    pub(crate) tables: PageTable<Stage2>,
+    pub(crate) spare: Spare,
+    /// How many pages are mapped.
+    pub(crate) pages: u64,
+    /// Whether the guest never runs again.
+    pub(crate) dying: bool,
+}
+
+/// Which half of a realm's address space; other guests have only one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum View {
+    Private,
+    Shared,
+}
+
+impl GuestMemory {
+    /// Returns the guest in `slot`, 0 to 254, with empty root tables at `root`.
+    pub(crate) fn new(slot: u8, kind: GuestKind, geometry: Geometry, root: PhysAddr) -> Self {
+        // The host has VMID 0.
+        let tables = PageTable::of_guest(root, geometry, Vmid::new(slot.wrapping_add(1)));
+        let vttbr = tables.vttbr();
+        let inner = TicketMutex::new(Guest { tables, spare: Spare::default(), pages: 0, dying: false });
+        Self { slot, kind, vttbr, geometry, inner }
+    }
+
+    /// Returns the slot, which is what entries of the ownership table name the guest by. The VMID is one more.
+    #[must_use]
+    pub const fn slot(&self) -> u8 {
+        self.slot
+    }
+
+    /// Returns what kind of guest it is.
+    #[must_use]
+    pub const fn kind(&self) -> GuestKind {
+        self.kind
+    }
+
+    /// Returns root and VMID of the guest's stage 2.
+    #[must_use]
+    pub const fn vttbr(&self) -> Vttbr {
+        self.vttbr
+    }
+
+    /// Returns the shape of the guest's stage 2, which [`Geometry::vtcr`] makes VTCR_EL2 of.
+    #[must_use]
+    pub const fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// Returns the first guest address behind those of frames: for a realm, where the alias begins.
+    #[must_use]
+    pub const fn end(&self) -> u64 {
+        match self.kind {
+            GuestKind::Realm => self.geometry.end() >> 1,
+            GuestKind::Ordinary | GuestKind::Pkvm => self.geometry.end(),
+        }
+    }
+
+    /// Says that the guest never runs again. Only now, and from now on, its pages can be reclaimed.
+    ///
+    /// The caller sees to it that none of its vCPUs is running or will be.
+    pub fn kill(&self) {
+        self.inner.lock().dying = true;
+    }
+
+    /// Returns whether the guest has no pages, apart from those for its tables.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.inner.lock().pages == 0
+    }
+
+    /// Returns how many pages for tables it was given and has not returned.
+    #[must_use]
+    pub fn table_pages(&self) -> u64 {
+        let guest = self.inner.lock();
+        u64::try_from(guest.spare.available.saturating_add(guest.spare.in_use)).unwrap_or(u64::MAX)
+    }
+
+    pub(crate) fn lock(&self) -> impl DerefMut<Target = Guest> {
+        self.inner.lock()
+    }
+
+    /// Returns where `frames` are mapped in `view`.
+    pub(crate) fn in_view(&self, view: View, frames: IpaRange) -> IpaRange {
+        let alias = match (self.kind, view) {
+            (GuestKind::Realm, View::Shared) => self.end(),
+            _ => 0,
+        };
+        // Frames lie below the alias.
+        IpaRange::new(frames.base().raw() | alias, frames.pages()).unwrap_or(frames)
+    }
+
+    /// Returns the other view, if there is one.
+    pub(crate) fn other(&self, view: View) -> Option<View> {
+        match (self.kind, view) {
+            (GuestKind::Realm, View::Private) => Some(View::Shared),
+            (GuestKind::Realm, View::Shared) => Some(View::Private),
+            _ => None,
+        }
+    }
+
+    /// Returns the frame that `ipa`, in either view, names.
+    pub(crate) fn frame(&self, ipa: Ipa) -> Option<Ipa> {
+        if ipa.raw() >= self.geometry.end() {
+            return None;
+        }
+        Ipa::new(ipa.raw() & self.end().wrapping_sub(1)).map(Ipa::page)
+    }
+}
+
+/// Pages for tables that wait: a list through the first entries of the pages themselves, because the hypervisor has no memory
+/// of its own that grows with what a host donates.
+#[derive(Debug, Default)]
+pub(crate) struct Spare {
+    first: Option<PhysAddr>,
+    pub(crate) available: usize,
+    pub(crate) in_use: usize,
+}
+
+impl Spare {
+    /// Adds a page that is mapped writable in the EL2 stage 1, other than the one at address 0.
+    pub(crate) fn push<M: Machine>(&mut self, machine: &M, page: PhysAddr) {
+        // Bit 0 is clear, so for a walker that still gets here this is an invalid descriptor.
+        machine.write(page, 0, self.first.map_or(0, PhysAddr::raw));
+        self.first = Some(page);
+        self.available = self.available.saturating_add(1);
+    }
+
+    /// Returns the page that [`Spare::pop`] would.
+    pub(crate) const fn peek(&self) -> Option<PhysAddr> {
+        self.first
+    }
+
+    pub(crate) fn pop<M: Machine>(&mut self, machine: &M) -> Option<PhysAddr> {
+        let page = self.first?;
+        self.first = PhysAddr::new(machine.read(page, 0)).filter(|next| next.raw() != 0);
+        self.available = self.available.saturating_sub(1);
+        Some(page)
+    }
+
+    /// Returns the list as a pool.
+    pub(crate) const fn pool<'a, M>(&'a mut self, machine: &'a M) -> SparePool<'a, M> {
+        SparePool { spare: self, machine }
+    }
+}
+
+pub(crate) struct SparePool<'a, M> {
+    spare: &'a mut Spare,
+    machine: &'a M,
+}
+
+impl<M: Machine> TablePool for SparePool<'_, M> {
+    fn allocate(&mut self) -> Option<PhysAddr> {
+        let table = self.spare.pop(self.machine)?;
+        self.spare.in_use = self.spare.in_use.saturating_add(1);
+        Some(table)
+    }
+
+    fn free(&mut self, table: PhysAddr) {
+        self.spare.push(self.machine, table);
+        self.spare.in_use = self.spare.in_use.saturating_sub(1);
+    }
+
+    fn available(&self) -> usize {
+        self.spare.available
+    }
+
+    fn in_use(&self) -> usize {
+        self.spare.in_use
+    }
+}
+
+/// Returns the first `pages` pages of `range`, if there are so many.
+pub(crate) fn first_pages(range: IpaRange, pages: u64) -> Option<IpaRange> {
+    IpaRange::new(range.base().raw(), pages).ok().filter(|first| range.covers(first))
+}
+
+/// Returns the number of the frame at `ipa`; that of the next one if `ipa` lies in between.
+pub(crate) const fn frame_number(ipa: Ipa) -> u64 {
+    ipa.raw() / PAGE_SIZE
+}
