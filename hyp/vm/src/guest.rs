@@ -122,3 +122,118 @@ pub(crate) const fn function(context: &Context) -> u32 {
     let [a, b, c, d, ..] = x0.to_le_bytes();
     u32::from_le_bytes([a, b, c, d])
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use ravelin_memory::PhysRange;
+
+    use super::*;
+    use crate::{
+        fake::{Fake, FakeGuest},
+        transitions::GuestFailure,
+    };
+
+    /// Guest address of the first frame of [`TestGuest`].
+    pub(crate) const GUEST: u64 = 0x1000_0000;
+
+    /// Where its pages are.
+    pub(crate) const PAYLOAD: u64 = 0x5000_0000;
+
+    /// A guest with some frames, and what it calls.
+    pub(crate) struct TestGuest {
+        pub(crate) memory: Fake,
+        pub(crate) guest: Guest<FakeGuest>,
+    }
+
+    impl TestGuest {
+        pub(crate) fn new(kind: VmKind, pages: u64) -> Self {
+            let memory = Fake::default();
+            let attributes = VmAttributes { kind, ipa_bits: 40, vcpus: 1 };
+            let root = PhysRange::new(0x4000_0000, 2).unwrap();
+            memory.donate(root).unwrap();
+            let its = memory.new_guest(3, attributes, root);
+            if pages != 0 {
+                memory.map(&its, PhysRange::new(PAYLOAD, pages).unwrap(), ipa(GUEST)).unwrap();
+            }
+            Self { memory, guest: Guest::new(attributes, its) }
+        }
+
+        pub(crate) fn claim(&self, base: u64) {
+            self.memory.claim(self.guest.memory(), IpaRange::single(ipa(base))).unwrap();
+        }
+
+        pub(crate) fn poison(&self, page: u64) {
+            self.memory.force_reclaim(self.guest.memory(), PhysRange::new(page, 1).unwrap()).unwrap();
+        }
+
+        pub(crate) fn look(&self, base: u64) -> Frame {
+            self.memory.look(self.guest.memory(), IpaRange::single(ipa(base))).0
+        }
+    }
+
+    pub(crate) fn ipa(address: u64) -> Ipa {
+        Ipa::new(address).unwrap()
+    }
+
+    /// Returns registers with the first ones as given.
+    pub(crate) fn registers<const N: usize>(first: [u64; N]) -> Context {
+        let mut context = Context { x: [0x5a5a; 31], ..Context::default() };
+        context.x[..N].copy_from_slice(&first);
+        context
+    }
+
+    #[test]
+    fn what_is_where_in_a_pkvm_guest() {
+        let test = TestGuest::new(VmKind::Pkvm, 3);
+        let backing = |address, described| test.guest.backing(&test.memory, ipa(address), described);
+        assert_eq!(test.memory.share(test.guest.memory(), IpaRange::single(ipa(GUEST))), Ok(1));
+        test.poison(PAYLOAD + 0x1000);
+        for described in [true, false] {
+            assert_eq!(backing(GUEST, described), None, "shared");
+            assert_eq!(backing(GUEST + 0x1000, described), Some(Backing::Nothing), "poisoned");
+            assert_eq!(backing(GUEST + 0x2000, described), None, "private");
+            assert_eq!(backing(1 << 40, described), Some(Backing::Nothing), "beyond its addresses");
+        }
+        assert_eq!(backing(0x900_0000, true), Some(Backing::Device));
+        assert_eq!(backing(0x900_0000, false), Some(Backing::Memory));
+        // It says where devices are.
+        assert!(test.guest.mmio.lock().add(ipa(0x900_0000)));
+        for described in [true, false] {
+            assert_eq!(backing(0x900_0000, described), Some(Backing::Device));
+            assert_eq!(backing(0x900_1000, described), Some(Backing::Memory));
+        }
+    }
+
+    #[test]
+    fn what_is_where_in_a_realm() {
+        let test = TestGuest::new(VmKind::Realm, 3);
+        let backing = |address| test.guest.backing(&test.memory, ipa(address), true);
+        let bit = test.guest.shared_bit().unwrap();
+        assert_eq!((bit, test.guest.memory_bits()), (1 << 39, 39));
+        assert_eq!(test.memory.share(test.guest.memory(), IpaRange::single(ipa(GUEST))), Ok(1));
+        test.poison(PAYLOAD + 0x1000);
+        assert_eq!([backing(GUEST), backing(GUEST | bit)], [Some(Backing::Nothing), None], "shared");
+        assert_eq!(backing(GUEST + 0x1000), Some(Backing::Nothing), "poisoned");
+        assert_eq!(backing((GUEST + 0x1000) | bit), Some(Backing::Device));
+        assert_eq!(
+            [backing(GUEST + 0x2000), backing((GUEST + 0x2000) | bit)],
+            [None, Some(Backing::Device)],
+            "private"
+        );
+        assert_eq!([backing(0x900_0000), backing(0x900_0000 | bit)], [Some(Backing::Memory), Some(Backing::Device)]);
+        assert_eq!(backing(bit << 1), Some(Backing::Nothing));
+    }
+
+    #[test]
+    fn only_the_guests_memory_is_a_range() {
+        let test = TestGuest::new(VmKind::Pkvm, 0);
+        let end = 1 << 40;
+        assert!(test.guest.range(end - 0x1000, 1).is_some());
+        for (base, pages) in [(end - 0x1000, 2), (end, 1), (1, 1), (0, 0), (u64::MAX, 1), (0, u64::MAX), (!0xfff, 1)] {
+            assert_eq!(test.guest.range(base, pages), None, "{base:#x} {pages}");
+        }
+        assert_eq!(test.guest.shared_bit(), None);
+        let beyond = IpaRange::single(ipa(GUEST));
+        assert_eq!(test.memory.share(test.guest.memory(), beyond), Err(GuestFailure::Absent(ipa(GUEST))));
+    }
+}

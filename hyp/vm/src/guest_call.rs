@@ -119,3 +119,6 @@ fn guard<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, address: u64)
     };
     guest.mmio.lock().add(page.base())
 }
+
+#[cfg(test)]
+mod tests;

@@ -249,3 +249,6 @@ fn host_call<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: 
     }
     Outcome::HostCall { immediate: u16::from_le_bytes([low, high]), registers }
 }
+
+#[cfg(test)]
+mod tests;
