@@ -13,8 +13,16 @@ use crate::{process, workspace};
 const BARE_METAL: [&str; 4] = ["ravelin-arch", "ravelin", "ravelin-payload", "ravelin-linux-probe"];
 
 /// Crates whose tests run under Miri: those of the hypervisor that forbid unsafe code.
-const MIRI: [&str; 6] =
-    ["ravelin-memory", "ravelin-pgtable", "ravelin-ownership", "ravelin-platform", "ravelin-hypercall", "ravelin-abi"];
+const MIRI: [&str; 8] = [
+    "ravelin-memory",
+    "ravelin-pgtable",
+    "ravelin-ownership",
+    "ravelin-platform",
+    "ravelin-vgic",
+    "ravelin-vm",
+    "ravelin-hypercall",
+    "ravelin-abi",
+];
 
 /// Formatting.
 pub(super) fn fmt(_full: bool, report: &mut Report) -> Result<()> {

@@ -12,11 +12,13 @@ use crate::setup::{self, Needs};
 use crate::workspace;
 
 /// Crates that forbid unsafe code.
-const SAFE_CRATES: [&str; 7] = [
+const SAFE_CRATES: [&str; 9] = [
     "hyp/memory/src/lib.rs",
     "hyp/pgtable/src/lib.rs",
     "hyp/ownership/src/lib.rs",
     "hyp/platform/src/lib.rs",
+    "hyp/vgic/src/lib.rs",
+    "hyp/vm/src/lib.rs",
     "hyp/hypercall/src/lib.rs",
     "host-interface/abi/src/lib.rs",
     "qemu/xtask/src/main.rs",
