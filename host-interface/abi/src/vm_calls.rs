@@ -29,7 +29,7 @@ pub const VM_CALLS: &[Call] = &[
     Call {
         number: 0xc600_1011,
         name: "VM_DONATE_TABLES",
-        doc: "Gives a VM pages that the host owns, for its translation tables.",
+        doc: "Gives a VM pages that the host owns, for its translation tables. One that is being torn down may need some, too.",
         arguments: &[HANDLE, ADDRESS, FEW_PAGES],
         results: &[STATUS, FIRST_FAILED],
         request: |parsed| HostCall::Vm(VmCall::DonateTables { handle: parsed.value(0), tables: parsed.range(1) }),
@@ -56,7 +56,7 @@ pub const VM_CALLS: &[Call] = &[
         name: "VM_MAP",
         doc: "Puts pages that the host owns at a guest address, with their contents. A protected VM becomes their owner and \
               the host loses access; to an ordinary one they are lent. What a protected VM gets before it is sealed is \
-              measured, and may be 512 pages a call.",
+              measured, and may be 512 pages a call; later it may be 512 pages or blocks of 2 MiB, aligned in both places.",
         arguments: &[HANDLE, GUEST_PAGE, ADDRESS, PAGES],
         results: &[STATUS, FIRST_FAILED],
         request: |parsed| {
@@ -66,7 +66,8 @@ pub const VM_CALLS: &[Call] = &[
     Call {
         number: 0xc600_1014,
         name: "VM_UNMAP",
-        doc: "Takes pages that are lent to an ordinary VM from it.",
+        doc: "Takes pages that are lent to an ordinary VM from it. A call does 512 pages at \
+              most, or blocks of 2 MiB that are contiguous memory.",
         arguments: &[HANDLE, GUEST_PAGE, PAGES],
         results: &[STATUS, FIRST_FAILED_FRAME],
         request: |parsed| HostCall::Vm(VmCall::Unmap { handle: parsed.value(0), range: parsed.range(1) }),
@@ -107,9 +108,12 @@ pub const VM_CALLS: &[Call] = &[
         number: 0xc600_1018,
         name: "VM_RECLAIM",
         doc: "Returns the pages of a VM that is being torn down to the host: zeroed if they were the guest's alone, with their \
-              contents if they were shared. Guest addresses without a page are passed over.",
-        arguments: &[HANDLE, GUEST_PAGE, FEW_PAGES],
-        results: &[STATUS, FIRST_FAILED_FRAME],
+              contents if they were shared. Guest addresses without a page are passed over. Long ranges are done in part.",
+        arguments: &[HANDLE, GUEST_PAGE, PAGES],
+        results: &[
+            STATUS,
+            "pages that are done, the first ones; after a failure the guest address of the first page that failed, or 0",
+        ],
         request: |parsed| HostCall::Vm(VmCall::Reclaim { handle: parsed.value(0), range: parsed.range(1) }),
     },
     Call {
@@ -125,7 +129,8 @@ pub const VM_CALLS: &[Call] = &[
     Call {
         number: 0xc600_101a,
         name: "CLAIM",
-        doc: "Takes up a guest's offer: the host may access the pages until it releases them.",
+        doc: "Takes up a guest's offer: the host may access the pages until it releases them. A call does 512 pages at \
+              most, or blocks of 2 MiB that are contiguous memory.",
         arguments: &[HANDLE, GUEST_PAGE, PAGES],
         results: &[STATUS, FIRST_FAILED_FRAME],
         request: |parsed| HostCall::Vm(VmCall::Claim { handle: parsed.value(0), range: parsed.range(1) }),
@@ -133,7 +138,8 @@ pub const VM_CALLS: &[Call] = &[
     Call {
         number: 0xc600_101b,
         name: "RELEASE",
-        doc: "Ends the host's access to pages that it has claimed. They stay offered.",
+        doc: "Ends the host's access to pages that it has claimed. They stay offered. A call does 512 pages at \
+              most, or blocks of 2 MiB that are contiguous memory.",
         arguments: &[HANDLE, GUEST_PAGE, PAGES],
         results: &[STATUS, FIRST_FAILED_FRAME],
         request: |parsed| HostCall::Vm(VmCall::Release { handle: parsed.value(0), range: parsed.range(1) }),
@@ -166,7 +172,12 @@ pub const VM_CALLS: &[Call] = &[
         name: "VM_SIZES",
         doc: "Says how many pages the host has to donate for a VM of these attributes and for each of its vCPUs.",
         arguments: &[ATTRIBUTES],
-        results: &[STATUS, "pages for VM_CREATE", "pages for VCPU_CREATE"],
+        results: &[
+            STATUS,
+            "pages for VM_CREATE",
+            "pages for VCPU_CREATE",
+            "pages of which the address for VM_CREATE is a multiple",
+        ],
         request: |parsed| HostCall::Vm(VmCall::Sizes { attributes: parsed.attributes(0) }),
     },
 ];

@@ -2,13 +2,17 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Mutex, MutexGuard},
+    sync::{
+        Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
 };
 
 use ravelin_abi::{Status, VmAttributes, VmKind};
 use ravelin_memory::{Ipa, IpaRange, PAGE_SIZE, PhysAddr, PhysRange};
+use ravelin_ownership::GuestPage;
 
-use crate::{Frame, GuestFailure, ObjectMemory, Refusal, Transitions, measurement::PageBytes};
+use crate::{GuestFailure, ObjectMemory, Refusal, Transitions};
 
 /// The heap.
 pub(crate) struct Heap;
@@ -70,11 +74,14 @@ pub(crate) struct World {
     poisoned: Vec<(usize, u64)>,
     /// What the next map or share asks for.
     pub(crate) tables_needed: u64,
+    /// Whether the next page cannot be read.
+    pub(crate) read_fails: bool,
 }
 
 pub(crate) struct FakeGuest {
     slot: usize,
     attributes: VmAttributes,
+    dying: AtomicBool,
 }
 
 #[derive(Default)]
@@ -157,12 +164,14 @@ impl World {
         }
     }
 
-    fn look(&self, slot: usize, frame: u64) -> Frame {
+    fn look(&self, slot: usize, frame: u64) -> GuestPage {
         match self.frame(slot, frame) {
-            _ if self.poisoned.contains(&(slot, frame)) => Frame::Poisoned,
-            None => Frame::Absent,
-            Some((_, GuestState::Private | GuestState::Lent)) => Frame::Private,
-            Some((_, GuestState::Offered | GuestState::Claimed)) => Frame::Shared,
+            _ if self.poisoned.contains(&(slot, frame)) => GuestPage::Poisoned,
+            None => GuestPage::Absent,
+            Some((_, GuestState::Private)) => GuestPage::Private,
+            Some((_, GuestState::Lent)) => GuestPage::Lent,
+            Some((_, GuestState::Offered)) => GuestPage::Offered,
+            Some((_, GuestState::Claimed)) => GuestPage::Claimed,
         }
     }
 
@@ -191,11 +200,11 @@ impl World {
 impl Transitions for Fake {
     type Guest = FakeGuest;
 
-    fn donate(&self, range: PhysRange) -> Result<(), Refusal> {
+    fn keep(&self, range: PhysRange) -> Result<(), Refusal> {
         self.lock().take(range, |_| Owner::Hypervisor)
     }
 
-    fn take_back(&self, range: PhysRange) {
+    fn give_back(&self, range: PhysRange) {
         let mut world = self.lock();
         assert!(range.pages() < 512);
         for page in pages(range) {
@@ -227,13 +236,13 @@ impl Transitions for Fake {
         if attributes.ipa_bits == 40 { 2 } else { 1 }
     }
 
-    fn new_guest(&self, slot: usize, attributes: VmAttributes, root: PhysRange) -> FakeGuest {
+    fn new_guest(&self, slot: usize, attributes: VmAttributes, root: PhysRange) -> Result<FakeGuest, Refusal> {
         assert_eq!(root.pages(), Self::root_pages(attributes));
         assert!(root.base().is_aligned(root.size()));
         let mut world = self.lock();
         pages(root).for_each(|page| assert_eq!(world.owner(page), Owner::Hypervisor));
         world.poisoned.retain(|&(its, _)| its != slot);
-        FakeGuest { slot, attributes }
+        Ok(FakeGuest { slot, attributes, dying: AtomicBool::new(false) })
     }
 
     fn donate_tables(&self, guest: &FakeGuest, range: PhysRange) -> Result<(), Refusal> {
@@ -252,9 +261,9 @@ impl Transitions for Fake {
         let first = at.page_number();
         for (frame, page) in (first..).zip(pages(range)) {
             match world.look(slot, frame) {
-                Frame::Absent => {}
-                Frame::Poisoned => return Err(refusal(Status::Poisoned, page)),
-                Frame::Private | Frame::Shared => return Err(refusal(Status::Exists, page)),
+                GuestPage::Absent => {}
+                GuestPage::Poisoned => return Err(refusal(Status::Poisoned, page)),
+                _ => return Err(refusal(Status::Exists, page)),
             }
         }
         let state = if guest.attributes.kind == VmKind::Ordinary { GuestState::Lent } else { GuestState::Private };
@@ -276,10 +285,10 @@ impl Transitions for Fake {
         self.lock().change(guest.slot, range, from, to, Status::Denied)
     }
 
-    fn owner(&self, page: PhysAddr) -> Result<usize, Refusal> {
+    fn owner(&self, page: PhysAddr) -> Option<usize> {
         match self.lock().owner(page.page_number()) {
-            Owner::Guest { slot, .. } => Ok(slot),
-            _ => Err(refusal(Status::Denied, page.page_number())),
+            Owner::Guest { slot, .. } => Some(slot),
+            _ => None,
         }
     }
 
@@ -300,7 +309,13 @@ impl Transitions for Fake {
         Ok(())
     }
 
-    fn reclaim(&self, guest: &FakeGuest, range: IpaRange) -> Result<(), Refusal> {
+    fn kill(&self, guest: &FakeGuest) {
+        assert!(!guest.dying.swap(true, SeqCst));
+    }
+
+    fn reclaim(&self, guest: &FakeGuest, range: IpaRange) -> Result<u64, Refusal> {
+        assert!(guest.dying.load(SeqCst));
+        let range = first(range);
         let mut world = self.lock();
         for frame in range.iter().map(Ipa::page_number) {
             match world.frame(guest.slot, frame) {
@@ -309,7 +324,7 @@ impl Transitions for Fake {
                 None => {}
             }
         }
-        Ok(())
+        Ok(range.pages())
     }
 
     fn is_empty(&self, guest: &FakeGuest) -> bool {
@@ -330,9 +345,18 @@ impl Transitions for Fake {
         Ok(later.len() as u64)
     }
 
-    fn read_page(&self, page: PhysAddr, read: &mut dyn FnMut(&PageBytes)) {
-        assert!(matches!(self.owner_of(page.raw()), Owner::Guest { state: GuestState::Private, .. }));
-        read(&[self.content(page.raw()); PAGE_SIZE as usize]);
+    fn read_pages(&self, guest: &FakeGuest, range: IpaRange, read: &mut dyn FnMut(&[u8])) -> Result<u64, Refusal> {
+        let range = IpaRange::new(range.base().raw(), range.pages().min(3)).unwrap();
+        for frame in range.iter() {
+            if std::mem::take(&mut self.lock().read_fails) {
+                return Err(Status::NoMemory.into());
+            }
+            let Some((page, GuestState::Private)) = self.lock().frame(guest.slot, frame.page_number()) else {
+                panic!("{frame} is not private");
+            };
+            (0..4).for_each(|_| read(&[self.content(page << 12); 1024]));
+        }
+        Ok(range.pages())
     }
 
     fn share(&self, guest: &FakeGuest, range: IpaRange) -> Result<u64, GuestFailure> {
@@ -343,9 +367,9 @@ impl Transitions for Fake {
         }
         for frame in range.iter() {
             match world.look(guest.slot, frame.page_number()) {
-                Frame::Absent => return Err(GuestFailure::Absent(frame)),
-                Frame::Private => {}
-                Frame::Shared | Frame::Poisoned => return Err(GuestFailure::Refused),
+                GuestPage::Absent => return Err(GuestFailure::Absent(frame)),
+                GuestPage::Private => {}
+                _ => return Err(GuestFailure::Refused),
             }
         }
         let (from, to) = (GuestState::Private, Some(GuestState::Offered));
@@ -362,7 +386,7 @@ impl Transitions for Fake {
             match world.frame(guest.slot, frame.page_number()) {
                 Some((_, GuestState::Offered)) => offered.push(frame),
                 Some((_, GuestState::Claimed)) => return Err(GuestFailure::Claimed(IpaRange::single(frame))),
-                _ if world.look(guest.slot, frame.page_number()) == Frame::Poisoned => {
+                _ if world.look(guest.slot, frame.page_number()) == GuestPage::Poisoned => {
                     return Err(GuestFailure::Refused);
                 }
                 _ if realm => {}
@@ -387,19 +411,20 @@ impl Transitions for Fake {
         Ok(range.pages())
     }
 
-    fn look(&self, guest: &FakeGuest, range: IpaRange) -> (Frame, u64) {
+    fn look(&self, guest: &FakeGuest, range: IpaRange) -> (GuestPage, u64) {
         let world = self.lock();
         let what = |frame: Ipa| world.look(guest.slot, frame.page_number());
         let same = range.iter().take_while(|&frame| what(frame) == what(range.base())).count();
         (what(range.base()), same as u64)
     }
 
-    fn read_guest(&self, guest: &FakeGuest, at: Ipa, bytes: &mut [u8]) -> Result<(), Frame> {
+    fn read_guest(&self, guest: &FakeGuest, at: Ipa, bytes: &mut [u8]) -> Result<(), GuestFailure> {
         let world = self.lock();
         assert!(at.raw() % PAGE_SIZE + bytes.len() as u64 <= PAGE_SIZE);
         match world.look(guest.slot, at.page_number()) {
-            Frame::Private => {}
-            other => return Err(other),
+            GuestPage::Private => {}
+            GuestPage::Absent => return Err(GuestFailure::Absent(at.page())),
+            _ => return Err(GuestFailure::Refused),
         }
         for (address, byte) in (at.raw()..).zip(bytes) {
             *byte = world.written.get(&address).copied().unwrap_or(0xcc);
@@ -407,12 +432,13 @@ impl Transitions for Fake {
         Ok(())
     }
 
-    fn write_guest(&self, guest: &FakeGuest, at: Ipa, bytes: &[u8]) -> Result<(), Frame> {
+    fn write_guest(&self, guest: &FakeGuest, at: Ipa, bytes: &[u8]) -> Result<(), GuestFailure> {
         let mut world = self.lock();
         assert!(at.raw() % PAGE_SIZE + bytes.len() as u64 <= PAGE_SIZE);
         match world.look(guest.slot, at.page_number()) {
-            Frame::Private => {}
-            other => return Err(other),
+            GuestPage::Private => {}
+            GuestPage::Absent => return Err(GuestFailure::Absent(at.page())),
+            _ => return Err(GuestFailure::Refused),
         }
         world.written.extend((at.raw()..).zip(bytes.iter().copied()));
         Ok(())

@@ -2,14 +2,10 @@
 
 use ravelin_abi::{VmAttributes, VmKind};
 use ravelin_memory::{Ipa, IpaRange};
+use ravelin_ownership::GuestPage;
 use spin::Mutex;
 
-use crate::{
-    Backing, Context,
-    measurement::Measurements,
-    mmio_guard::MmioGuard,
-    transitions::{Frame, Transitions},
-};
+use crate::{Backing, Context, measurement::Measurements, mmio_guard::MmioGuard, transitions::Transitions};
 
 /// What a guest's calls work on.
 pub struct Guest<G> {
@@ -102,12 +98,14 @@ impl<G> Guest<G> {
         let Some(range) = self.range(address, 1) else {
             return Some(if marked == Some(true) { Backing::Device } else { Backing::Nothing });
         };
-        match (transitions.look(&self.memory, range), marked) {
-            ((Frame::Shared, _), Some(false)) | ((Frame::Poisoned, _), None | Some(false)) => Some(Backing::Nothing),
-            ((Frame::Absent | Frame::Private | Frame::Poisoned, _), Some(true)) => Some(Backing::Device),
-            ((Frame::Private | Frame::Shared, _), _) => None,
-            ((Frame::Absent, _), Some(false)) => Some(Backing::Memory),
-            ((Frame::Absent, _), None) => {
+        let (frame, _) = transitions.look(&self.memory, range);
+        match (frame, marked) {
+            (GuestPage::Offered | GuestPage::Claimed, Some(true) | None)
+            | (GuestPage::Private | GuestPage::Lent, Some(false) | None) => None,
+            (_, Some(true)) => Some(Backing::Device),
+            (GuestPage::Offered | GuestPage::Claimed | GuestPage::Poisoned, _) => Some(Backing::Nothing),
+            (GuestPage::Absent, Some(false)) => Some(Backing::Memory),
+            (GuestPage::Absent, None) => {
                 let guard = self.mmio.lock();
                 let device = guard.contains(page) || described && guard.allows(page);
                 Some(if device { Backing::Device } else { Backing::Memory })
@@ -150,8 +148,8 @@ pub(crate) mod tests {
             let memory = Fake::default();
             let attributes = VmAttributes { kind, ipa_bits: 40, vcpus: 1 };
             let root = PhysRange::new(0x4000_0000, 2).unwrap();
-            memory.donate(root).unwrap();
-            let its = memory.new_guest(3, attributes, root);
+            memory.keep(root).unwrap();
+            let its = memory.new_guest(3, attributes, root).unwrap();
             if pages != 0 {
                 memory.map(&its, PhysRange::new(PAYLOAD, pages).unwrap(), ipa(GUEST)).unwrap();
             }
@@ -166,7 +164,7 @@ pub(crate) mod tests {
             self.memory.force_reclaim(self.guest.memory(), PhysRange::new(page, 1).unwrap()).unwrap();
         }
 
-        pub(crate) fn look(&self, base: u64) -> Frame {
+        pub(crate) fn look(&self, base: u64) -> GuestPage {
             self.memory.look(self.guest.memory(), IpaRange::single(ipa(base))).0
         }
     }

@@ -3,11 +3,12 @@
 
 use ravelin_abi::{MAX_RANGE_PAGES, VmKind};
 use ravelin_memory::{IpaRange, PAGE_SIZE};
+use ravelin_ownership::GuestPage;
 
 use crate::{
     Context,
     guest::{self, Guest, Outcome},
-    transitions::{Frame, GuestFailure, Transitions},
+    transitions::{GuestFailure, Transitions},
 };
 
 const UID: u32 = 0x8600_ff01;
@@ -114,7 +115,7 @@ fn guard<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, address: u64)
     let Some(page) = guest.range(address, 1) else {
         return false;
     };
-    let (Frame::Absent, _) = transitions.look(&guest.memory, page) else {
+    let (GuestPage::Absent, _) = transitions.look(&guest.memory, page) else {
         return false;
     };
     guest.mmio.lock().add(page.base())

@@ -11,10 +11,6 @@ use ravelin_abi::VmAttributes;
 use ravelin_memory::{Ipa, PAGE_SIZE};
 use sha2::{Digest as _, Sha256};
 
-/// Contents of a page.
-#[expect(clippy::as_conversions, reason = "constant, and no smaller than a page")]
-pub type PageBytes = [u8; PAGE_SIZE as usize];
-
 /// A SHA-256 digest.
 pub type Digest = [u8; 32];
 
@@ -23,7 +19,11 @@ const SEAL: u64 = u64::MAX;
 
 /// An initial measurement under way.
 #[derive(Clone, Debug)]
-pub(crate) struct Measurement(Sha256);
+pub(crate) struct Measurement {
+    hash: Sha256,
+    /// Bytes that the current page has yet to have.
+    missing: u64,
+}
 
 /// What the last record holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,19 +39,23 @@ pub(crate) struct Seal {
 
 impl Measurement {
     pub(crate) fn new() -> Self {
-        Self(Sha256::new())
+        Self { hash: Sha256::new(), missing: 0 }
     }
 
-    /// Adds the page at `at`.
-    pub(crate) fn add_page(&mut self, at: Ipa, contents: &PageBytes) {
-        self.0.update(at.page_number().to_le_bytes());
-        self.0.update(contents);
+    /// Adds a piece of a page, which divides it. `at` is asked where the page is when the first piece of it comes.
+    pub(crate) fn add(&mut self, at: impl FnOnce() -> Ipa, piece: &[u8]) {
+        if self.missing == 0 {
+            self.hash.update(at().page_number().to_le_bytes());
+            self.missing = PAGE_SIZE;
+        }
+        self.hash.update(piece);
+        self.missing = self.missing.saturating_sub(u64::try_from(piece.len()).unwrap_or(u64::MAX));
     }
 
     /// Returns the measurement of the pages so far, sealed.
     pub(crate) fn seal(&self, seal: &Seal) -> Digest {
         let &Seal { attributes, vcpus, entry, device_tree } = seal;
-        let mut hash = self.0.clone();
+        let mut hash = self.hash.clone();
         for number in [SEAL, attributes.kind.code(), attributes.ipa_bits, vcpus, entry, device_tree] {
             hash.update(number.to_le_bytes());
         }
@@ -108,10 +112,14 @@ mod tests {
         device_tree: 0x8800_0000,
     };
 
+    fn add(measurement: &mut Measurement, at: u64, contents: &[u8; 4096], piece: usize) {
+        contents.chunks(piece).for_each(|piece| measurement.add(|| Ipa::new(at).unwrap(), piece));
+    }
+
     fn pages(pages: &[(u64, u8)]) -> Measurement {
         let mut measurement = Measurement::new();
         for &(at, byte) in pages {
-            measurement.add_page(Ipa::new(at).unwrap(), &[byte; 4096]);
+            add(&mut measurement, at, &[byte; 4096], 4096);
         }
         measurement
     }
@@ -131,13 +139,25 @@ mod tests {
     }
 
     #[test]
+    fn pieces_do_not_matter() {
+        let contents = std::array::from_fn(|index| (index % 251) as u8);
+        let measured = |piece| {
+            let mut measurement = Measurement::new();
+            add(&mut measurement, 0x1000, &contents, piece);
+            add(&mut measurement, 0x2000, &contents, piece);
+            measurement.seal(&SEALED)
+        };
+        assert_eq!([256, 1024, 1].map(measured), [measured(4096); 3]);
+    }
+
+    #[test]
     fn everything_matters() {
         let original = pages(&[(0x1000, 1), (0x2000, 2)]).seal(&SEALED);
         let mut one_bit = Measurement::new();
         let mut contents = [1; 4096];
         contents[4095] ^= 0x80;
-        one_bit.add_page(Ipa::new(0x1000).unwrap(), &contents);
-        one_bit.add_page(Ipa::new(0x2000).unwrap(), &[2; 4096]);
+        add(&mut one_bit, 0x1000, &contents, 4096);
+        add(&mut one_bit, 0x2000, &[2; 4096], 4096);
         assert_ne!(one_bit.seal(&SEALED), original, "contents");
         for other in [&[(0x1000, 1)][..], &[(0x2000, 2), (0x1000, 1)], &[(0x1000, 1), (0x3000, 2)], &[]] {
             assert_ne!(pages(other).seal(&SEALED), original, "{other:?}");

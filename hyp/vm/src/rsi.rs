@@ -3,14 +3,15 @@
 //! The top bit of a guest address is set in those of devices and of shared memory. A page has both addresses; which one
 //! the guest can use changes with IPA_STATE_SET. Other than in CCA, its contents do not.
 
-use ravelin_abi::{MAX_RANGE_PAGES, VmKind};
+use ravelin_abi::VmKind;
 use ravelin_memory::{Ipa, IpaRange, PAGE_SHIFT, PAGE_SIZE};
+use ravelin_ownership::GuestPage;
 
 use crate::{
     Context,
     guest::{self, Guest, Outcome},
     measurement::Digest,
-    transitions::{Frame, GuestFailure, Transitions},
+    transitions::{GuestFailure, Transitions},
 };
 
 const ABI_VERSION: u32 = 0xc400_0190;
@@ -85,9 +86,9 @@ pub fn call<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: &
             Some(range) => {
                 let (frame, frames) = transitions.look(&guest.memory, range);
                 let state = match frame {
-                    Frame::Absent | Frame::Private => RAM,
-                    Frame::Shared => EMPTY,
-                    Frame::Poisoned => DESTROYED,
+                    GuestPage::Absent | GuestPage::Private | GuestPage::Lent => RAM,
+                    GuestPage::Offered | GuestPage::Claimed => EMPTY,
+                    GuestPage::Poisoned => DESTROYED,
                 };
                 context.set_results([SUCCESS, address_after(range, frames), state]);
             }
@@ -124,7 +125,7 @@ pub fn complete_host_call<T: Transitions>(
             context.set_results([SUCCESS]);
             Outcome::Done
         }
-        Err(frame) => not_private(context, at, frame),
+        Err(failure) => not_private(context, failure),
     }
 }
 
@@ -138,18 +139,16 @@ fn failed(context: &mut Context) -> Outcome {
 }
 
 /// Ends a call that names a page that is not private.
-fn not_private(context: &mut Context, at: Ipa, frame: Frame) -> Outcome {
-    match frame {
-        Frame::Absent => Outcome::PageFault(at.page()),
-        Frame::Private | Frame::Shared | Frame::Poisoned => failed(context),
+fn not_private(context: &mut Context, failure: GuestFailure) -> Outcome {
+    match failure {
+        GuestFailure::Absent(frame) => Outcome::PageFault(frame),
+        GuestFailure::Claimed(_) | GuestFailure::NeedsTables(_) | GuestFailure::Refused => failed(context),
     }
 }
 
-/// Returns the range of the realm's memory from `base` to `top`; the first gigabyte of it, if it is longer.
+/// Returns the range of the realm's memory from `base` to `top`.
 fn bounds<G>(guest: &Guest<G>, base: u64, top: u64) -> Option<IpaRange> {
-    let whole = IpaRange::from_bounds(base, top).ok()?;
-    let whole = guest.range(base, whole.pages())?;
-    guest.range(base, whole.pages().min(MAX_RANGE_PAGES))
+    guest.range(base, IpaRange::from_bounds(base, top).ok()?.pages())
 }
 
 /// Returns the address of the page behind the first `pages` of a range.
@@ -219,7 +218,7 @@ fn write_config<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, contex
             context.set_results([SUCCESS]);
             Outcome::Done
         }
-        Err(frame) => not_private(context, page.base(), frame),
+        Err(failure) => not_private(context, failure),
     }
 }
 
@@ -236,8 +235,8 @@ fn host_call<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: 
         return failed(context);
     };
     let mut bytes = [0; HOST_CALL_SIZE];
-    if let Err(frame) = transitions.read_guest(&guest.memory, at, &mut bytes) {
-        return not_private(context, at, frame);
+    if let Err(failure) = transitions.read_guest(&guest.memory, at, &mut bytes) {
+        return not_private(context, failure);
     }
     let ([head, words @ ..], _) = bytes.as_chunks::<8>() else {
         return failed(context);

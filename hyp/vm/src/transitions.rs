@@ -3,26 +3,27 @@
 use ravelin_abi::VmAttributes;
 use ravelin_memory::{Ipa, IpaRange, PhysAddr, PhysRange};
 
-use crate::{Refusal, measurement::PageBytes};
+use ravelin_ownership::GuestPage;
+
+use crate::Refusal;
 
 /// The transitions of memory that VMs take part in, on the CPU that runs.
 ///
-/// Each is all or nothing, and takes the locks that it needs for itself. Ranges are as long as the caller says they may be;
-/// those of a guest may have any length, and are done in part.
+/// Each is all or nothing, and takes the locks that it needs for itself. What takes too long at once is refused, or, where a
+/// number of pages is returned, done in part.
 pub trait Transitions {
     /// A guest's memory: its stage 2 and the pages for its tables.
     type Guest: Send + Sync;
 
-    /// Makes pages of the host the hypervisor's, mapped writable in its stage 1, with their contents.
+    /// Makes pages of the host the hypervisor's, mapped writable in its stage 1, until it returns them.
     ///
     /// # Errors
     ///
     /// Those of the host call DONATE.
-    fn donate(&self, range: PhysRange) -> Result<(), Refusal>;
+    fn keep(&self, range: PhysRange) -> Result<(), Refusal>;
 
-    /// Undoes a [`Transitions::donate`] of the same range, of fewer pages than a block has; nothing is in them any more. The
-    /// pages are scrubbed.
-    fn take_back(&self, range: PhysRange);
+    /// Undoes a [`Transitions::keep`] of the same range; nothing is in them any more. The pages are scrubbed.
+    fn give_back(&self, range: PhysRange);
 
     /// Lends a page of the host's to the hypervisor and maps it writable in its stage 1, so that the host can neither end the
     /// loan nor give the page away.
@@ -39,8 +40,12 @@ pub trait Transitions {
     fn root_pages(attributes: VmAttributes) -> u64;
 
     /// Returns an empty guest with the VMID `slot + 1`. The root of its stage 2 is in `root`, which the hypervisor owns: as
-    /// many pages as [`Transitions::root_pages`] says, aligned to their size.
-    fn new_guest(&self, slot: usize, attributes: VmAttributes, root: PhysRange) -> Self::Guest;
+    /// many pages as [`Transitions::root_pages`] says.
+    ///
+    /// # Errors
+    ///
+    /// DENIED unless the root is kept and aligned to its size.
+    fn new_guest(&self, slot: usize, attributes: VmAttributes, root: PhysRange) -> Result<Self::Guest, Refusal>;
 
     /// Gives a guest pages of the host for its tables.
     ///
@@ -77,12 +82,8 @@ pub trait Transitions {
     /// Those of the host call RELEASE.
     fn release(&self, guest: &Self::Guest, range: IpaRange) -> Result<(), Refusal>;
 
-    /// Returns the slot of the VM that owned a page a moment ago.
-    ///
-    /// # Errors
-    ///
-    /// NOT_RAM; DENIED if none did.
-    fn owner(&self, page: PhysAddr) -> Result<usize, Refusal>;
+    /// Returns the slot of the VM that owned a page, or had borrowed it, a moment ago.
+    fn owner(&self, page: PhysAddr) -> Option<usize>;
 
     /// Takes private pages of a guest from it, scrubs them and returns them to the host; their frames are poisoned.
     ///
@@ -91,12 +92,16 @@ pub trait Transitions {
     /// Those of the host call FORCE_RECLAIM; DENIED also for pages of another guest.
     fn force_reclaim(&self, guest: &Self::Guest, range: PhysRange) -> Result<(), Refusal>;
 
-    /// Returns what pages of a guest that never runs again are in `range` to the host.
+    /// Says that a guest never runs again.
+    fn kill(&self, guest: &Self::Guest);
+
+    /// Returns pages of a guest that never runs again to the host: those in the first frames of `range`. Returns how many
+    /// frames that was, with a page or without.
     ///
     /// # Errors
     ///
     /// Those of the host call VM_RECLAIM.
-    fn reclaim(&self, guest: &Self::Guest, range: IpaRange) -> Result<(), Refusal>;
+    fn reclaim(&self, guest: &Self::Guest, range: IpaRange) -> Result<u64, Refusal>;
 
     /// Returns whether a guest has no pages, apart from those for its tables.
     fn is_empty(&self, guest: &Self::Guest) -> bool;
@@ -109,8 +114,13 @@ pub trait Transitions {
     /// NO_MEMORY.
     fn return_tables(&self, guest: &Self::Guest, most: u64) -> Result<u64, Refusal>;
 
-    /// Reads a page that the hypervisor has just made a guest's.
-    fn read_page(&self, page: PhysAddr, read: &mut dyn FnMut(&PageBytes));
+    /// Calls `read` with the contents of private pages, the first ones of `range`, in order and in pieces that divide a page.
+    /// Returns how many pages; at least one. The guest does not run.
+    ///
+    /// # Errors
+    ///
+    /// NO_MEMORY, and what the frames are if they are not private.
+    fn read_pages(&self, guest: &Self::Guest, range: IpaRange, read: &mut dyn FnMut(&[u8])) -> Result<u64, Refusal>;
 
     /// Offers pages of a guest to the host, the first pages of the range. Returns how many; at least one.
     ///
@@ -137,22 +147,22 @@ pub trait Transitions {
 
     /// Returns what the first frame of a range is to the guest, and how many frames from there on are known to be the same;
     /// at least one.
-    fn look(&self, guest: &Self::Guest, range: IpaRange) -> (Frame, u64);
+    fn look(&self, guest: &Self::Guest, range: IpaRange) -> (GuestPage, u64);
 
     /// Copies from a private page of the guest. `bytes` does not cross the end of the page. Other vCPUs may write there at the
     /// same time.
     ///
     /// # Errors
     ///
-    /// The frame is not private.
-    fn read_guest(&self, guest: &Self::Guest, at: Ipa, bytes: &mut [u8]) -> Result<(), Frame>;
+    /// See [`GuestFailure`]: the frame is not private.
+    fn read_guest(&self, guest: &Self::Guest, at: Ipa, bytes: &mut [u8]) -> Result<(), GuestFailure>;
 
     /// Copies to a private page of the guest, as [`Transitions::read_guest`].
     ///
     /// # Errors
     ///
-    /// The frame is not private.
-    fn write_guest(&self, guest: &Self::Guest, at: Ipa, bytes: &[u8]) -> Result<(), Frame>;
+    /// See [`GuestFailure`]: the frame is not private.
+    fn write_guest(&self, guest: &Self::Guest, at: Ipa, bytes: &[u8]) -> Result<(), GuestFailure>;
 }
 
 /// Why a transition that a guest wants does not happen.
@@ -166,17 +176,4 @@ pub enum GuestFailure {
     NeedsTables(u64),
     /// A frame is poisoned, or not in the state that the transition starts from.
     Refused,
-}
-
-/// What a frame is to its guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Frame {
-    /// There is no page.
-    Absent,
-    /// The page is the guest's alone, or lent to it by the host.
-    Private,
-    /// The page is offered to the host.
-    Shared,
-    /// The page was taken by force.
-    Poisoned,
 }

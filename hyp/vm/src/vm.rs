@@ -72,9 +72,9 @@ pub struct Vm<O: ObjectMemory, G: Send + Sync, V: Send + Sync> {
     handle: Handle,
     stage: Stage,
     guest: Guest<G>,
-    /// Until it is sealed. Who adds to it holds the lock while pages become the guest's, so that their order is that of the
-    /// measurement.
-    measurement: Mutex<Measurement>,
+    /// Until it is sealed, or until a page could not be read. Who adds to it holds the lock while pages become the guest's, so
+    /// that their order is that of the measurement.
+    measurement: Mutex<Option<Measurement>>,
     vcpus: VcpuSlots<O, V>,
     gic: Mutex<VmGic<O>>,
     metadata: PhysRange,
@@ -127,16 +127,18 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
         Self { objects, table: Table::new() }
     }
 
-    /// Returns how many pages a VM of these attributes takes, and how many each of its vCPUs.
-    pub fn sizes<T: Transitions<Guest = G>>(attributes: VmAttributes) -> (u64, u64) {
-        (Sizes::new::<T, O, V>(attributes).total(), pages_for::<Vcpu<V>>(1))
+    /// Returns how many pages a VM of these attributes takes, how many each of its vCPUs, and to how many pages those of the
+    /// VM must be aligned.
+    pub fn sizes<T: Transitions<Guest = G>>(attributes: VmAttributes) -> (u64, u64, u64) {
+        let sizes = Sizes::new::<T, O, V>(attributes);
+        (sizes.total(), pages_for::<Vcpu<V>>(1), sizes.root)
     }
 
     /// Makes a VM of pages that the host donates.
     ///
     /// # Errors
     ///
-    /// INVALID unless there are as many pages as [`Vms::sizes`] says; UNALIGNED; those of [`Transitions::donate`]; LIMIT if
+    /// INVALID unless there are as many pages as [`Vms::sizes`] says; UNALIGNED; those of [`Transitions::keep`]; LIMIT if
     /// there are 255 VMs.
     pub fn create<T: Transitions<Guest = G>>(
         &self,
@@ -151,15 +153,17 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
         }
         let vcpus = vcpus(attributes);
         self.table.create(|handle| {
-            transitions.donate(metadata)?;
+            transitions.keep(metadata)?;
+            let memory = transitions.new_guest(handle.slot(), attributes, parts.root);
+            let memory = memory.inspect_err(|_| transitions.give_back(metadata))?;
             let objects = &self.objects;
             let gics = objects.place_slice(parts.gics, vcpus, |_| None);
             let spis = objects.place_slice(parts.spis, SPIS, |_| Spi::default());
             let vm = Vm {
                 handle,
                 stage: Stage::Created,
-                guest: Guest::new(attributes, transitions.new_guest(handle.slot(), attributes, parts.root)),
-                measurement: Mutex::new(Measurement::new()),
+                guest: Guest::new(attributes, memory),
+                measurement: Mutex::new(Some(Measurement::new())),
                 vcpus: objects.place_slice(parts.vcpus, vcpus, |_| VcpuSlot::default()),
                 gic: Mutex::new(VmGic::new(spis, gics)),
                 metadata,
@@ -172,17 +176,14 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     ///
     /// # Errors
     ///
-    /// WRONG_STATE if it is dying; those of [`Transitions::donate_tables`].
+    /// Those of [`Transitions::donate_tables`]. Also a dying VM may need some, where blocks have to be cut.
     pub fn donate_tables<T: Transitions<Guest = G>>(
         &self,
         transitions: &T,
         handle: Handle,
         tables: PhysRange,
     ) -> Result<(), Refusal> {
-        self.table.shared(handle, |vm| {
-            vm.demand(ALIVE)?;
-            transitions.donate_tables(&vm.guest.memory, tables)
-        })
+        self.table.shared(handle, |vm| transitions.donate_tables(&vm.guest.memory, tables))
     }
 
     /// Makes a vCPU of pages that the host donates, with a run page that stays the host's. `state` returns its first state
@@ -191,7 +192,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     /// # Errors
     ///
     /// WRONG_STATE if the VM is sealed; INVALID if the VM cannot have a vCPU of this index, or unless there are as many pages
-    /// as [`Vms::sizes`] says; EXISTS; those of [`Transitions::donate`] and [`Transitions::borrow_page`].
+    /// as [`Vms::sizes`] says; EXISTS; those of [`Transitions::keep`] and [`Transitions::borrow_page`].
     pub fn create_vcpu<T: Transitions<Guest = G>>(
         &self,
         transitions: &T,
@@ -213,7 +214,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
                 return Err(Status::Invalid.into());
             }
             transitions.borrow_page(run_page)?;
-            transitions.donate(metadata).inspect_err(|_| transitions.return_page(run_page))?;
+            transitions.keep(metadata).inspect_err(|_| transitions.return_page(run_page))?;
             let new = Vcpu { state: state(index), index, run_page, metadata };
             *vcpu = Some(self.objects.place(metadata, new));
             vm.gic.lock().add(index);
@@ -227,7 +228,8 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     /// # Errors
     ///
     /// WRONG_STATE if it is dying; OVERFLOW if the guest has no memory there; TOO_LARGE if too many pages had to be measured;
-    /// BUSY while other pages are; those of [`Transitions::map`].
+    /// BUSY while other pages are; those of [`Transitions::map`]. If a page cannot be read, which takes that EL2 runs out of
+    /// tables, it is mapped but the VM cannot be sealed any more.
     pub fn map<T: Transitions<Guest = G>>(
         &self,
         transitions: &T,
@@ -245,12 +247,15 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
             if range.pages() > MAX_TAKE_BACK_PAGES {
                 return Err(Status::TooLarge.into());
             }
-            let mut measurement = vm.measurement.try_lock().ok_or(Status::Busy)?;
-            transitions.map(&vm.guest.memory, range, frames.base())?;
-            for (page, frame) in range.iter().zip(frames.iter()) {
-                transitions.read_page(page, &mut |contents| measurement.add_page(frame, contents));
+            let mut guard = vm.measurement.try_lock().ok_or(Status::Busy)?;
+            let mut measurement = guard.take().ok_or(Status::WrongState)?;
+            let mapped = transitions.map(&vm.guest.memory, range, frames.base());
+            // A VM of which nobody knows what it is never runs.
+            if mapped.is_ok() {
+                measure(transitions, &vm.guest.memory, frames, &mut measurement)?;
             }
-            Ok(())
+            *guard = Some(measurement);
+            mapped
         })
     }
 
@@ -277,7 +282,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     ///
     /// # Errors
     ///
-    /// WRONG_STATE if it is sealed already, or dying; OVERFLOW if the guest has no memory there; ABSENT without a vCPU 0; BUSY
+    /// WRONG_STATE if it is sealed already, or dying, or could not be measured; OVERFLOW if the guest has no memory there; ABSENT without a vCPU 0; BUSY
     /// while anything else is done with the VM.
     pub fn seal(&self, handle: Handle, entry: u64, device_tree: u64) -> Result<(), Refusal> {
         self.alone(handle, |vm| {
@@ -286,11 +291,12 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
                 vm.range(address & !(PAGE_SIZE.wrapping_sub(1)), 1)?;
             }
             let exist = vm.vcpus.iter().filter(|slot| slot.exists.load(Relaxed)).count();
+            let measurement = vm.measurement.get_mut().as_ref().ok_or(Status::WrongState)?.clone();
             // It has never been on.
             vm.power(0).ok_or(Status::Absent)?.turn_on(entry, device_tree).map_err(|_| Status::WrongState)?;
             let attributes = vm.guest.attributes;
             let seal = Seal { attributes, vcpus: u64::try_from(exist).unwrap_or(u64::MAX), entry, device_tree };
-            *vm.guest.measurements.get_mut() = Measurements::new(vm.measurement.get_mut().seal(&seal));
+            *vm.guest.measurements.get_mut() = Measurements::new(measurement.seal(&seal));
             vm.gic.get_mut().reset();
             vm.stage = Stage::Sealed;
             Ok(())
@@ -370,10 +376,10 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     ///
     /// # Errors
     ///
-    /// WRONG_STATE if its VM is dying; those of [`Transitions::owner`] and [`Transitions::force_reclaim`].
+    /// WRONG_STATE if its VM is dying; DENIED if the first page is not a guest's; those of [`Transitions::force_reclaim`].
     pub fn force_reclaim<T: Transitions<Guest = G>>(&self, transitions: &T, range: PhysRange) -> Result<(), Refusal> {
         let denied = Refusal { status: Status::Denied, detail: range.base().raw() };
-        let reclaimed = self.table.shared_slot(transitions.owner(range.base())?, |vm| {
+        let reclaimed = self.table.shared_slot(transitions.owner(range.base()).ok_or(denied)?, |vm| {
             vm.demand(ALIVE)?;
             transitions.force_reclaim(&vm.guest.memory, range)
         });
@@ -386,15 +392,16 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     /// # Errors
     ///
     /// WRONG_STATE if it is dying already; BUSY while anything else is done with it.
-    pub fn teardown(&self, handle: Handle) -> Result<(), Refusal> {
+    pub fn teardown<T: Transitions<Guest = G>>(&self, transitions: &T, handle: Handle) -> Result<(), Refusal> {
         self.alone(handle, |vm| {
             vm.demand(ALIVE)?;
+            transitions.kill(&vm.guest.memory);
             vm.stage = Stage::Dying;
             Ok(())
         })
     }
 
-    /// Returns the pages of a dying VM in a range of frames to the host.
+    /// Returns the pages of a dying VM in the first frames of a range to the host. Returns how many frames that was.
     ///
     /// # Errors
     ///
@@ -404,7 +411,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
         transitions: &T,
         handle: Handle,
         range: IpaRange,
-    ) -> Result<(), Refusal> {
+    ) -> Result<u64, Refusal> {
         self.table.shared(handle, |vm| {
             vm.demand(&[Stage::Dying])?;
             let range = vm.range(range.base().raw(), range.pages())?;
@@ -435,7 +442,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
                 if let Some(rest) = most.checked_sub(metadata.pages()) {
                     most = rest;
                     *vcpu = None;
-                    transitions.take_back(metadata);
+                    transitions.give_back(metadata);
                     transitions.return_page(run_page);
                 } else {
                     left = left.saturating_add(metadata.pages());
@@ -446,7 +453,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
                 return Ok(left.saturating_add(metadata.pages()));
             }
             *entry = None;
-            transitions.take_back(metadata);
+            transitions.give_back(metadata);
             Ok(0)
         })
     }
@@ -468,6 +475,24 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     fn alone(&self, handle: Handle, f: impl FnOnce(&mut Vm<O, G, V>) -> Result<(), Refusal>) -> Result<(), Refusal> {
         self.table.alone(handle, |entry| f(entry.as_mut().ok_or(Status::BadHandle)?))
     }
+}
+
+/// Adds private pages to a measurement.
+fn measure<T: Transitions>(
+    transitions: &T,
+    guest: &T::Guest,
+    frames: IpaRange,
+    measurement: &mut Measurement,
+) -> Result<(), Refusal> {
+    let mut left = Some(frames);
+    while let Some(range) = left {
+        let mut pages = range.iter();
+        let mut at = || pages.next().unwrap_or(range.base());
+        let read = transitions.read_pages(guest, range, &mut |piece| measurement.add(&mut at, piece))?;
+        let done = read.max(1).saturating_mul(PAGE_SIZE);
+        left = IpaRange::from_bounds(range.base().raw().saturating_add(done), range.end()).ok();
+    }
+    Ok(())
 }
 
 /// Returns how many vCPUs a VM may have.

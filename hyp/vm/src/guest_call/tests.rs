@@ -79,10 +79,10 @@ fn one_page_there_and_back() {
     let refused = (Some(Outcome::Done), [INVALID, 0, 0, 0]);
     assert_eq!(outcome(&test, unshare), refused);
     assert_eq!(outcome(&test, share), (Some(Outcome::Shared(single(GUEST))), [0; 4]));
-    assert_eq!(test.look(GUEST), Frame::Shared);
+    assert_eq!(test.look(GUEST), GuestPage::Offered);
     assert_eq!(outcome(&test, share), refused, "twice");
     assert_eq!(outcome(&test, unshare), (Some(Outcome::Done), [0; 4]));
-    assert_eq!(test.look(GUEST), Frame::Private);
+    assert_eq!(test.look(GUEST), GuestPage::Private);
     assert_eq!(test.memory.content(PAYLOAD), 0xaa, "contents stay");
 }
 
@@ -93,7 +93,7 @@ fn claimed_pages_are_asked_for() {
     assert_eq!(outcome(&test, [0xc600_0003, GUEST, 4, 0]), (Some(Outcome::Shared(pages(GUEST, 4))), [0, 4, 0, 0]));
     test.claim(GUEST + 0x2000);
     assert_eq!(outcome(&test, unshare).0, Some(Outcome::Unshare(single(GUEST + 0x2000))));
-    assert_eq!([test.look(GUEST), test.look(GUEST + 0x3000)], [Frame::Shared; 2], "nothing has changed");
+    assert_eq!([test.look(GUEST), test.look(GUEST + 0x3000)], [GuestPage::Offered; 2], "nothing has changed");
     // The host refuses.
     let mut context = registers(unshare);
     refuse(&mut context);
@@ -107,7 +107,7 @@ fn claimed_pages_are_asked_for() {
 fn absent_pages_and_tables_are_waited_for() {
     let test = TestGuest::new(VmKind::Pkvm, 1);
     assert_eq!(outcome(&test, [0xc600_0003, GUEST, 2, 0]).0, Some(Outcome::PageFault(ipa(GUEST + 0x1000))));
-    assert_eq!(test.look(GUEST), Frame::Private);
+    assert_eq!(test.look(GUEST), GuestPage::Private);
     assert_eq!(outcome(&test, [0xc600_0004, GUEST + 0x1000, 0, 0]).1[0], INVALID);
     assert_eq!(outcome(&test, [0xc600_0009, GUEST + 0x1000, 0, 0]).1[0], INVALID);
     test.memory.lock().tables_needed = 2;
@@ -145,7 +145,7 @@ fn wrong_arguments() {
             assert_eq!(outcome(&test, call), (Some(Outcome::Done), [INVALID, 0, 0, 0]), "{call:x?}");
         }
     }
-    assert_eq!(test.look(GUEST), Frame::Private);
+    assert_eq!(test.look(GUEST), GuestPage::Private);
 }
 
 #[test]
@@ -162,7 +162,7 @@ fn giving_pages_up() {
     let test = TestGuest::new(VmKind::Pkvm, 3);
     let given = outcome(&test, [0xc600_0009, GUEST, 2, 0]);
     assert_eq!(given, (Some(Outcome::Relinquished(pages(GUEST, 2))), [0, 2, 0, 0]));
-    assert_eq!((test.look(GUEST), test.memory.owner_of(PAYLOAD)), (Frame::Absent, Owner::Host));
+    assert_eq!((test.look(GUEST), test.memory.owner_of(PAYLOAD)), (GuestPage::Absent, Owner::Host));
     assert_eq!([test.memory.content(PAYLOAD), test.memory.content(PAYLOAD + 0x2000)], [0, 0xaa]);
     outcome(&test, [0xc600_0003, GUEST + 0x2000, 0, 0]);
     assert_eq!(outcome(&test, [0xc600_0009, GUEST + 0x2000, 0, 0]).1[0], INVALID, "shared");
@@ -213,14 +213,14 @@ proptest! {
                     prop_assert_eq!(status, 0);
                     prop_assert!(done == range.pages() || count == 0 && done == 0);
                     for frame in range.iter() {
-                        prop_assert_eq!(test.look(frame.raw()), Frame::Shared);
+                        prop_assert_eq!(test.look(frame.raw()), GuestPage::Offered);
                     }
                 }
                 Some(Outcome::Relinquished(range)) => given += range.pages(),
                 Some(Outcome::Done) => {}
-                Some(Outcome::PageFault(frame)) => prop_assert_eq!(test.look(frame.raw()), Frame::Absent),
+                Some(Outcome::PageFault(frame)) => prop_assert_eq!(test.look(frame.raw()), GuestPage::Absent),
                 Some(Outcome::Unshare(range)) => {
-                    prop_assert!(range.iter().all(|frame: Ipa| test.look(frame.raw()) == Frame::Shared));
+                    prop_assert!(range.iter().all(|frame: Ipa| test.look(frame.raw()) == GuestPage::Offered));
                 }
                 Some(Outcome::NeedsTables(_) | Outcome::HostCall { .. }) => prop_assert!(false),
                 None => {}

@@ -163,7 +163,7 @@ fn wrong_bounds() {
     for state in [2, 3, u64::MAX] {
         assert_eq!(results(&test, [SET, GUEST, GUEST + 0x1000, state, 0])[0], 1);
     }
-    assert_eq!(test.look(GUEST), Frame::Private);
+    assert_eq!(test.look(GUEST), GuestPage::Private);
 }
 
 #[test]

@@ -1,0 +1,393 @@
+//! VMs on the recording machine.
+
+use std::sync::Mutex;
+
+use ravelin_memory::HypRange;
+use ravelin_ownership::{Counts, OwnershipTable, PAGES_PER_BLOCK, sizes};
+use ravelin_pgtable::{
+    El2, PageTable, Stage2, Vmid, Vttbr,
+    recording::{Op, RecordingMachine, RecordingPool, Stage, invalidations},
+};
+use sha2::{Digest as _, Sha256};
+
+use super::*;
+use crate::{Context, Handle, Outcome, Vms, fake::Heap, guest::tests::registers, guest_call, rsi};
+
+const RAM: u64 = 0x4000_0000;
+const BLOCKS: u64 = 16;
+const METADATA: u64 = RAM;
+const VCPUS: u64 = RAM + 0x10_0000;
+const RUN_PAGE: u64 = RAM + 0x18_0000;
+const TABLES: u64 = RAM + 0x20_0000;
+const PAYLOAD: u64 = RAM + 0x40_0000;
+const GUEST: u64 = 0x1000_0000;
+const BLOCK: u64 = 512 * PAGE_SIZE;
+
+type TestVms = Vms<Heap, GuestMemory, Context>;
+type TestMemory<'a, 'm> = MachineMemory<'a, 'm, RecordingPool, TestMachine>;
+
+/// The recording machine, with bytes in its pages: all of them the number that it keeps of a page.
+#[derive(Default)]
+struct TestMachine {
+    inner: RecordingMachine,
+    written: Mutex<Vec<(PhysAddr, Vec<u8>)>>,
+}
+
+impl TestMachine {
+    fn assert_mapped(&self, at: PhysAddr) {
+        let answers = self.inner.translate(Stage::El2, at.page().raw());
+        assert!(answers.iter().all(|answer| answer.is_some_and(|leaf| leaf.to == at.page())), "{at} is not mapped");
+    }
+}
+
+impl PageAccess for TestMachine {
+    fn read_bytes(&self, at: PhysAddr, bytes: &mut [u8]) {
+        self.assert_mapped(at);
+        bytes.fill(self.inner.peek(at.page()) as u8);
+    }
+
+    fn write_bytes(&self, at: PhysAddr, bytes: &[u8]) {
+        self.assert_mapped(at);
+        self.written.lock().unwrap().push((at, bytes.to_vec()));
+    }
+}
+
+impl Machine for TestMachine {
+    fn read(&self, table: PhysAddr, index: usize) -> u64 {
+        self.inner.read(table, index)
+    }
+
+    fn write(&self, table: PhysAddr, index: usize, value: u64) {
+        self.inner.write(table, index, value);
+    }
+
+    fn clear_table(&self, table: PhysAddr) {
+        self.inner.clear_table(table);
+    }
+
+    fn publish(&self) {
+        self.inner.publish();
+    }
+
+    fn invalidate_stage2(&self, tree: Vttbr, range: IpaRange, leaf_only: bool) {
+        self.inner.invalidate_stage2(tree, range, leaf_only);
+    }
+
+    fn invalidate_stage2_all(&self, tree: Vttbr) {
+        self.inner.invalidate_stage2_all(tree);
+    }
+
+    fn invalidate_el2(&self, range: HypRange) {
+        self.inner.invalidate_el2(range);
+    }
+
+    fn scrub(&self, range: PhysRange) {
+        self.inner.scrub(range);
+    }
+
+    fn clean(&self, range: PhysRange) {
+        self.inner.clean(range);
+    }
+}
+
+struct World<'a, 'm> {
+    memory: TestMemory<'a, 'm>,
+    vms: Box<TestVms>,
+}
+
+fn in_world(test: impl FnOnce(&World<'_, '_>)) {
+    let ram = [PhysRange::new(RAM, BLOCKS * 512).unwrap()];
+    let carve_out = PhysRange::new(RAM + (BLOCKS - 1) * BLOCK, 512).unwrap();
+    let sizes = sizes(&ram).unwrap();
+    let (mut blocks, mut pages) = (vec![0; sizes.block_entries], vec![[0; PAGES_PER_BLOCK]; sizes.block_entries]);
+    let table = OwnershipTable::new(&ram, carve_out, &[], &mut blocks, &mut pages).unwrap();
+    let machine = TestMachine::default();
+    let host = Geometry::stage2(40).unwrap();
+    let [host_root, el2_root] = [0xf0_0000_0000, 0xf0_0010_0000].map(|root| PhysAddr::new(root).unwrap());
+    machine.inner.add_root(Stage::Stage2, host_root, host);
+    machine.inner.add_root(Stage::El2, el2_root, Geometry::EL2);
+    let pool = machine.inner.pool(PhysRange::new(0xf1_0000_0000, 128).unwrap());
+    let memory = Memory::new(
+        table,
+        PageTable::<Stage2>::new(host_root, host),
+        PageTable::<El2>::new(el2_root, Geometry::EL2),
+        pool,
+    );
+    let world = World { memory: MachineMemory::new(&memory, &machine), vms: Box::new(Vms::new(Heap)) };
+    let before = world.counts();
+    test(&world);
+    machine.inner.assert_quiescent();
+    let after = world.counts();
+    let owned = |counts: Counts| [counts.host_owned, counts.host_shared, counts.hyp_owned, counts.hyp_donated];
+    assert_eq!(owned(after), owned(before), "everything is the host's again");
+}
+
+fn pages(base: u64, pages: u64) -> PhysRange {
+    PhysRange::new(base, pages).unwrap()
+}
+
+fn frames(base: u64, pages: u64) -> IpaRange {
+    IpaRange::new(base, pages).unwrap()
+}
+
+const fn attributes(kind: VmKind) -> VmAttributes {
+    VmAttributes { kind, ipa_bits: 40, vcpus: 2 }
+}
+
+impl World<'_, '_> {
+    fn counts(&self) -> Counts {
+        self.memory.memory.counts()
+    }
+
+    fn log(&self) -> Vec<Op> {
+        self.memory.machine.inner.assert_quiescent();
+        self.memory.machine.inner.take_log()
+    }
+
+    /// Makes a VM with a vCPU and tables.
+    fn create(&self, kind: VmKind, tables: u64) -> Handle {
+        let Self { memory, vms } = self;
+        let attributes = attributes(kind);
+        let (vm_pages, vcpu_pages, _) = TestVms::sizes::<TestMemory<'_, '_>>(attributes);
+        let handle = vms.create(memory, attributes, pages(METADATA, vm_pages)).unwrap();
+        let vmid = Stage::Guest(Vmid::new(handle.slot() as u8 + 1));
+        let root = PhysAddr::new(METADATA).unwrap();
+        memory.machine.inner.add_root(vmid, root, Geometry::stage2(40).unwrap());
+        if tables != 0 {
+            vms.donate_tables(memory, handle, pages(TABLES, tables)).unwrap();
+        }
+        let run_page = PhysAddr::new(RUN_PAGE).unwrap();
+        vms.create_vcpu(memory, handle, 0, pages(VCPUS, vcpu_pages), run_page, |_| Context::default()).unwrap();
+        handle
+    }
+
+    fn map(&self, handle: Handle, at: u64, range: PhysRange) -> Result<(), Refusal> {
+        self.vms.map(&self.memory, handle, at, range)
+    }
+
+    fn seal(&self, handle: Handle) {
+        self.vms.seal(handle, GUEST, GUEST).unwrap();
+    }
+
+    /// Makes a guest's call; returns the outcome and x0 to x2.
+    fn call<const N: usize>(&self, handle: Handle, first: [u64; N]) -> (Option<Outcome>, [u64; 3]) {
+        self.vms
+            .run(handle, 0, |vm, vcpu| {
+                vcpu.state = registers(first);
+                let door = if vm.guest().kind() == VmKind::Realm { rsi::call } else { guest_call::call };
+                let outcome = door(&self.memory, vm.guest(), &mut vcpu.state);
+                let [x0, x1, x2, ..] = vcpu.state.x;
+                Ok((outcome, [x0, x1, x2]))
+            })
+            .unwrap()
+    }
+
+    fn end(&self, handle: Handle, kind: VmKind) {
+        let Self { memory, vms } = self;
+        vms.teardown(memory, handle).unwrap();
+        let mut base = 0;
+        let end = if kind == VmKind::Realm { 1 << 39 } else { 1 << 40 };
+        while base < end {
+            let done = vms.reclaim(memory, handle, IpaRange::from_bounds(base, end).unwrap()).unwrap();
+            assert_ne!(done, 0);
+            base += done * PAGE_SIZE;
+        }
+        while vms.destroy(memory, handle).unwrap() != 0 {}
+        self.memory.machine.inner.assert_quiescent();
+    }
+}
+
+#[test]
+fn a_pkvm_guest_from_the_cradle_to_the_grave() {
+    in_world(|world| {
+        let World { memory, vms } = world;
+        let handle = world.create(VmKind::Pkvm, 8);
+        world.map(handle, GUEST, pages(PAYLOAD, 512)).unwrap();
+        world.map(handle, GUEST + BLOCK, pages(PAYLOAD + BLOCK, 3)).unwrap();
+        world.seal(handle);
+        world.log();
+
+        let (outcome, results) = world.call(handle, [0xc600_0003, GUEST, 512, 0]);
+        assert_eq!((outcome, results), (Some(Outcome::Shared(frames(GUEST, 512))), [0, 512, 0]));
+        assert_eq!(invalidations(&world.log()), [], "none to share");
+        let unshare = [0xc600_0004, GUEST, 512, 0];
+        assert_eq!(world.call(handle, unshare), (Some(Outcome::Done), [0, 512, 0]));
+        assert_eq!(invalidations(&world.log()), [], "none to unshare what was not claimed");
+
+        world.call(handle, [0xc600_0003, GUEST, 512, 0]);
+        vms.claim(memory, handle, frames(GUEST + PAGE_SIZE, 2)).unwrap();
+        assert_eq!(world.call(handle, unshare).0, Some(Outcome::Unshare(frames(GUEST, 512))));
+        vms.release(memory, handle, frames(GUEST + PAGE_SIZE, 2)).unwrap();
+        assert_eq!(world.call(handle, unshare), (Some(Outcome::Done), [0, 512, 0]));
+
+        let absent = GUEST + BLOCK + 3 * PAGE_SIZE;
+        assert_eq!(
+            world.call(handle, [0xc600_0003, absent, 0, 0]).0,
+            Some(Outcome::PageFault(Ipa::new(absent).unwrap()))
+        );
+        world.map(handle, absent, pages(PAYLOAD + 2 * BLOCK, 1)).unwrap();
+        assert_eq!(world.call(handle, [0xc600_0003, absent, 0, 0]).1[0], 0);
+        let gone = world.call(handle, [0xc600_0009, GUEST + BLOCK, 1, 0]);
+        assert_eq!(gone, (Some(Outcome::Relinquished(frames(GUEST + BLOCK, 1))), [0, 1, 0]));
+        let invalid = -3_i64 as u64;
+        assert_eq!(world.call(handle, [0xc600_0009, GUEST + BLOCK, 1, 0]).1[0], invalid, "twice");
+
+        vms.force_reclaim(memory, pages(PAYLOAD + PAGE_SIZE, 1)).unwrap();
+        assert_eq!(world.call(handle, [0xc600_0003, GUEST + PAGE_SIZE, 0, 0]).1[0], invalid, "poisoned");
+        world.end(handle, VmKind::Pkvm);
+    });
+}
+
+#[test]
+fn a_realm_there_and_back() {
+    const SET: u64 = 0xc400_0197;
+    in_world(|world| {
+        let World { memory, vms } = world;
+        let handle = world.create(VmKind::Realm, 16);
+        world.map(handle, GUEST, pages(PAYLOAD, 16)).unwrap();
+        world.seal(handle);
+        // All of its memory, of which little is there, as Linux does first.
+        let (mut base, mut calls) = (0, 0);
+        while base != 1 << 39 {
+            let (outcome, [status, next, response]) = world.call(handle, [SET, base, 1 << 39, 1, 0]);
+            assert_eq!((outcome, status, response), (Some(Outcome::Done), 0, 0));
+            assert!(next > base);
+            (base, calls) = (next, calls + 1);
+        }
+        assert!(calls < 8, "{calls}");
+
+        let (at, top) = (GUEST + 4 * PAGE_SIZE, GUEST + 8 * PAGE_SIZE);
+        assert_eq!(world.call(handle, [SET, at, top, 0, 0]), (Some(Outcome::Shared(frames(at, 4))), [0, top, 0]));
+        assert_eq!(world.call(handle, [0xc400_0198, at, GUEST + BLOCK]).1, [0, top, 0]);
+        vms.claim(memory, handle, frames(at, 1)).unwrap();
+        assert_eq!(world.call(handle, [SET, at, top, 1, 0]).0, Some(Outcome::Unshare(frames(at, 1))));
+        vms.release(memory, handle, frames(at, 1)).unwrap();
+        // Over private, shared and absent frames.
+        let (mut base, end) = (GUEST, GUEST + BLOCK);
+        while base != end {
+            let (outcome, [status, next, response]) = world.call(handle, [SET, base, end, 1, 0]);
+            assert_eq!((outcome, status, response), (Some(Outcome::Done), 0, 0));
+            assert!(next > base);
+            base = next;
+        }
+        assert_eq!(world.call(handle, [0xc400_0198, GUEST, GUEST + 16 * PAGE_SIZE]).1, [0, GUEST + 16 * PAGE_SIZE, 1]);
+
+        assert_eq!(world.call(handle, [0xc400_0196, GUEST + PAGE_SIZE]).1[0], 0);
+        let written = memory.machine.written.lock().unwrap();
+        let config = PhysAddr::new(PAYLOAD + PAGE_SIZE).unwrap();
+        assert_eq!(written.last(), Some(&(config, vec![40, 0, 0, 0, 0, 0, 0, 0, 0])));
+        drop(written);
+        world.call(handle, [SET, at, top, 0, 0]);
+        world.end(handle, VmKind::Realm);
+    });
+}
+
+#[test]
+fn an_ordinary_vm_borrows() {
+    in_world(|world| {
+        let World { memory, vms } = world;
+        let handle = world.create(VmKind::Ordinary, 8);
+        world.map(handle, GUEST, pages(PAYLOAD, 512)).unwrap();
+        world.map(handle, GUEST + BLOCK, pages(PAYLOAD + BLOCK, 4)).unwrap();
+        world.seal(handle);
+        vms.unmap(memory, handle, frames(GUEST + BLOCK, 2)).unwrap();
+        assert_eq!(world.call(handle, [0xc600_0003, GUEST, 0, 0]).0, None);
+        world.end(handle, VmKind::Ordinary);
+    });
+}
+
+#[test]
+fn what_is_measured_is_what_the_guest_has() {
+    in_world(|world| {
+        let handle = world.create(VmKind::Pkvm, 8);
+        let payload = pages(PAYLOAD, 20);
+        let mut expected = Sha256::new();
+        for (index, page) in (0..).zip(payload.iter()) {
+            world.memory.machine.inner.poke(page, index + 1);
+            expected.update((GUEST / PAGE_SIZE + index).to_le_bytes());
+            expected.update([index as u8 + 1; 4096]);
+        }
+        for number in [u64::MAX, 1, 40, 1, GUEST, GUEST] {
+            expected.update(number.to_le_bytes());
+        }
+        world.map(handle, GUEST, payload).unwrap();
+        world.seal(handle);
+        let measured = world.vms.run(handle, 0, |vm, _| Ok(vm.guest().measurements.lock().get(0))).unwrap();
+        assert_eq!(measured, Some(expected.finalize().into()));
+        world.end(handle, VmKind::Pkvm);
+    });
+}
+
+#[test]
+fn refusals_say_what_and_where() {
+    in_world(|world| {
+        let World { memory, vms } = world;
+        let handle = world.create(VmKind::Pkvm, 0);
+        let refused = |status, detail| Err(Refusal { status, detail });
+        let first = |at| world.map(handle, at, pages(PAYLOAD, 4));
+        assert_eq!(first(GUEST), refused(Status::NeedsTables, 2));
+        vms.donate_tables(memory, handle, pages(TABLES, 2)).unwrap();
+        assert_eq!(first(GUEST), Ok(()));
+        assert_eq!(world.map(handle, GUEST + BLOCK, pages(PAYLOAD + BLOCK, 1)), refused(Status::NeedsTables, 1));
+        let next = pages(PAYLOAD + BLOCK, 2);
+        assert_eq!(world.map(handle, GUEST + 3 * PAGE_SIZE, next), refused(Status::Exists, PAYLOAD + BLOCK));
+        assert_eq!(first(GUEST + 8 * PAGE_SIZE), refused(Status::Denied, PAYLOAD), "is the guest's");
+        assert_eq!(
+            world.map(handle, GUEST + 4 * PAGE_SIZE, pages(0x9000_0000, 1)),
+            refused(Status::NotRam, 0x9000_0000)
+        );
+        assert_eq!(world.map(handle, GUEST + 4 * PAGE_SIZE, pages(METADATA, 1)), refused(Status::Denied, METADATA));
+        world.seal(handle);
+        let claim = |at, count| vms.claim(memory, handle, frames(at, count));
+        assert_eq!(claim(GUEST, 1), refused(Status::NotOffered, GUEST));
+        world.call(handle, [0xc600_0003, GUEST, 2, 0]);
+        assert_eq!(claim(GUEST, 3), refused(Status::NotOffered, GUEST + 2 * PAGE_SIZE));
+        assert_eq!(claim(GUEST + 4 * PAGE_SIZE, 1), refused(Status::Absent, GUEST + 4 * PAGE_SIZE));
+        assert_eq!(vms.release(memory, handle, frames(GUEST, 1)), refused(Status::Denied, GUEST));
+        claim(GUEST, 1).unwrap();
+        assert_eq!(claim(GUEST, 1), refused(Status::Denied, GUEST), "twice");
+        assert_eq!(vms.force_reclaim(memory, pages(PAYLOAD, 1)), refused(Status::Denied, PAYLOAD), "shared");
+        assert_eq!(vms.force_reclaim(memory, pages(TABLES, 1)), refused(Status::Denied, TABLES));
+        vms.force_reclaim(memory, pages(PAYLOAD + 3 * PAGE_SIZE, 1)).unwrap();
+        let replaced = world.map(handle, GUEST + 3 * PAGE_SIZE, next);
+        assert_eq!(replaced, refused(Status::Poisoned, PAYLOAD + BLOCK));
+        assert_eq!(claim(GUEST + 3 * PAGE_SIZE, 1), refused(Status::Poisoned, GUEST + 3 * PAGE_SIZE));
+        let (vm_pages, ..) = TestVms::sizes::<TestMemory<'_, '_>>(attributes(VmKind::Pkvm));
+        let second = vms.create(memory, attributes(VmKind::Pkvm), pages(METADATA, vm_pages));
+        assert_eq!(second, Err(Refusal { status: Status::Denied, detail: METADATA }));
+        world.end(handle, VmKind::Pkvm);
+    });
+}
+
+#[test]
+fn the_run_page_stays_where_it_is() {
+    in_world(|world| {
+        let handle = world.create(VmKind::Pkvm, 4);
+        let run_page = pages(RUN_PAGE, 1);
+        let MachineMemory { memory, machine } = world.memory;
+        assert!(memory.unshare(machine, run_page).is_err());
+        assert!(memory.donate(machine, run_page).is_err());
+        assert!(world.map(handle, GUEST, run_page).is_err());
+        world.end(handle, VmKind::Pkvm);
+        assert!(memory.donate(machine, run_page).is_ok());
+        assert!(memory.take_back(machine, run_page).is_ok());
+    });
+}
+
+#[test]
+fn cycles_leave_nothing() {
+    in_world(|world| {
+        let mut tables = None;
+        for round in 0..60 {
+            let kind = [VmKind::Pkvm, VmKind::Realm, VmKind::Ordinary][round % 3];
+            let handle = world.create(kind, 9);
+            world.map(handle, GUEST, pages(PAYLOAD, 5)).unwrap();
+            if round % 2 == 0 {
+                world.seal(handle);
+            }
+            world.end(handle, kind);
+            let Counts { el2_tables, free_tables, .. } = world.counts();
+            assert_eq!(*tables.get_or_insert((el2_tables, free_tables)), (el2_tables, free_tables), "{round}");
+        }
+    });
+}
