@@ -81,7 +81,7 @@ tests! {
     abort.whole_carve_out("no page of the carve-out can be read, and the aborts are counted", calls: [STATISTICS]);
     abort.access_across_pages("an access that ends in a page of someone else is aborted", calls: [DONATE], memory: 2 * MIB);
     abort.translation_table("walks through tables in memory of someone else are aborted", calls: [DONATE], memory: 2 * MIB);
-    abort.many("all CPUs take thousands of aborts");
+    abort.many("all CPUs take hundreds of aborts");
     abort.all_of_ram_is_there("the host can read all of its RAM");
 
     stale.same_cpu("a donation is seen by the CPU that makes it", calls: [DONATE, TAKE_BACK], memory: 4 * MIB);

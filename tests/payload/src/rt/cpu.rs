@@ -7,7 +7,7 @@ use core::{
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
-use crate::rt::{call::psci, platform::platform};
+use crate::rt::{call::psci, gic, platform::platform};
 
 /// Most CPUs that tests use.
 pub(crate) const MAX_CPUS: usize = 8;
@@ -72,8 +72,9 @@ pub(crate) fn this() -> usize {
     platform().cpus.iter().position(|&cpu| cpu == own).expect("this CPU is in the device tree")
 }
 
-/// Notes how the boot CPU was entered.
+/// Prepares the boot CPU and notes how it was entered.
 pub(crate) fn init_boot(state: EntryState) {
+    gic::prepare(0);
     note_entry(0, state);
 }
 
@@ -121,6 +122,7 @@ pub(crate) fn entry_point() -> u64 {
 /// A secondary CPU's loop: run what is handed over, for ever.
 pub(crate) fn serve(state: EntryState) -> ! {
     let cpu = this();
+    gic::prepare(cpu);
     note_entry(cpu, state);
     let slot = &SLOTS[cpu];
     loop {
@@ -140,10 +142,9 @@ fn take_job(slot: &Slot) -> Option<Job<'static>> {
     unsafe { (*slot.job.get()).take() }
 }
 
-/// Gives other CPUs of a busy machine a chance: an emulator yields at WFE. The event is there already, so it never blocks.
+/// Waits a little, for other CPUs to do something.
 pub(crate) fn wait() {
-    instruction!("sevl");
-    instruction!("wfe");
+    gic::nap();
 }
 
 /// Hands `job` to a CPU that is online and idle, without waiting.
@@ -158,7 +159,6 @@ fn start<'a>(cpu: usize, job: Job<'a>) {
     // SAFETY: `has_job` is false, so that the other CPU does not touch the cell.
     unsafe { *cell = Some(job) };
     slot.has_job.store(true, Ordering::Release);
-    instruction!("sev");
 }
 
 /// Runs `job` on the given CPUs (not this one), and `meanwhile` here; returns when all are done.
@@ -209,7 +209,11 @@ pub(crate) fn power_down(function: u64, power_state: u64) -> Option<i64> {
     unsafe {
         asm!("bl call_and_resume", inlateout("x0") function => status, inlateout("x1") power_state => _, clobber_abi("C"));
     }
-    (status != 1).then_some(status)
+    if status != 1 {
+        return Some(status);
+    }
+    gic::prepare(this());
+    None
 }
 
 /// Entry point and context id with which a CPU comes back from [`power_down`].

@@ -3,7 +3,7 @@
 use core::ptr;
 
 use crate::rt::{
-    cpu::{read_register, write_register},
+    cpu::{instruction, read_register, write_register},
     platform::platform,
 };
 
@@ -25,21 +25,26 @@ pub(crate) fn read(address: u64) -> u32 {
     unsafe { register.read_volatile() }
 }
 
-/// Lets the boot CPU's virtual timer fire in `ticks` of the counter.
-pub(crate) fn arm_timer(ticks: u64) {
-    let [distributor, redistributors] = platform().gic.expect("a GICv3");
+/// Lets interrupts of this CPU's virtual timer reach it. `cpu` is its number.
+pub(crate) fn prepare(cpu: usize) {
+    let Some([distributor, redistributors]) = platform().gic else { return };
     write(distributor.start, 0x13); // both groups on, affinity routing
-    write(redistributors.start + 0x14, 0); // awake
-    while read(redistributors.start + 0x14) & 4 != 0 {
+    let frame = redistributors.start + cpu as u64 * 0x2_0000;
+    write(frame + 0x14, 0); // GICR_WAKER: awake
+    while read(frame + 0x14) & 4 != 0 {
         core::hint::spin_loop();
     }
-    let ppis = redistributors.start + 0x1_0000;
-    write(ppis + 0x80, 0xFFFF_FFFF); // group 1
-    write(ppis + 0x400 + u64::from(VIRTUAL_TIMER / 4 * 4), 0x8080_8080); // priority
-    write(ppis + 0x100, 1 << VIRTUAL_TIMER); // on
+    let ppis = frame + 0x1_0000;
+    write(ppis + 0x80, 0xFFFF_FFFF); // GICR_IGROUPR0: group 1
+    write(ppis + 0x400 + u64::from(VIRTUAL_TIMER / 4 * 4), 0x8080_8080); // GICR_IPRIORITYR
+    write(ppis + 0x100, 1 << VIRTUAL_TIMER); // GICR_ISENABLER0
     write_register!("s3_0_c12_c12_5", read_register!("s3_0_c12_c12_5") | 1); // ICC_SRE_EL1.SRE
     write_register!("s3_0_c4_c6_0", 0xFF); // ICC_PMR_EL1
     write_register!("s3_0_c12_c12_7", 1); // ICC_IGRPEN1_EL1
+}
+
+/// Lets this CPU's virtual timer fire in `ticks` of the counter.
+pub(crate) fn arm_timer(ticks: u64) {
     write_register!("cntv_tval_el0", ticks);
     write_register!("cntv_ctl_el0", 1);
 }
@@ -52,4 +57,14 @@ pub(crate) fn timer_fired() -> bool {
 /// Turns the virtual timer off.
 pub(crate) fn stop_timer() {
     write_register!("cntv_ctl_el0", 0);
+}
+
+/// Waits for some 200 microseconds without keeping the machine busy: an emulator has fewer CPUs than it emulates.
+pub(crate) fn nap() {
+    if platform().gic.is_none() {
+        return instruction!("yield");
+    }
+    arm_timer(read_register!("cntfrq_el0") / 5000);
+    instruction!("wfi");
+    stop_timer();
 }

@@ -188,11 +188,11 @@ pub(crate) fn translation_table() -> Outcome {
     Op::TakeBack.succeeds(donated, 1)
 }
 
-/// Aborts have no side effect on calls and on other CPUs: everybody takes thousands of them.
+/// Aborts have no side effect on calls and on other CPUs: everybody takes hundreds of them.
 pub(crate) fn many() -> Outcome {
     let region = carve_out()?;
     super::on_all_cpus(|cpu| {
-        for round in 0..2000 {
+        for round in 0..300 * platform().effort() {
             let address = region.start + (cpu as u64 * 4096 * 31 + round * 4096 * 7) % region.size();
             is_denied(Access::Read, address)?;
         }

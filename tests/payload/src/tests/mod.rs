@@ -247,6 +247,11 @@ pub(crate) fn take_back(address: u64, pages: u64) -> Outcome {
     Ok(())
 }
 
+/// CPUs besides the boot CPU, which runs the tests: no more than it takes for CPUs to get in each other's way.
+pub(crate) fn other_cpus() -> ArrayVec<usize, 3> {
+    (1..platform().cpus.len()).take(3).collect()
+}
+
 /// Runs the closure on each CPU in turn.
 pub(crate) fn on_each_cpu(body: impl Fn(usize) -> Outcome + Sync) -> Outcome {
     let this = cpu::this();

@@ -2,25 +2,23 @@
 
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use arrayvec::ArrayVec;
 use spin::Mutex;
 
 use crate::{
     rt::{
         cpu::{self, MAX_CPUS},
         memory::{self, BLOCK, GIB, PAGE},
-        platform::platform,
         probe::{self, Access, probe},
     },
     tests::{
         Failure, Op, Outcome,
         abort::{ALIGNMENT, is_denied},
-        arena, check, check_eq, statistics, take_back,
+        arena, check, check_eq, other_cpus, statistics, take_back,
     },
 };
 
 /// Accesses that each CPU makes before and after the donation.
-const ROUNDS: u64 = 50;
+const ROUNDS: u64 = 20;
 
 /// What the CPU that donates and those that use the page tell each other.
 struct Watch {
@@ -77,11 +75,6 @@ impl Watch {
             cpu::wait();
         }
     }
-}
-
-/// All CPUs but the boot CPU, which runs the test.
-fn other_cpus() -> ArrayVec<usize, MAX_CPUS> {
-    (1..platform().cpus.len()).collect()
 }
 
 /// Donates `pages` from `address` on while the other CPUs touch `page`, which is one of them.

@@ -2,7 +2,6 @@
 
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use arrayvec::ArrayVec;
 use ravelin_abi::{PageStateCode, Statistics, Status};
 use spin::Mutex;
 
@@ -16,7 +15,7 @@ use crate::{
     tests::{
         Failure, OWNED, Op, Outcome,
         abort::{self, ALIGNMENT},
-        arena, carve_out, check, check_eq, number, on_all_cpus, page_counts, state,
+        arena, carve_out, check, check_eq, number, on_all_cpus, other_cpus, page_counts, state,
     },
 };
 
@@ -149,8 +148,7 @@ pub(crate) fn fault_race() -> Outcome {
     let carve_out = carve_out()?;
     let stop = AtomicBool::new(false);
     let failure = Mutex::new(Ok(()));
-    let mut others = ArrayVec::<usize, { cpu::MAX_CPUS }>::new();
-    others.extend(1..platform().cpus.len());
+    let others = other_cpus();
     let touch = |cpu: usize| {
         let mut random = Random(0xABCD_EF01 + cpu as u64);
         while !stop.load(Ordering::Acquire) {
