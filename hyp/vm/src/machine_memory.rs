@@ -256,5 +256,6 @@ impl From<MemoryFailure> for GuestFailure {
     }
 }
 
-#[cfg(test)]
+// Miri would take long over the tables.
+#[cfg(all(test, not(miri)))]
 mod tests;

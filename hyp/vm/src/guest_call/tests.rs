@@ -187,6 +187,11 @@ fn devices() {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig {
+        failure_persistence: None,
+        ..ProptestConfig::with_cases(if cfg!(miri) { 4 } else { 512 })
+    })]
+
     /// Whatever a guest sends: results have a known form, and pages are never lost.
     #[test]
     fn any_call(

@@ -391,3 +391,9 @@ fn cycles_leave_nothing() {
         }
     });
 }
+
+#[test]
+fn vms_are_small_enough_for_the_stack() {
+    let size = size_of::<crate::Vm<Heap, GuestMemory, Context>>();
+    assert!(size < 1536, "{size}");
+}

@@ -186,6 +186,7 @@ impl Step {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "many pages")]
 fn each_step_in_each_stage() {
     use Status::{BadHandle, Busy, NotOffered, Success, WrongState};
     let outcomes = |stage: usize| {
@@ -294,6 +295,7 @@ fn sizes_fit_what_is_kept() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "many pages")]
 fn there_are_255_vms_and_128_vcpus() {
     let world = World::new();
     let attributes = VmAttributes { vcpus: 128, ..PKVM };
@@ -367,6 +369,7 @@ fn one_vcpu_runs_once() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "many pages")]
 fn what_a_guest_is_when_it_starts() {
     let measure = |fill: &[(u64, u8)], vcpus: u64, entry| {
         let world = World::new();
@@ -455,6 +458,7 @@ fn guests_end_where_their_addresses_do() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "many pages")]
 fn ordinary_vms_borrow() {
     let world = World::new();
     let World { memory, vms } = &world;
@@ -512,6 +516,7 @@ fn interrupts_are_the_hosts_to_raise_once_sealed() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "many pages")]
 fn much_is_returned_in_parts() {
     let world = World::new();
     let World { memory, vms } = &world;
