@@ -1,11 +1,12 @@
 //! Whether what is derived from the ownership table agrees with it: for tests and checking builds.
 
-use ravelin_memory::{BLOCK_SIZE, PAGE_SIZE, PhysAddr, PhysRange};
-use ravelin_pgtable::{El2Usage, Machine, Mapping, TablePool};
+use ravelin_memory::{BLOCK_SIZE, IpaRange, PAGE_SIZE, PhysAddr, PhysRange};
+use ravelin_pgtable::{El2Usage, Machine, Mapping, Stage2Usage, TablePool};
 
 use crate::{
     counts::Counts,
     entry::{Entry, State},
+    guest::{GuestKind, GuestMemory},
     memory::{Inner, Memory},
     table::OwnershipTable,
 };
@@ -25,6 +26,12 @@ pub enum Inconsistency {
     /// The block entry notes a wrong number of pages.
     #[error("wrong number of pages noted for the block at {0}")]
     Block(PhysAddr),
+    /// A guest's stage 2 maps a page that is not the guest's, or not where or not as it should.
+    #[error("guest stage 2 maps {0} against its ownership")]
+    Guest(PhysAddr),
+    /// A guest's stage 2 does not map as many pages as are the guest's, or not as many as are counted.
+    #[error("guest stage 2 lacks pages")]
+    GuestLacks,
     /// The counts of pages per state are wrong.
     #[error("wrong counts of pages")]
     Counts,
@@ -44,6 +51,30 @@ impl<P: TablePool> Memory<'_, P> {
         inner.check_counts()?;
         inner.check_stage2(machine)?;
         inner.check_el2(machine)
+    }
+
+    /// Checks the stage 2 of a guest against the ownership table. Its time grows with RAM.
+    ///
+    /// # Errors
+    ///
+    /// The first inconsistency.
+    pub fn check_guest<M: Machine>(&self, machine: &M, guest: &GuestMemory) -> Result<(), Inconsistency> {
+        let inner = self.lock();
+        let tables = guest.lock();
+        if tables.tables.tables() != tables.spare.in_use {
+            return Err(Inconsistency::Tables);
+        }
+        let (mut result, mut mapped) = (Ok(()), 0_u64);
+        tables.tables.for_each_leaf(machine, |range, mapping| {
+            mapped = mapped.wrapping_add(range.pages());
+            result = result.and_then(|()| inner.check_leaf(guest, range, mapping));
+        });
+        result?;
+        if mapped == tables.pages && mapped == inner.table.count_guest(guest.slot()) {
+            Ok(())
+        } else {
+            Err(Inconsistency::GuestLacks)
+        }
     }
 }
 
@@ -83,6 +114,34 @@ impl<P: TablePool> Inner<'_, P> {
             }
         });
         result
+    }
+
+    fn check_leaf(
+        &self,
+        guest: &GuestMemory,
+        range: IpaRange,
+        mapping: Option<Mapping<Stage2Usage>>,
+    ) -> Result<(), Inconsistency> {
+        let Some(Mapping { to, usage: Stage2Usage::Memory }) = mapping else {
+            return Err(Inconsistency::Guest(range.base().identity_pa()));
+        };
+        let shared = range.base().raw() >= guest.end();
+        let allowed = |state| match guest.kind() {
+            GuestKind::Ordinary => state == State::HOST_LENT,
+            GuestKind::Pkvm => state != State::HOST_LENT,
+            GuestKind::Realm => {
+                state == if shared { State::GUEST_OFFERED } else { State::GUEST_OWNED }
+                    || shared && state == State::GUEST_CLAIMED
+            }
+        };
+        let frame = range.base().page_number() & (guest.end() / PAGE_SIZE).wrapping_sub(1);
+        for (index, page) in (0..).zip(PhysRange::new(to.raw(), range.pages()).into_iter().flat_map(PhysRange::iter)) {
+            let owner = self.table.entry(page).filter(|entry| allowed(entry.state())).and_then(Entry::guest);
+            if owner != Some((guest.slot(), frame.wrapping_add(index))) {
+                return Err(Inconsistency::Guest(page));
+            }
+        }
+        Ok(())
     }
 
     fn check_el2<M: Machine>(&self, machine: &M) -> Result<(), Inconsistency> {
@@ -127,6 +186,17 @@ impl OwnershipTable<'_> {
                 }
             }
         }
+    }
+
+    /// Counts the pages that the guest in `slot` should have a mapping of.
+    fn count_guest(&self, slot: u8) -> u64 {
+        let has = |page| self.entry(page).and_then(Entry::guest).is_some_and(|(owner, _)| owner == slot);
+        let pages = self.blocks().map(|(block, split)| match split {
+            None if has(block.base()) => block.pages(),
+            None => 0,
+            Some(_) => block.iter().filter(|&page| has(page)).map(|_| 1).sum(),
+        });
+        pages.fold(0, u64::wrapping_add)
     }
 
     fn is_host_owned(&self, page: PhysAddr) -> bool {

@@ -61,6 +61,18 @@ enum Content {
     Pages(PhysRange, Entry),
 }
 
+/// What a guest's stage 2 has at some addresses.
+#[derive(Clone, Copy)]
+enum Place {
+    Absent,
+    Poisoned,
+    /// Contiguous pages, mapped by a block or by a page descriptor for each.
+    Pages {
+        pages: PhysRange,
+        by_page: bool,
+    },
+}
+
 /// A change of state of frames that a guest has.
 struct Change {
     /// Where the frames are mapped before.
@@ -473,18 +485,18 @@ impl<P: TablePool> Inner<'_, P> {
     ) -> ControlFlow<B> {
         let mapped = guest.in_view(view, frames);
         let offset = mapped.base().raw().wrapping_sub(frames.base().raw());
-        tables.tables.visit(machine, mapped, &mut |part, found| {
+        tables.visit(machine, mapped, &mut |part, found| {
             let Ok(part) = IpaRange::new(part.base().raw().wrapping_sub(offset), part.pages()) else {
                 return ControlFlow::Continue(());
             };
-            let pages = match found {
-                Found::Poisoned => return f(part, Content::Poisoned, 1),
-                Found::Leaf(Some(mapping)) => PhysRange::new(mapping.to.raw(), part.pages()),
-                Found::Absent | Found::Leaf(None) => return f(part, Content::Absent, 1),
+            let (pages, by_page) = match found {
+                Place::Absent => return f(part, Content::Absent, 1),
+                Place::Poisoned => return f(part, Content::Poisoned, 1),
+                Place::Pages { pages, by_page } => (pages, by_page),
             };
-            let Ok(pages) = pages else { return ControlFlow::Continue(()) };
             self.table.visit(pages, &mut |run, entry, steps| {
                 let behind = run.base().raw().wrapping_sub(pages.base().raw());
+                let steps = if by_page { run.pages() } else { steps };
                 match IpaRange::new(part.base().raw().wrapping_add(behind), run.pages()) {
                     Ok(part) => f(part, Content::Pages(run, entry.unwrap_or(Entry::NOBODY)), steps),
                     Err(_) => ControlFlow::Continue(()),
@@ -627,9 +639,8 @@ impl<P: TablePool> Inner<'_, P> {
         let offset = mapped.base().raw().wrapping_sub(frames.base().raw());
         let takes_from_host = change.from.contains(&State::GUEST_CLAIMED) && !change.to.host_access();
         let mut flush = Flush::new();
-        let _: ControlFlow<()> = tables.tables.visit(machine, mapped, &mut |part, found| {
-            let Found::Leaf(Some(mapping)) = found else { return ControlFlow::Continue(()) };
-            let Ok(pages) = PhysRange::new(mapping.to.raw(), part.pages()) else { return ControlFlow::Continue(()) };
+        let _: ControlFlow<()> = tables.visit(machine, mapped, &mut |part, found| {
+            let Place::Pages { pages, .. } = found else { return ControlFlow::Continue(()) };
             let mut owed = core::mem::take(&mut flush);
             if takes_from_host {
                 owed = self.host.unmap(machine, &mut self.pool, pages.identity_ipa(), owed);
@@ -948,6 +959,50 @@ impl<P: TablePool> Inner<'_, P> {
 }
 
 impl Guest {
+    /// Calls `f` in ascending order with parts of `range`, guest addresses, and what is there, until `f` breaks. Pages that
+    /// follow each other in both spaces go together, up to [`MAX_STEPS`] of them.
+    fn visit<M: Machine, B>(
+        &self,
+        machine: &M,
+        range: IpaRange,
+        f: &mut dyn FnMut(IpaRange, Place) -> ControlFlow<B>,
+    ) -> ControlFlow<B> {
+        let mut run: Option<(IpaRange, PhysRange)> = None;
+        self.tables.visit(machine, range, &mut |part, found| {
+            let (place, page) = match found {
+                Found::Poisoned => (Place::Poisoned, None),
+                Found::Absent | Found::Leaf(None) => (Place::Absent, None),
+                Found::Leaf(Some(mapping)) => {
+                    let Ok(pages) = PhysRange::new(mapping.to.raw(), part.pages()) else {
+                        return ControlFlow::Continue(());
+                    };
+                    (Place::Pages { pages, by_page: false }, (part.pages() == 1).then_some(pages))
+                }
+            };
+            if let (Some((at, pages)), Some(page)) = (run, page)
+                && at.pages() < MAX_STEPS
+                && pages.end() == page.base().raw()
+                && let Ok(at) = IpaRange::from_bounds(at.base().raw(), part.end())
+                && let Ok(pages) = PhysRange::from_bounds(pages.base().raw(), page.end())
+            {
+                run = Some((at, pages));
+                return ControlFlow::Continue(());
+            }
+            if let Some((at, pages)) = run.take() {
+                f(at, Place::Pages { pages, by_page: true })?;
+            }
+            match page {
+                Some(page) => run = Some((part, page)),
+                None => f(part, place)?,
+            }
+            ControlFlow::Continue(())
+        })?;
+        match run {
+            Some((at, pages)) => f(at, Place::Pages { pages, by_page: true }),
+            None => ControlFlow::Continue(()),
+        }
+    }
+
     /// Makes sure that there are tables to take `range`, guest addresses, out of blocks that it cuts.
     fn have_for_cut<M: Machine>(&self, machine: &M, range: IpaRange) -> Result<(), GuestFailure> {
         let needed = self.tables.tables_to_unmap(machine, range, None);

@@ -3,6 +3,8 @@
 // Miri interprets a few of the tests; through the others, whose checks walk all of memory, it would take an hour.
 #[cfg(not(miri))]
 mod faults;
+mod guests;
+mod guests_model;
 #[cfg(not(miri))]
 mod limits;
 #[cfg(not(miri))]
