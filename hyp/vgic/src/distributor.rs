@@ -43,13 +43,13 @@ impl Distributor {
 #[repr(C)]
 pub struct Spi {
     pub(crate) interrupt: Interrupt,
-    /// Bits 31:0 of GICD_IROUTER<n>.
+    /// Bits 31:0 of `GICD_IROUTER<n>`.
     route: u32,
 }
 
-/// GICD_IROUTER<n>.Interrupt_Routing_Mode: any one participating vCPU.
+/// `GICD_IROUTER<n>.Interrupt_Routing_Mode`: any one participating vCPU.
 const ROUTE_ANY: u32 = 1 << 31;
-/// GICD_IROUTER<n>: Aff2, Aff1 and Aff0. There is no Aff3 (GICD_TYPER.A3V = 0).
+/// `GICD_IROUTER<n>`: Aff2, Aff1 and Aff0. There is no Aff3 (GICD_TYPER.A3V = 0).
 const ROUTE_AFFINITY: u32 = 0xff_ffff;
 
 impl Spi {
@@ -148,7 +148,7 @@ impl<V: Vcpus + ?Sized> Gic<'_, V> {
         }
     }
 
-    /// GICD_IROUTER<n>, in 64 bits or either half.
+    /// `GICD_IROUTER<n>`, in 64 bits or either half.
     fn route(&mut self, at: u64, access: Access) -> (u64, VcpuSet) {
         let low_half = at & 7 == 0;
         let intid = u16::try_from(at >> 3).unwrap_or(INTIDS);

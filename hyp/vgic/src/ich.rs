@@ -1,14 +1,14 @@
 //! Encodings of the virtual CPU interface's control registers (Arm IHI 0069, 12.4).
 
-/// ICH_LR<n>_EL2: the interrupt is pending. The low 32 bits of the register are the virtual INTID.
+/// `ICH_LR<n>_EL2`: the interrupt is pending. The low 32 bits of the register are the virtual INTID.
 pub const PENDING: u64 = 1 << 62;
-/// ICH_LR<n>_EL2: the interrupt is active, also together with [`PENDING`].
+/// `ICH_LR<n>_EL2`: the interrupt is active, also together with [`PENDING`].
 pub const ACTIVE: u64 = 1 << 63;
-/// ICH_LR<n>_EL2: Group 1, signalled as a virtual IRQ.
+/// `ICH_LR<n>_EL2`: Group 1, signalled as a virtual IRQ.
 pub const GROUP1: u64 = 1 << 60;
-/// ICH_LR<n>_EL2 with HW = 0: deactivation asserts a maintenance interrupt.
+/// `ICH_LR<n>_EL2` with HW = 0: deactivation asserts a maintenance interrupt.
 pub const EOI: u64 = 1 << 41;
-/// ICH_LR<n>_EL2: position of the 8-bit priority.
+/// `ICH_LR<n>_EL2`: position of the 8-bit priority.
 pub const PRIORITY_SHIFT: u32 = 48;
 
 /// ICH_HCR_EL2: the virtual CPU interface works.

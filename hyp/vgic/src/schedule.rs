@@ -29,7 +29,7 @@ use crate::{
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[repr(C)]
 pub struct ListRegisters {
-    /// ICH_LR<n>_EL2.
+    /// `ICH_LR<n>_EL2`.
     pub lrs: [u64; MAX_LIST_REGISTERS],
     /// How many of `lrs` are in use, at most as many as the CPU has.
     pub used: usize,
@@ -37,9 +37,9 @@ pub struct ListRegisters {
     pub hcr: u64,
     /// ICH_VMCR_EL2.
     pub vmcr: u64,
-    /// ICH_AP0R<n>_EL2. Those which the CPU does not have are zero and may be left alone.
+    /// `ICH_AP0R<n>_EL2`. Those which the CPU does not have are zero and may be left alone.
     pub ap0r: [u32; 4],
-    /// ICH_AP1R<n>_EL2, likewise.
+    /// `ICH_AP1R<n>_EL2`, likewise.
     pub ap1r: [u32; 4],
 }
 

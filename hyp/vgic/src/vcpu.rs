@@ -25,9 +25,9 @@ pub struct VcpuGic {
     pub(crate) asleep: u8,
     /// ICH_VMCR_EL2 as of the last exit.
     pub(crate) vmcr: u32,
-    /// ICH_AP0R<n>_EL2 as of the last exit.
+    /// `ICH_AP0R<n>_EL2` as of the last exit.
     pub(crate) ap0r: [u32; 4],
-    /// ICH_AP1R<n>_EL2 as of the last exit.
+    /// `ICH_AP1R<n>_EL2` as of the last exit.
     pub(crate) ap1r: [u32; 4],
 }
 

@@ -120,7 +120,7 @@ pub(crate) fn call_with_vectors(
 }
 
 static FIRMWARE_IS_HVC: AtomicBool = AtomicBool::new(false);
-/// Hypercalls issued since [`take_issued`], one bit per entry of the table.
+/// Hypercalls issued since [`take_notes`], one bit per entry of the table.
 static ISSUED: AtomicU32 = AtomicU32::new(0);
 static CORRUPTED: AtomicBool = AtomicBool::new(false);
 
