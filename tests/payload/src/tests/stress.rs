@@ -1,6 +1,6 @@
 //! All CPUs at once.
 
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use ravelin_abi::{PageStateCode, Statistics, Status};
 use spin::Mutex;
@@ -33,6 +33,32 @@ impl Random {
     fn below(&mut self, end: u64) -> u64 {
         (self.next() >> 16) % end
     }
+}
+
+/// Runs `work` on other CPUs again and again, as long as `meanwhile` runs here, which begins when all of them have.
+fn during(cpus: &[usize], work: impl Fn(usize) -> Outcome + Sync, meanwhile: impl FnOnce() -> Outcome) -> Outcome {
+    let begun = AtomicUsize::new(0);
+    let stop = AtomicBool::new(false);
+    let outcome = Mutex::new(Ok(()));
+    let job = |cpu: usize| {
+        begun.fetch_add(1, Ordering::AcqRel);
+        let mut result = work(cpu);
+        while result.is_ok() && !stop.load(Ordering::Acquire) {
+            result = work(cpu);
+        }
+        if let Err(failure) = result {
+            *outcome.lock() = Err(Failure::new(format_args!("on CPU {cpu}: {failure}")));
+        }
+    };
+    let result = cpu::run_on(cpus, &job, || {
+        while begun.load(Ordering::Acquire) < cpus.len() {
+            cpu::wait();
+        }
+        let result = meanwhile();
+        stop.store(true, Ordering::Release);
+        result
+    });
+    result.and(outcome.into_inner())
 }
 
 /// The statuses with which a well-formed call may end when others work on the same pages.
@@ -146,24 +172,20 @@ pub(crate) fn one_winner() -> Outcome {
 pub(crate) fn fault_race() -> Outcome {
     let base = arena(2 * BLOCK);
     let carve_out = carve_out()?;
-    let stop = AtomicBool::new(false);
-    let failure = Mutex::new(Ok(()));
-    let others = other_cpus();
-    let touch = |cpu: usize| {
-        let mut random = Random(0xABCD_EF01 + cpu as u64);
-        while !stop.load(Ordering::Acquire) {
+    let seed = AtomicU64::new(0xABCD_EF01);
+    let touch = |_: usize| {
+        let mut random = Random(seed.fetch_add(1, Ordering::Relaxed));
+        for _ in 0..20 {
             let page = base + random.below(1024) * PAGE;
             let access = [Access::Read, Access::Write(1), Access::El0Read][random.below(3) as usize];
-            if let Err(fault) = probe(access, page)
-                && (fault.status(), fault.far) != (ALIGNMENT, page)
-            {
-                *failure.lock() = Err(Failure::new(format_args!("{access:?} of {page:#x}: {fault:x?}")));
-                return;
+            if let Err(fault) = probe(access, page) {
+                check_eq!((fault.status(), fault.far), (ALIGNMENT, page), "{access:?} of {page:#x}");
             }
-            let _ = probe::read(carve_out.start + random.below(carve_out.size() / PAGE) * PAGE);
+            abort::is_denied(Access::Read, carve_out.start + random.below(carve_out.size() / PAGE) * PAGE)?;
         }
+        Ok(())
     };
-    let change_hands = || {
+    during(&other_cpus(), touch, || {
         let mut random = Random(0x77);
         for _ in 0..100 * platform().effort() {
             let pages = 1 + random.below(64);
@@ -172,40 +194,23 @@ pub(crate) fn fault_race() -> Outcome {
             Op::TakeBack.succeeds(address, pages)?;
         }
         Ok(())
-    };
-    let result = cpu::run_on(&others, &touch, || {
-        let result = change_hands();
-        stop.store(true, Ordering::Release);
-        result
-    });
-    result?;
-    failure.into_inner()
+    })
 }
 
 /// A CPU goes off and on while others make calls.
 pub(crate) fn hotplug() -> Outcome {
     let base = arena(BLOCK);
-    let stop = AtomicBool::new(false);
-    let failure = Mutex::new(Ok(()));
     let work = |_: usize| {
-        while !stop.load(Ordering::Acquire) {
-            let outcome = Op::Donate.succeeds(base, 16).and_then(|()| Op::TakeBack.succeeds(base, 16));
-            if outcome.is_err() {
-                *failure.lock() = outcome;
-                return;
-            }
-        }
+        Op::Donate.succeeds(base, 16)?;
+        Op::TakeBack.succeeds(base, 16)
     };
-    let result = cpu::run_on(&[1], &work, || {
-        let result = (0..20).try_for_each(|_| {
+    during(&[1], work, || {
+        for _ in 0..20 * platform().effort() {
             cpu::turn_off(2);
-            cpu::turn_on(2).map_err(|status| Failure::new(format_args!("CPU_ON: {status}")))
-        });
-        stop.store(true, Ordering::Release);
-        result
-    });
-    result?;
-    failure.into_inner()?;
+            cpu::turn_on(2).map_err(|status| Failure::new(format_args!("CPU_ON: {status}")))?;
+        }
+        Ok(())
+    })?;
     // The CPU that came back is under the same rules.
     Op::Donate.succeeds(base, 1)?;
     let outcome = Mutex::new(Ok(()));
@@ -218,18 +223,13 @@ pub(crate) fn hotplug() -> Outcome {
 /// all.
 pub(crate) fn statistics_race() -> Outcome {
     let page = arena(BLOCK) + 3 * PAGE;
-    let stop = AtomicBool::new(false);
-    let failure = Mutex::new(Ok(()));
     let write = |_: usize| {
-        while !stop.load(Ordering::Acquire) {
-            let [x0, x1, ..] = call::hypervisor([number("STATISTICS"), page, 0, 0]);
-            if (x0, x1) != (0, Statistics::SIZE as u64) && (x0, x1) != (Status::Denied.register(), page) {
-                *failure.lock() = Err(Failure::new(format_args!("STATISTICS: {x0:#x}, {x1:#x}")));
-                return;
-            }
-        }
+        let [x0, x1, ..] = call::hypervisor([number("STATISTICS"), page, 0, 0]);
+        let written = (x0, x1) == (0, Statistics::SIZE as u64);
+        check!(written || (x0, x1) == (Status::Denied.register(), page), "STATISTICS: {x0:#x}, {x1:#x}");
+        Ok(())
     };
-    let change_hands = || {
+    during(&[1], write, || {
         for _ in 0..100 * platform().effort() {
             Op::Share.succeeds(page, 1)?;
             for _ in 0..20 {
@@ -244,12 +244,5 @@ pub(crate) fn statistics_race() -> Outcome {
             check_eq!(memory::find_nonzero(page), None, "the page after TAKE_BACK");
         }
         Ok(())
-    };
-    let result = cpu::run_on(&[1], &write, || {
-        let result = change_hands();
-        stop.store(true, Ordering::Release);
-        result
-    });
-    result?;
-    failure.into_inner()
+    })
 }
