@@ -12,7 +12,7 @@ use ravelin_arch::{
     physical_address_size,
 };
 use ravelin_hypercall::{Cpu, Start};
-use ravelin_memory::{HypAddr, HypRange, PAGE_SIZE, PhysAddr, PhysRange, RangeError};
+use ravelin_memory::{BLOCK_SIZE, HypAddr, HypRange, PAGE_SIZE, PhysAddr, PhysRange, RangeError};
 use ravelin_pgtable::{El2, El2Usage, Flush, Geometry, Machine, MapError, PageTable, TablePool};
 use ravelin_platform::{
     CPU_BLOCK_SIZE, Conduit as PsciConduit, Demand, DtbError, HostImage, Layout, LogLevel, Platform, dtb_size,
@@ -125,11 +125,13 @@ impl BootMemory {
         let start = ptr::with_exposed_provenance::<u8>(address as usize);
         // SAFETY: The assembly mapped 2 MiB from here, and nobody writes to it.
         let size = dtb_size(unsafe { slice::from_raw_parts(start, START) })?;
-        // The rest of one that is too large, in which the console can be found all the same.
+        // The rest of a larger one than the assembly provides for.
+        let mapped = ((address + BLOCK_SIZE - 1) & !(BLOCK_SIZE - 1)) + BLOCK_SIZE;
         let end = (address + size as u64).next_multiple_of(PAGE_SIZE);
-        let all = HypRange::from_bounds(address & !(PAGE_SIZE - 1), end).ok()?;
-        let base = PhysAddr::new(all.base().raw())?;
-        self.tables.map(&self.machine, &mut self.pool, all, base, El2Usage::Rodata).ok()?;
+        if let (true, Some(base), Ok(rest)) = (mapped < end, PhysAddr::new(mapped), HypRange::from_bounds(mapped, end))
+        {
+            self.tables.map(&self.machine, &mut self.pool, rest, base, El2Usage::Rodata).ok()?;
+        }
         // SAFETY: Mapped, by the assembly or just now, and nobody writes to it.
         Some(unsafe { slice::from_raw_parts(start, size) })
     }
