@@ -3,7 +3,9 @@
 // Miri interprets a few of the tests; through the others, whose checks walk all of memory, it would take an hour.
 #[cfg(not(miri))]
 mod faults;
+#[cfg(not(miri))]
 mod guests;
+#[cfg(not(miri))]
 mod guests_model;
 #[cfg(not(miri))]
 mod limits;
