@@ -42,7 +42,7 @@ pub use run::{
     RunPage,
 };
 pub use statistics::Statistics;
-pub use vm::{MAX_IPA_BITS, MAX_VCPUS, MIN_IPA_BITS, VmAttributes, VmCall};
+pub use vm::{GIC_FRAME_SIZE, MAX_IPA_BITS, MAX_VCPUS, MIN_IPA_BITS, VmAttributes, VmCall};
 pub use vm_calls::VM_CALLS;
 
 /// Vendor identifier 2f1d4c6e-83a7-4b0e-9d52-7c61e8b9a350 as the UID call returns it in w0 to w3: bytes of the UUID in

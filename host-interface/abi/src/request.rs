@@ -284,7 +284,13 @@ mod tests {
         assert_eq!(seal(u64::MAX - 3, 0), Err(Status::Overflow));
         assert_eq!(
             seal(ADDRESS_END - 4, 8),
-            Ok(HostCall::Vm(VmCall::Seal { handle: 7, entry: ADDRESS_END - 4, device_tree: 8 }))
+            Ok(HostCall::Vm(VmCall::Seal {
+                handle: 7,
+                entry: ADDRESS_END - 4,
+                device_tree: 8,
+                distributor: 0x800_0000,
+                redistributors: 0x80b_0000,
+            }))
         );
     }
 

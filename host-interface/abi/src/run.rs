@@ -11,7 +11,8 @@ use core::{
 use crate::{PAGE_SIZE, codes::codes};
 
 codes! {
-    /// Why a vCPU left the guest. The fields of [`RunExit`] that a reason does not mention are zero.
+    /// Why a vCPU left the guest. The fields of [`RunExit`] that a reason does not mention are zero,
+    /// but for `wake_low` and `wake_high`, which go with any.
     ExitReason: u64 {
         /// Something for the host, such as a physical interrupt. Nothing happened in the guest.
         Interrupted = 1, "INTERRUPTED";
@@ -47,6 +48,8 @@ codes! {
         HostCall = 14, "HOST_CALL";
         /// The vCPU cannot go on, and cannot be run again.
         Failed = 15, "FAILED";
+        /// Other vCPUs have something to do, those that `wake_low` and `wake_high` name. Nothing else happened.
+        Wake = 16, "WAKE";
     }
 }
 
@@ -137,6 +140,11 @@ words! {
         vcpu,
         /// Value of the physical counter at which a timer fires, or RUN_NO_DEADLINE.
         deadline,
+        /// With any reason: bit n says that vCPU n, 0 to 63, has something to do. The host runs it if it waits, and interrupts the
+        /// CPU that it runs on.
+        wake_low,
+        /// The same for vCPUs 64 to 127.
+        wake_high,
     }
 }
 
@@ -245,7 +253,10 @@ pub(crate) fn reference(f: &mut Formatter<'_>) -> fmt::Result {
             writeln!(f, "| {offset} | `{name}` | {doc} |")?;
         }
     }
-    writeln!(f, "\n| code | reason | meaning; fields that it does not mention are zero |\n|---|---|---|")?;
+    writeln!(
+        f,
+        "\n| code | reason | meaning; fields that it does not mention are zero, but for `wake_low` and `wake_high` |\n|---|---|---|"
+    )?;
     for reason in ExitReason::ALL {
         writeln!(f, "| {} | `{}` | {} |", reason.code(), reason.name(), reason.doc())?;
     }
@@ -276,7 +287,7 @@ mod tests {
     #[test]
     fn the_layout_is_part_of_the_interface() {
         assert_eq!([RunPage::EXIT, RunPage::CALL, RunPage::ENTRY, RunPage::RESULTS], [0, 1024, 2048, 3072]);
-        assert_eq!([RunExit::SIZE, RunEntry::SIZE], [64, 16]);
+        assert_eq!([RunExit::SIZE, RunEntry::SIZE], [80, 16]);
     }
 
     #[test]

@@ -11,6 +11,9 @@ pub const MIN_IPA_BITS: u64 = 32;
 /// The most bits that the guest addresses of a VM may have.
 pub const MAX_IPA_BITS: u64 = 48;
 
+/// Size and alignment of the frames of a guest's interrupt controller.
+pub const GIC_FRAME_SIZE: u64 = 0x1_0000;
+
 /// What kind of VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VmAttributes {
@@ -100,6 +103,10 @@ pub enum VmCall {
         entry: u64,
         /// Guest address of the device tree; a multiple of 8.
         device_tree: u64,
+        /// Guest address of the interrupt controller's distributor; a multiple of [`GIC_FRAME_SIZE`].
+        distributor: u64,
+        /// Guest address of its redistributors, two frames for each vCPU that the VM may have; a multiple of [`GIC_FRAME_SIZE`].
+        redistributors: u64,
     },
     /// Runs a vCPU.
     Run { handle: u64, index: u64 },

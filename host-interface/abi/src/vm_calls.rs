@@ -1,7 +1,7 @@
 //! The part of the table that is about VMs.
 
 use crate::{
-    MAX_VCPUS, PAGE_SIZE, VmCall,
+    GIC_FRAME_SIZE, MAX_VCPUS, PAGE_SIZE, VmCall,
     calls::{Argument, Call, FIRST_FAILED, Kind, MAX_RANGE_PAGES, MAX_TAKE_BACK_PAGES, STATUS},
     request::HostCall,
 };
@@ -75,16 +75,25 @@ pub const VM_CALLS: &[Call] = &[
     Call {
         number: 0xc600_1015,
         name: "VM_SEAL",
-        doc: "Ends the making of a VM: fixes its measurement, and where its vCPU 0 starts with the address of the device tree \
-              in x0.",
+        doc: "Ends the making of a VM: fixes its measurement, where its vCPU 0 starts with the address of the device tree in \
+              x0, and where the guest finds its interrupt controller, a GICv3: a distributor of 64 KiB, and redistributors of \
+              128 KiB for each vCPU that it may have. Neither may overlap the other or pages of the guest, then or later.",
         arguments: &[
             HANDLE,
             Argument { name: "entry", kind: Kind::GuestAddress { align: 4 } },
             Argument { name: "device_tree", kind: Kind::GuestAddress { align: 8 } },
+            Argument { name: "distributor", kind: Kind::GuestAddress { align: GIC_FRAME_SIZE } },
+            Argument { name: "redistributors", kind: Kind::GuestAddress { align: GIC_FRAME_SIZE } },
         ],
         results: &[STATUS, "0"],
         request: |parsed| {
-            HostCall::Vm(VmCall::Seal { handle: parsed.value(0), entry: parsed.value(1), device_tree: parsed.value(2) })
+            HostCall::Vm(VmCall::Seal {
+                handle: parsed.value(0),
+                entry: parsed.value(1),
+                device_tree: parsed.value(2),
+                distributor: parsed.value(3),
+                redistributors: parsed.value(4),
+            })
         },
     },
     Call {
@@ -156,13 +165,15 @@ pub const VM_CALLS: &[Call] = &[
     Call {
         number: 0xc600_101d,
         name: "SPI",
-        doc: "Sets the level of one of a sealed VM's shared peripheral interrupts, those of the devices that the host plays.",
+        doc: "Sets the level of one of a sealed VM's shared peripheral interrupts, those of the devices that the host plays. \
+              Bit n of the result is set if vCPU n has something to do now: the host runs it if it waits, and interrupts the CPU \
+              that it runs on.",
         arguments: &[
             HANDLE,
             Argument { name: "intid", kind: Kind::Number { first: 32, last: 1019 } },
             Argument { name: "level", kind: Kind::Number { first: 0, last: 1 } },
         ],
-        results: &[STATUS, "0"],
+        results: &[STATUS, "vCPUs 0 to 63 to wake", "vCPUs 64 to 127 to wake"],
         request: |parsed| {
             HostCall::Vm(VmCall::Spi { handle: parsed.value(0), intid: parsed.value(1), level: parsed.value(2) != 0 })
         },
