@@ -277,7 +277,7 @@ mod tests {
 
     #[test]
     fn guest_addresses_are_aligned_to_what_they_are_for() {
-        let seal = |entry, device_tree| parse(vm("VM_SEAL"), [7, entry, device_tree]);
+        let seal = |entry, device_tree| parse(vm("VM_SEAL"), [7, entry, device_tree, 0x800_0000, 0x80b_0000]);
         assert_eq!(seal(0x1002, 0), Err(Status::Unaligned));
         assert_eq!(seal(0x1004, 0x1004), Err(Status::Unaligned));
         assert_eq!(seal(ADDRESS_END, 0), Err(Status::Overflow));

@@ -276,7 +276,7 @@ mod tests {
         let exit = RunExit { reason: 4, flags: 0x0102, deadline: u64::MAX, ..RunExit::default() };
         let bytes = exit.to_bytes();
         assert_eq!(bytes[..16], [4, 0, 0, 0, 0, 0, 0, 0, 2, 1, 0, 0, 0, 0, 0, 0]);
-        assert_eq!(bytes[offset_of!(RunExit, deadline)..], [0xff; 8]);
+        assert_eq!(bytes[offset_of!(RunExit, deadline)..offset_of!(RunExit, wake_low)], [0xff; 8]);
         assert_eq!(RunExit::from_bytes(&bytes), exit);
 
         let entry = RunEntry { answer: 1, value: 0x8877_6655_4433_2211 };
