@@ -52,6 +52,13 @@ impl VcpuSet {
         self.0 == 0
     }
 
+    /// Returns the set as two words: bit n of the first is vCPU n, of the second vCPU 64 + n.
+    #[must_use]
+    pub fn words(self) -> [u64; 2] {
+        let word = |shift: u32| u64::try_from(self.0 >> shift & u128::from(u64::MAX)).unwrap_or(0);
+        [word(0), word(64)]
+    }
+
     /// Yields the indices in ascending order.
     pub fn iter(self) -> impl Iterator<Item = usize> {
         (0..MAX_VCPUS).filter(move |&vcpu| self.contains(vcpu))

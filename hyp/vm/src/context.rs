@@ -187,12 +187,26 @@ impl Context {
     /// if one is asserted already.
     #[must_use]
     pub fn next_timer(&self) -> Option<u64> {
-        let armed = |control: u64| control & (timer::ENABLE | timer::IMASK) == timer::ENABLE;
-        let physical = armed(self.cntp_ctl_el0).then_some(self.cntp_cval_el0);
-        // The virtual counter is behind the physical one by the offset; a sum beyond 64 bits is never reached.
-        let virtual_timer = armed(self.cntv_ctl_el0).then(|| self.cntv_cval_el0.saturating_add(self.cntvoff_el2));
-        physical.into_iter().chain(virtual_timer).min()
+        self.physical_timer().into_iter().chain(self.virtual_timer()).min()
     }
+
+    /// Returns when the physical timer fires, as [`Context::next_timer`].
+    #[must_use]
+    pub fn physical_timer(&self) -> Option<u64> {
+        armed(self.cntp_ctl_el0).then_some(self.cntp_cval_el0)
+    }
+
+    /// Returns when the virtual timer fires, as [`Context::next_timer`].
+    #[must_use]
+    pub fn virtual_timer(&self) -> Option<u64> {
+        // The virtual counter is behind the physical one by the offset; a sum beyond 64 bits is never reached.
+        armed(self.cntv_ctl_el0).then(|| self.cntv_cval_el0.saturating_add(self.cntvoff_el2))
+    }
+}
+
+/// Whether a timer with this control may fire.
+const fn armed(control: u64) -> bool {
+    control & (timer::ENABLE | timer::IMASK) == timer::ENABLE
 }
 
 #[cfg(test)]

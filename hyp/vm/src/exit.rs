@@ -259,6 +259,8 @@ pub enum Report {
     },
     /// The vCPU cannot go on.
     Failed,
+    /// Nothing happened but that other vCPUs have something to do.
+    Wake,
 }
 
 impl Report {
@@ -301,6 +303,7 @@ impl Report {
             Self::NeedsTables { pages } => RunExit { pages, ..exit(ExitReason::NeedsTables) },
             Self::HostCall { immediate } => RunExit { value: immediate.into(), ..exit(ExitReason::HostCall) },
             Self::Failed => exit(ExitReason::Failed),
+            Self::Wake => exit(ExitReason::Wake),
         }
     }
 }

@@ -11,6 +11,7 @@ use std::{
 use ravelin_abi::{Status, VmAttributes, VmKind};
 use ravelin_memory::{Ipa, IpaRange, PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_ownership::GuestPage;
+use ravelin_pgtable::{Geometry, PageTable, Stage2, Vmid, Vttbr};
 
 use crate::{GuestFailure, ObjectMemory, Refusal, Transitions};
 
@@ -243,6 +244,17 @@ impl Transitions for Fake {
         pages(root).for_each(|page| assert_eq!(world.owner(page), Owner::Hypervisor));
         world.poisoned.retain(|&(its, _)| its != slot);
         Ok(FakeGuest { slot, attributes, dying: AtomicBool::new(false) })
+    }
+
+    fn tree(&self, guest: &FakeGuest) -> (Vttbr, Geometry) {
+        let mut bits = u32::try_from(guest.attributes.ipa_bits).unwrap();
+        bits = bits.max(32);
+        let tables = PageTable::<Stage2>::of_guest(
+            PhysAddr::new(0x4000_0000).unwrap(),
+            Geometry::stage2(bits).unwrap(),
+            Vmid::new(u8::try_from(guest.slot).unwrap() + 1),
+        );
+        (tables.vttbr(), Geometry::stage2(bits).unwrap())
     }
 
     fn donate_tables(&self, guest: &FakeGuest, range: PhysRange) -> Result<(), Refusal> {

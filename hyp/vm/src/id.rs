@@ -194,6 +194,12 @@ impl IdRegisters {
         self.common(&most)
     }
 
+    /// Returns whether they say that there is SVE.
+    #[must_use]
+    pub const fn has_sve(&self) -> bool {
+        self.id_aa64pfr0_el1 & SVE != 0
+    }
+
     /// Returns what a guest may rely on where it runs on CPUs with either registers: of each field the lesser value.
     #[must_use]
     pub fn common(&self, other: &Self) -> Self {

@@ -15,6 +15,7 @@
 )]
 
 mod context;
+mod cpu;
 mod entropy;
 mod exception;
 mod exit;
@@ -33,12 +34,14 @@ mod object;
 mod psci;
 mod refusal;
 pub mod rsi;
+mod run;
 mod sysreg;
 mod table;
 mod transitions;
 mod vm;
 
 pub use context::Context;
+pub use cpu::{Entry, GuestCpu, Left, Vectors};
 pub use entropy::{EntropySource, MAX_BITS, call as entropy_call};
 pub use exception::{Exception, PstateFeatures, Trapped};
 pub use exit::{Abort, Backing, GuestExit, Pending, Report, Syndrome, WrongAnswer};
@@ -52,6 +55,7 @@ pub use mmio::MmioAccess;
 pub use object::ObjectMemory;
 pub use psci::{FirmwareCall, Power, Readiness, firmware_call, mpidr};
 pub use refusal::Refusal;
+pub use run::VcpuState;
 pub use sysreg::{SysregAccess, SysregAction};
 pub use transitions::{GuestFailure, Transitions};
-pub use vm::{Vcpu, Vm, Vms};
+pub use vm::{Start, Vcpu, Vm, Vms};

@@ -6,7 +6,7 @@ use ravelin_ownership::{
     Failure, GuestFailure as MemoryFailure, GuestKind, GuestMemory, GuestPage, GuestReason, HostFailure, Memory,
     Reason, Unshare,
 };
-use ravelin_pgtable::{Geometry, Machine, TablePool};
+use ravelin_pgtable::{Geometry, Machine, TablePool, Vttbr};
 
 use crate::{GuestFailure, Refusal, Transitions};
 
@@ -82,6 +82,10 @@ impl<P: TablePool, M: Machine + PageAccess> Transitions for MachineMemory<'_, '_
         };
         let slot = u8::try_from(slot).map_err(|_| Status::Limit)?;
         Ok(self.memory.new_guest(self.machine, slot, kind, geometry(attributes), root.base())?)
+    }
+
+    fn tree(&self, guest: &GuestMemory) -> (Vttbr, Geometry) {
+        (guest.vttbr(), guest.geometry())
     }
 
     fn donate_tables(&self, guest: &GuestMemory, range: PhysRange) -> Result<(), Refusal> {

@@ -5,11 +5,13 @@
 //! * For each page, in the order in which the host put them there: the number of its frame, which is its guest address
 //!   divided by 4096, and its contents.
 //! * Last: all ones, which no frame has as its number; kind, bits of a guest address and number of vCPUs that exist; entry
-//!   point; address of the device tree.
+//!   point; addresses of the device tree, of the interrupt controller's distributor and of its redistributors.
 
 use ravelin_abi::VmAttributes;
 use ravelin_memory::{Ipa, PAGE_SIZE};
 use sha2::{Digest as _, Sha256};
+
+use crate::Start;
 
 /// A SHA-256 digest.
 pub type Digest = [u8; 32];
@@ -31,10 +33,7 @@ pub(crate) struct Seal {
     pub(crate) attributes: VmAttributes,
     /// How many vCPUs exist.
     pub(crate) vcpus: u64,
-    /// Address of the first instruction of vCPU 0.
-    pub(crate) entry: u64,
-    /// Address of the device tree.
-    pub(crate) device_tree: u64,
+    pub(crate) start: Start,
 }
 
 impl Measurement {
@@ -54,9 +53,11 @@ impl Measurement {
 
     /// Returns the measurement of the pages so far, sealed.
     pub(crate) fn seal(&self, seal: &Seal) -> Digest {
-        let &Seal { attributes, vcpus, entry, device_tree } = seal;
+        let &Seal { attributes, vcpus, start } = seal;
+        let Start { entry, device_tree, distributor, redistributors } = start;
+        let made = [SEAL, attributes.kind.code(), attributes.ipa_bits, vcpus];
         let mut hash = self.hash.clone();
-        for number in [SEAL, attributes.kind.code(), attributes.ipa_bits, vcpus, entry, device_tree] {
+        for number in made.into_iter().chain([entry, device_tree, distributor, redistributors]) {
             hash.update(number.to_le_bytes());
         }
         hash.finalize().into()
@@ -108,8 +109,12 @@ mod tests {
     const SEALED: Seal = Seal {
         attributes: VmAttributes { kind: VmKind::Pkvm, ipa_bits: 40, vcpus: 4 },
         vcpus: 2,
-        entry: 0x8000_0000,
-        device_tree: 0x8800_0000,
+        start: Start {
+            entry: 0x8000_0000,
+            device_tree: 0x8800_0000,
+            distributor: 0x800_0000,
+            redistributors: 0x80a_0000,
+        },
     };
 
     fn add(measurement: &mut Measurement, at: u64, contents: &[u8; 4096], piece: usize) {
@@ -131,7 +136,7 @@ mod tests {
             bytes.extend(frame.to_le_bytes());
             bytes.extend([byte; 4096]);
         }
-        for number in [u64::MAX, 1, 40, 2, 0x8000_0000, 0x8800_0000] {
+        for number in [u64::MAX, 1, 40, 2, 0x8000_0000, 0x8800_0000, 0x800_0000, 0x80a_0000] {
             bytes.extend(number.to_le_bytes());
         }
         let expected: Digest = Sha256::digest(&bytes).into();
@@ -164,8 +169,10 @@ mod tests {
         }
         let VmAttributes { kind, ipa_bits, vcpus } = SEALED.attributes;
         for other in [
-            Seal { entry: SEALED.entry + 4, ..SEALED },
-            Seal { device_tree: 0, ..SEALED },
+            Seal { start: Start { entry: SEALED.start.entry + 4, ..SEALED.start }, ..SEALED },
+            Seal { start: Start { device_tree: 0, ..SEALED.start }, ..SEALED },
+            Seal { start: Start { distributor: 0, ..SEALED.start }, ..SEALED },
+            Seal { start: Start { redistributors: 0, ..SEALED.start }, ..SEALED },
             Seal { vcpus: 1, ..SEALED },
             Seal { attributes: VmAttributes { kind: VmKind::Realm, ipa_bits, vcpus }, ..SEALED },
             Seal { attributes: VmAttributes { kind, ipa_bits: 39, vcpus }, ..SEALED },

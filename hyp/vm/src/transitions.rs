@@ -4,6 +4,7 @@ use ravelin_abi::VmAttributes;
 use ravelin_memory::{Ipa, IpaRange, PhysAddr, PhysRange};
 
 use ravelin_ownership::GuestPage;
+use ravelin_pgtable::{Geometry, Vttbr};
 
 use crate::Refusal;
 
@@ -46,6 +47,9 @@ pub trait Transitions {
     ///
     /// DENIED unless the root is kept and aligned to its size.
     fn new_guest(&self, slot: usize, attributes: VmAttributes, root: PhysRange) -> Result<Self::Guest, Refusal>;
+
+    /// Returns root, VMID and shape of a guest's stage 2.
+    fn tree(&self, guest: &Self::Guest) -> (Vttbr, Geometry);
 
     /// Gives a guest pages of the host for its tables.
     ///

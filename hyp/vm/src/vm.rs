@@ -11,12 +11,13 @@ use core::{
 
 use ravelin_abi::{MAX_TAKE_BACK_PAGES, Status, VmAttributes};
 use ravelin_memory::{IpaRange, PAGE_SIZE, PhysAddr, PhysRange};
-use ravelin_vgic::{Gic, Spi, VcpuGic, VcpuSet};
+use ravelin_ownership::GuestPage;
+use ravelin_vgic::{Frame, Gic, Spi, VcpuGic, VcpuSet};
 use spin::Mutex;
 
 use crate::{
     Guest, Handle, ObjectMemory, Power, Refusal, Transitions,
-    gic::{SPIS, VcpuGics, VmGic},
+    gic::{GicFrames, SPIS, VcpuGics, VmGic},
     measurement::{Measurement, Measurements, Seal},
     table::Table,
 };
@@ -77,7 +78,22 @@ pub struct Vm<O: ObjectMemory, G: Send + Sync, V: Send + Sync> {
     measurement: Mutex<Option<Measurement>>,
     vcpus: VcpuSlots<O, V>,
     gic: Mutex<VmGic<O>>,
+    /// Since it is sealed.
+    gic_frames: Option<GicFrames>,
     metadata: PhysRange,
+}
+
+/// How a VM starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Start {
+    /// Guest address of the first instruction of vCPU 0.
+    pub entry: u64,
+    /// Guest address of the device tree, which is in its x0.
+    pub device_tree: u64,
+    /// Guest address of the interrupt controller's distributor.
+    pub distributor: u64,
+    /// Guest address of the redistributors.
+    pub redistributors: u64,
 }
 
 impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vm<O, G, V> {
@@ -101,6 +117,11 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vm<O, G, V> {
         self.gic.lock().view().as_mut().map(f)
     }
 
+    /// Returns the frame of the interrupt controller that a guest address lies in, and the offset there.
+    pub(crate) fn gic_frame(&self, address: u64) -> Option<(Frame, u64)> {
+        self.gic_frames?.find(address)
+    }
+
     /// Returns the refusal of what a VM in this stage does not do.
     fn demand(&self, allowed: &[Stage]) -> Result<(), Refusal> {
         if allowed.contains(&self.stage) { Ok(()) } else { Err(Status::WrongState.into()) }
@@ -118,20 +139,21 @@ const ALIVE: &[Stage] = &[Stage::Created, Stage::Sealed];
 /// All VMs.
 pub struct Vms<O: ObjectMemory, G: Send + Sync, V: Send + Sync> {
     objects: O,
+    area: u64,
     table: Table<O::Box<Vm<O, G, V>>>,
 }
 
 impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
-    /// Returns a table without VMs, which keeps its objects in `objects`.
-    pub const fn new(objects: O) -> Self {
-        Self { objects, table: Table::new() }
+    /// Returns a table without VMs, which keeps its objects in `objects`. The state of each vCPU has `area` pages besides.
+    pub const fn new(objects: O, area: u64) -> Self {
+        Self { objects, area, table: Table::new() }
     }
 
     /// Returns how many pages a VM of these attributes takes, how many each of its vCPUs, and to how many pages those of the
     /// VM must be aligned.
-    pub fn sizes<T: Transitions<Guest = G>>(attributes: VmAttributes) -> (u64, u64, u64) {
+    pub fn sizes<T: Transitions<Guest = G>>(&self, attributes: VmAttributes) -> (u64, u64, u64) {
         let sizes = Sizes::new::<T, O, V>(attributes);
-        (sizes.total(), pages_for::<Vcpu<V>>(1), sizes.root)
+        (sizes.total(), pages_for::<Vcpu<V>>(1).saturating_add(self.area), sizes.root)
     }
 
     /// Makes a VM of pages that the host donates.
@@ -166,6 +188,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
                 measurement: Mutex::new(Some(Measurement::new())),
                 vcpus: objects.place_slice(parts.vcpus, vcpus, |_| VcpuSlot::default()),
                 gic: Mutex::new(VmGic::new(spis, gics)),
+                gic_frames: None,
                 metadata,
             };
             Ok(objects.place(parts.vm, vm))
@@ -187,7 +210,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     }
 
     /// Makes a vCPU of pages that the host donates, with a run page that stays the host's. `state` returns its first state
-    /// for its index.
+    /// for its index and the pages that its state has besides.
     ///
     /// # Errors
     ///
@@ -200,7 +223,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
         index: u64,
         metadata: PhysRange,
         run_page: PhysAddr,
-        state: impl FnOnce(usize) -> V,
+        state: impl FnOnce(usize, PhysRange) -> V,
     ) -> Result<(), Refusal> {
         self.table.shared(handle, |vm| {
             vm.demand(&[Stage::Created])?;
@@ -210,13 +233,11 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
             if vcpu.is_some() {
                 return Err(Status::Exists.into());
             }
-            if metadata.pages() != pages_for::<Vcpu<V>>(1) {
-                return Err(Status::Invalid.into());
-            }
+            let (object, area) = self.cut_vcpu(metadata).ok_or(Status::Invalid)?;
             transitions.borrow_page(run_page)?;
             transitions.keep(metadata).inspect_err(|_| transitions.return_page(run_page))?;
-            let new = Vcpu { state: state(index), index, run_page, metadata };
-            *vcpu = Some(self.objects.place(metadata, new));
+            let new = Vcpu { state: state(index, area), index, run_page, metadata };
+            *vcpu = Some(self.objects.place(object, new));
             vm.gic.lock().add(index);
             slot.exists.store(true, Relaxed);
             Ok(())
@@ -227,8 +248,8 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     ///
     /// # Errors
     ///
-    /// WRONG_STATE if it is dying; OVERFLOW if the guest has no memory there; TOO_LARGE if too many pages had to be measured;
-    /// BUSY while other pages are; those of [`Transitions::map`]. If a page cannot be read, which takes that EL2 runs out of
+    /// WRONG_STATE if it is dying; OVERFLOW if the guest has no memory there; EXISTS if its interrupt controller is there;
+    /// TOO_LARGE if too many pages had to be measured; BUSY while other pages are; those of [`Transitions::map`]. If a page cannot be read, which takes that EL2 runs out of
     /// tables, it is mapped but the VM cannot be sealed any more.
     pub fn map<T: Transitions<Guest = G>>(
         &self,
@@ -240,6 +261,10 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
         self.table.shared(handle, |vm| {
             vm.demand(ALIVE)?;
             let frames = vm.range(at, range.pages())?;
+            let taken = vm.gic_frames.into_iter().flat_map(|gic| gic.ranges());
+            if let Some(gic) = taken.into_iter().find(|gic| gic.overlaps(&frames)) {
+                return Err(Refusal { status: Status::Exists, detail: gic.base().raw().max(at) });
+            }
             let measured = vm.stage == Stage::Created && vm.guest.kind().is_protected();
             if !measured {
                 return transitions.map(&vm.guest.memory, range, frames.base());
@@ -278,26 +303,39 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
         })
     }
 
-    /// Fixes what a VM is when it starts, and where: at `entry`, with `device_tree` in x0.
+    /// Fixes what a VM is when it starts, and where.
     ///
     /// # Errors
     ///
-    /// WRONG_STATE if it is sealed already, or dying, or could not be measured; OVERFLOW if the guest has no memory there; ABSENT without a vCPU 0; BUSY
-    /// while anything else is done with the VM.
-    pub fn seal(&self, handle: Handle, entry: u64, device_tree: u64) -> Result<(), Refusal> {
+    /// WRONG_STATE if it is sealed already, or dying, or could not be measured; OVERFLOW if the guest has no memory there;
+    /// INVALID if the frames of the interrupt controller are no multiples of their size, or overlap each other, EXISTS if they overlap
+    /// pages of the guest; ABSENT without a vCPU 0; BUSY while anything else is done with the VM.
+    pub fn seal<T: Transitions<Guest = G>>(
+        &self,
+        transitions: &T,
+        handle: Handle,
+        start: &Start,
+    ) -> Result<(), Refusal> {
         self.alone(handle, |vm| {
             vm.demand(&[Stage::Created])?;
+            let &Start { entry, device_tree, distributor, redistributors } = start;
             for address in [entry, device_tree] {
                 vm.range(address & !(PAGE_SIZE.wrapping_sub(1)), 1)?;
+            }
+            let attributes = vm.guest.attributes;
+            let frames = GicFrames::new(distributor, redistributors, attributes.vcpus).ok_or(Status::Invalid)?;
+            for range in frames.ranges() {
+                vm.range(range.base().raw(), range.pages())?;
+                demand_absent(transitions, &vm.guest.memory, range)?;
             }
             let exist = vm.vcpus.iter().filter(|slot| slot.exists.load(Relaxed)).count();
             let measurement = vm.measurement.get_mut().as_ref().ok_or(Status::WrongState)?.clone();
             // It has never been on.
             vm.power(0).ok_or(Status::Absent)?.turn_on(entry, device_tree).map_err(|_| Status::WrongState)?;
-            let attributes = vm.guest.attributes;
-            let seal = Seal { attributes, vcpus: u64::try_from(exist).unwrap_or(u64::MAX), entry, device_tree };
+            let seal = Seal { attributes, vcpus: u64::try_from(exist).unwrap_or(u64::MAX), start: *start };
             *vm.guest.measurements.get_mut() = Measurements::new(measurement.seal(&seal));
             vm.gic.get_mut().reset();
+            vm.gic_frames = Some(frames);
             vm.stage = Stage::Sealed;
             Ok(())
         })
@@ -322,25 +360,17 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
         })
     }
 
-    /// Moves the wire of an SPI, and runs `kick` for the vCPUs that must look at their interrupts.
+    /// Moves the wire of an SPI, and returns the vCPUs that must look at their interrupts.
     ///
     /// # Errors
     ///
     /// WRONG_STATE unless the VM is sealed; INVALID for what is not an SPI of the host.
-    pub fn raise_spi(
-        &self,
-        handle: Handle,
-        intid: u64,
-        level: bool,
-        kick: impl FnOnce(&Vm<O, G, V>, VcpuSet),
-    ) -> Result<(), Refusal> {
+    pub fn raise_spi(&self, handle: Handle, intid: u64, level: bool) -> Result<VcpuSet, Refusal> {
         self.table.shared(handle, |vm| {
             vm.demand(&[Stage::Sealed])?;
             let intid = u32::try_from(intid).map_err(|_| Status::Invalid)?;
             let raised = vm.with_gic(|gic| gic.raise_spi(intid, level));
-            let vcpus = raised.and_then(Result::ok).ok_or(Status::Invalid)?;
-            kick(vm, vcpus);
-            Ok(())
+            Ok(raised.and_then(Result::ok).ok_or(Status::Invalid)?)
         })
     }
 
@@ -458,6 +488,13 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
         })
     }
 
+    /// Cuts what is donated for a vCPU into the pages of its object and those that its state has besides.
+    fn cut_vcpu(&self, metadata: PhysRange) -> Option<(PhysRange, PhysRange)> {
+        let object = PhysRange::new(metadata.base().raw(), pages_for::<Vcpu<V>>(1)).ok()?;
+        let area = PhysRange::new(object.end(), self.area).ok()?;
+        (area.end() == metadata.end()).then_some((object, area))
+    }
+
     /// Does something with frames of a living VM.
     fn on_frames(
         &self,
@@ -475,6 +512,20 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     fn alone(&self, handle: Handle, f: impl FnOnce(&mut Vm<O, G, V>) -> Result<(), Refusal>) -> Result<(), Refusal> {
         self.table.alone(handle, |entry| f(entry.as_mut().ok_or(Status::BadHandle)?))
     }
+}
+
+/// Returns the refusal of frames that have, or had, pages.
+fn demand_absent<T: Transitions>(transitions: &T, guest: &T::Guest, frames: IpaRange) -> Result<(), Refusal> {
+    let mut left = Some(frames);
+    while let Some(range) = left {
+        let (page, known) = transitions.look(guest, range);
+        if page != GuestPage::Absent {
+            return Err(Refusal { status: Status::Exists, detail: range.base().raw() });
+        }
+        let done = known.max(1).saturating_mul(PAGE_SIZE);
+        left = IpaRange::from_bounds(range.base().raw().saturating_add(done), range.end()).ok();
+    }
+    Ok(())
 }
 
 /// Adds private pages to a measurement.

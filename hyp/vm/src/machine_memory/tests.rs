@@ -11,7 +11,7 @@ use ravelin_pgtable::{
 use sha2::{Digest as _, Sha256};
 
 use super::*;
-use crate::{Context, Handle, Outcome, Vms, fake::Heap, guest::tests::registers, guest_call, rsi};
+use crate::{Context, Handle, Outcome, Start, Vms, fake::Heap, guest::tests::registers, guest_call, rsi};
 
 const RAM: u64 = 0x4000_0000;
 const BLOCKS: u64 = 16;
@@ -113,7 +113,7 @@ fn in_world(test: impl FnOnce(&World<'_, '_>)) {
         PageTable::<El2>::new(el2_root, Geometry::EL2),
         pool,
     );
-    let world = World { memory: MachineMemory::new(&memory, &machine), vms: Box::new(Vms::new(Heap)) };
+    let world = World { memory: MachineMemory::new(&memory, &machine), vms: Box::new(Vms::new(Heap, 1)) };
     let before = world.counts();
     test(&world);
     machine.inner.assert_quiescent();
@@ -148,7 +148,7 @@ impl World<'_, '_> {
     fn create(&self, kind: VmKind, tables: u64) -> Handle {
         let Self { memory, vms } = self;
         let attributes = attributes(kind);
-        let (vm_pages, vcpu_pages, _) = TestVms::sizes::<TestMemory<'_, '_>>(attributes);
+        let (vm_pages, vcpu_pages, _) = vms.sizes::<TestMemory<'_, '_>>(attributes);
         let handle = vms.create(memory, attributes, pages(METADATA, vm_pages)).unwrap();
         let vmid = Stage::Guest(Vmid::new(handle.slot() as u8 + 1));
         let root = PhysAddr::new(METADATA).unwrap();
@@ -157,7 +157,7 @@ impl World<'_, '_> {
             vms.donate_tables(memory, handle, pages(TABLES, tables)).unwrap();
         }
         let run_page = PhysAddr::new(RUN_PAGE).unwrap();
-        vms.create_vcpu(memory, handle, 0, pages(VCPUS, vcpu_pages), run_page, |_| Context::default()).unwrap();
+        vms.create_vcpu(memory, handle, 0, pages(VCPUS, vcpu_pages), run_page, |_, _| Context::default()).unwrap();
         handle
     }
 
@@ -166,7 +166,8 @@ impl World<'_, '_> {
     }
 
     fn seal(&self, handle: Handle) {
-        self.vms.seal(handle, GUEST, GUEST).unwrap();
+        let start = Start { entry: GUEST, device_tree: GUEST, distributor: 0x800_0000, redistributors: 0x80a_0000 };
+        self.vms.seal(&self.memory, handle, &start).unwrap();
     }
 
     /// Makes a guest's call; returns the outcome and x0 to x2.
@@ -307,7 +308,7 @@ fn what_is_measured_is_what_the_guest_has() {
             expected.update((GUEST / PAGE_SIZE + index).to_le_bytes());
             expected.update([index as u8 + 1; 4096]);
         }
-        for number in [u64::MAX, 1, 40, 1, GUEST, GUEST] {
+        for number in [u64::MAX, 1, 40, 1, GUEST, GUEST, 0x800_0000, 0x80a_0000] {
             expected.update(number.to_le_bytes());
         }
         world.map(handle, GUEST, payload).unwrap();
@@ -352,7 +353,7 @@ fn refusals_say_what_and_where() {
         let replaced = world.map(handle, GUEST + 3 * PAGE_SIZE, next);
         assert_eq!(replaced, refused(Status::Poisoned, PAYLOAD + BLOCK));
         assert_eq!(claim(GUEST + 3 * PAGE_SIZE, 1), refused(Status::Poisoned, GUEST + 3 * PAGE_SIZE));
-        let (vm_pages, ..) = TestVms::sizes::<TestMemory<'_, '_>>(attributes(VmKind::Pkvm));
+        let (vm_pages, ..) = world.vms.sizes::<TestMemory<'_, '_>>(attributes(VmKind::Pkvm));
         let second = vms.create(memory, attributes(VmKind::Pkvm), pages(METADATA, vm_pages));
         assert_eq!(second, Err(Refusal { status: Status::Denied, detail: METADATA }));
         world.end(handle, VmKind::Pkvm);

@@ -39,6 +39,14 @@ fn page(base: u64) -> PhysAddr {
     PhysAddr::new(base).unwrap()
 }
 
+fn sizes(attributes: VmAttributes) -> (u64, u64, u64) {
+    World::new().vms.sizes::<Fake>(attributes)
+}
+
+fn start(entry: u64, device_tree: u64) -> Start {
+    Start { entry, device_tree, distributor: 0x800_0000, redistributors: 0x80a_0000 }
+}
+
 fn status<R: std::fmt::Debug>(outcome: Result<R, Refusal>) -> Status {
     outcome.map_or_else(|refusal| refusal.status, |_| Status::Success)
 }
@@ -50,7 +58,7 @@ struct World {
 
 impl World {
     fn new() -> Self {
-        Self { memory: Fake::default(), vms: Box::new(Vms::new(Heap)) }
+        Self { memory: Fake::default(), vms: Box::new(Vms::new(Heap, 1)) }
     }
 
     fn create(&self, attributes: VmAttributes) -> Handle {
@@ -58,15 +66,15 @@ impl World {
     }
 
     fn create_at(&self, attributes: VmAttributes, base: u64) -> Result<Handle, Refusal> {
-        let (pages, ..) = TestVms::sizes::<Fake>(attributes);
+        let (pages, ..) = sizes(attributes);
         self.vms.create(&self.memory, attributes, range(base, pages))
     }
 
     fn add_vcpu(&self, handle: Handle, index: u64) -> Status {
-        let (_, pages, _) = TestVms::sizes::<Fake>(PKVM);
+        let (_, pages, _) = sizes(PKVM);
         let metadata = range(VCPUS + index * pages * PAGE_SIZE, pages);
         let run_page = page(RUN_PAGES + index * PAGE_SIZE);
-        status(self.vms.create_vcpu(&self.memory, handle, index, metadata, run_page, |index| index as u64 + 100))
+        status(self.vms.create_vcpu(&self.memory, handle, index, metadata, run_page, |index, _| index as u64 + 100))
     }
 
     fn map(&self, handle: Handle, pages: u64) -> Status {
@@ -96,7 +104,7 @@ fn a_life() {
         assert_eq!(world.add_vcpu(handle, index), Status::Success);
     }
     assert_eq!(world.map(handle, 16), Status::Success);
-    vms.seal(handle, GUEST, GUEST + 0x1000).unwrap();
+    vms.seal(memory, handle, &start(GUEST, GUEST + 0x1000)).unwrap();
     for index in 0..4 {
         vms.run(handle, index, |vm, vcpu| {
             assert_eq!((vcpu.state, vcpu.index()), (100 + index, index as usize));
@@ -172,9 +180,9 @@ impl Step {
             Self::CreateVcpu => world.add_vcpu(handle, 3),
             Self::Map => status(vms.map(memory, handle, GUEST + 0x200_0000, range(PAYLOAD + 0x200_0000, 1))),
             Self::Unmap => status(vms.unmap(memory, handle, frames(1))),
-            Self::Seal => status(vms.seal(handle, GUEST, GUEST)),
+            Self::Seal => status(vms.seal(memory, handle, &start(GUEST, GUEST))),
             Self::Run => world.run(handle, 0),
-            Self::Spi => status(vms.raise_spi(handle, 40, true, |_, _| ())),
+            Self::Spi => status(vms.raise_spi(handle, 40, true)),
             Self::Claim => status(vms.claim(memory, handle, offered)),
             Self::Release => status(vms.release(memory, handle, offered)),
             Self::ForceReclaim => status(vms.force_reclaim(memory, range(PAYLOAD, 1))),
@@ -195,7 +203,7 @@ fn each_step_in_each_stage() {
             let handle = world.create(PKVM);
             assert_eq!([world.add_vcpu(handle, 0), world.map(handle, 4)], [Success; 2]);
             if stage >= 1 {
-                world.vms.seal(handle, GUEST, GUEST).unwrap();
+                world.vms.seal(&world.memory, handle, &start(GUEST, GUEST)).unwrap();
             }
             if stage >= 2 {
                 world.vms.teardown(&world.memory, handle).unwrap();
@@ -264,7 +272,7 @@ fn each_step_in_each_stage() {
 #[test]
 fn creation_needs_the_right_pages() {
     let world = World::new();
-    let (pages, ..) = TestVms::sizes::<Fake>(PKVM);
+    let (pages, ..) = sizes(PKVM);
     let create = |base, pages| status(world.vms.create(&world.memory, PKVM, range(base, pages)));
     assert_eq!(create(METADATA, pages - 1), Status::Invalid);
     assert_eq!(create(METADATA, pages + 1), Status::Invalid);
@@ -284,8 +292,8 @@ fn sizes_fit_what_is_kept() {
     for kind in [VmKind::Ordinary, VmKind::Pkvm, VmKind::Realm] {
         for (ipa_bits, vcpus) in [(32, 1), (40, 128), (48, 7)] {
             let attributes = VmAttributes { kind, ipa_bits, vcpus };
-            let (vm, vcpu, _) = TestVms::sizes::<Fake>(attributes);
-            assert!((4..64).contains(&vm) && vcpu == 1, "{attributes:?}: {vm}, {vcpu}");
+            let (vm, vcpu, _) = sizes(attributes);
+            assert!((4..64).contains(&vm) && vcpu == 2, "{attributes:?}: {vm}, {vcpu}");
             let world = World::new();
             let handle = world.create(attributes);
             assert_eq!(world.memory.gone() as u64, vm);
@@ -299,7 +307,7 @@ fn sizes_fit_what_is_kept() {
 fn there_are_255_vms_and_128_vcpus() {
     let world = World::new();
     let attributes = VmAttributes { vcpus: 128, ..PKVM };
-    let (pages, ..) = TestVms::sizes::<Fake>(attributes);
+    let (pages, ..) = sizes(attributes);
     let stride = pages.next_multiple_of(2) * PAGE_SIZE;
     let handles: Vec<_> = (0..255).map(|vm| world.create_at(attributes, 0x6000_0000 + vm * stride).unwrap()).collect();
     assert_eq!(status(world.create_at(attributes, 0x6000_0000 + 255 * stride)), Status::Limit);
@@ -307,7 +315,7 @@ fn there_are_255_vms_and_128_vcpus() {
         assert_eq!(world.add_vcpu(handles[254], index), Status::Success);
     }
     assert_eq!(world.add_vcpu(handles[254], 128), Status::Invalid);
-    world.vms.seal(handles[254], GUEST, GUEST).unwrap();
+    world.vms.seal(&world.memory, handles[254], &start(GUEST, GUEST)).unwrap();
     assert_eq!(world.run(handles[254], 127), Status::Success);
     assert_eq!(world.run(handles[254], 128), Status::Absent);
     assert_eq!(world.run(handles[254], u64::MAX), Status::Absent);
@@ -325,20 +333,20 @@ fn creation_of_vcpus() {
     assert_eq!(world.add_vcpu(handle, 1), Status::Exists);
     let create = |index, metadata: u64, pages, run_page: u64| {
         let gone = memory.gone();
-        let made = vms.create_vcpu(memory, handle, index, range(metadata, pages), page(run_page), |_| 0);
+        let made = vms.create_vcpu(memory, handle, index, range(metadata, pages), page(run_page), |_, _| 0);
         assert_eq!(memory.gone(), gone);
         status(made)
     };
-    let (_, pages, _) = TestVms::sizes::<Fake>(PKVM);
+    let (_, pages, _) = sizes(PKVM);
     let vcpu = VCPUS + 0x10_0000;
     assert_eq!(create(2, vcpu, pages + 1, RUN_PAGES), Status::Invalid);
     assert_eq!(create(2, METADATA, pages, RUN_PAGES), Status::Denied);
     assert_eq!(create(2, vcpu, pages, METADATA), Status::Denied);
     assert_eq!(create(2, vcpu, pages, vcpu), Status::Denied, "the run page in what is donated");
     assert_eq!(create(2, 0x1000_0000, pages, RUN_PAGES), Status::NotRam);
-    assert_eq!(status(vms.seal(handle, GUEST, GUEST)), Status::Absent, "no vCPU 0");
+    assert_eq!(status(vms.seal(memory, handle, &start(GUEST, GUEST))), Status::Absent, "no vCPU 0");
     assert_eq!(world.add_vcpu(handle, 0), Status::Success);
-    vms.seal(handle, GUEST, GUEST).unwrap();
+    vms.seal(memory, handle, &start(GUEST, GUEST)).unwrap();
     assert_eq!(world.run(handle, 2), Status::Absent);
     vms.run(handle, 0, |vm, _| {
         assert_eq!([0, 1, 2, 3].map(|vcpu| vm.power(vcpu).is_some()), [true, true, false, false]);
@@ -354,13 +362,13 @@ fn one_vcpu_runs_once() {
     let world = World::new();
     let handle = world.create(PKVM);
     assert_eq!([world.add_vcpu(handle, 0), world.add_vcpu(handle, 1)], [Status::Success; 2]);
-    world.vms.seal(handle, GUEST, GUEST).unwrap();
+    world.vms.seal(&world.memory, handle, &start(GUEST, GUEST)).unwrap();
     let nested = world.vms.run(handle, 0, |_, vcpu| {
         vcpu.state = 7;
         assert_eq!([world.run(handle, 0), world.run(handle, 1)], [Status::Busy, Status::Success]);
         // What ends a stage of life waits until nothing runs.
         assert_eq!(status(world.vms.teardown(&world.memory, handle)), Status::Busy);
-        assert_eq!(status(world.vms.seal(handle, 0, 0)), Status::Busy);
+        assert_eq!(status(world.vms.seal(&world.memory, handle, &start(0, 0))), Status::Busy);
         assert_eq!(status(world.vms.destroy(&world.memory, handle)), Status::Busy);
         Err::<(), _>(Status::Denied.into())
     });
@@ -380,7 +388,7 @@ fn what_a_guest_is_when_it_starts() {
             world.memory.fill(payload, byte);
             world.vms.map(&world.memory, handle, frame << 12, range(payload, 1)).unwrap();
         }
-        world.vms.seal(handle, entry, GUEST).unwrap();
+        world.vms.seal(&world.memory, handle, &start(entry, GUEST)).unwrap();
         // What comes later does not count.
         world.vms.map(&world.memory, handle, GUEST + 0x1000_0000, range(PAYLOAD + 0x10_0000, 513)).unwrap();
         world.vms.run(handle, 0, |vm, _| Ok(vm.guest().measurements.lock().get(0).unwrap())).unwrap()
@@ -391,7 +399,7 @@ fn what_a_guest_is_when_it_starts() {
         hash.update(frame.to_le_bytes());
         hash.update([byte; 4096]);
     }
-    for number in [u64::MAX, 1, 40, 1, GUEST, GUEST] {
+    for number in [u64::MAX, 1, 40, 1, GUEST, GUEST, 0x800_0000, 0x80a_0000] {
         hash.update(number.to_le_bytes());
     }
     assert_eq!(original, <[u8; 32]>::from(hash.finalize()));
@@ -414,7 +422,7 @@ fn a_refused_map_is_not_measured() {
             let needed = world.vms.map(&world.memory, handle, 0, range(PAYLOAD + 0x10_0000, 1));
             assert_eq!(needed, Err(Refusal { status: Status::NeedsTables, detail: 3 }));
         }
-        world.vms.seal(handle, GUEST, GUEST).unwrap();
+        world.vms.seal(&world.memory, handle, &start(GUEST, GUEST)).unwrap();
         world.vms.run(handle, 0, |vm, _| Ok(vm.guest().measurements.lock().get(0).unwrap())).unwrap()
     };
     assert_eq!(seal(true), seal(false));
@@ -429,7 +437,7 @@ fn what_could_not_be_measured_never_runs() {
     memory.lock().read_fails = true;
     assert_eq!(world.map(handle, 4), Status::NoMemory);
     assert_eq!(status(vms.map(memory, handle, GUEST + 0x10_0000, range(PAYLOAD + 0x10_0000, 1))), Status::WrongState);
-    assert_eq!(status(vms.seal(handle, GUEST, GUEST)), Status::WrongState);
+    assert_eq!(status(vms.seal(memory, handle, &start(GUEST, GUEST))), Status::WrongState);
     world.end(handle);
     assert_eq!(memory.gone(), 0);
 }
@@ -446,10 +454,10 @@ fn guests_end_where_their_addresses_do() {
         let beyond = IpaRange::new(end - PAGE_SIZE, 2).unwrap();
         assert_eq!(status(vms.claim(memory, handle, beyond)), Status::Overflow);
         assert_eq!(status(vms.release(memory, handle, beyond)), Status::Overflow);
-        assert_eq!(status(vms.seal(handle, end, 0)), Status::Overflow);
-        assert_eq!(status(vms.seal(handle, 0, end + 8)), Status::Overflow);
+        assert_eq!(status(vms.seal(memory, handle, &start(end, 0))), Status::Overflow);
+        assert_eq!(status(vms.seal(memory, handle, &start(0, end + 8))), Status::Overflow);
         assert_eq!(map(end - PAGE_SIZE, 1), Status::Success);
-        vms.seal(handle, end - 4, end - 8).unwrap();
+        vms.seal(memory, handle, &start(end - 4, end - 8)).unwrap();
         vms.teardown(memory, handle).unwrap();
         assert_eq!(status(vms.reclaim(memory, handle, beyond)), Status::Overflow);
         vms.reclaim(memory, handle, IpaRange::new(end - PAGE_SIZE, 1).unwrap()).unwrap();
@@ -468,7 +476,7 @@ fn ordinary_vms_borrow() {
     assert_eq!(world.map(handle, 1024), Status::Success);
     let lent = Owner::Guest { slot: handle.slot(), frame: GUEST >> 12, state: GuestState::Lent };
     assert_eq!(memory.owner_of(PAYLOAD), lent);
-    vms.seal(handle, GUEST, GUEST).unwrap();
+    vms.seal(memory, handle, &start(GUEST, GUEST)).unwrap();
     vms.unmap(memory, handle, frames(1000)).unwrap();
     assert_eq!(memory.owner_of(PAYLOAD), Owner::Host);
     assert_eq!(status(vms.force_reclaim(memory, range(PAYLOAD + 1000 * PAGE_SIZE, 1))), Status::Denied);
@@ -487,7 +495,7 @@ fn reclaim_by_force() {
     let world = World::new();
     let World { memory, vms } = &world;
     let first = world.create(PKVM);
-    let (pages, ..) = TestVms::sizes::<Fake>(PKVM);
+    let (pages, ..) = sizes(PKVM);
     let second = world.create_at(PKVM, METADATA + pages.next_multiple_of(2) * PAGE_SIZE).unwrap();
     assert_eq!(world.map(first, 2), Status::Success);
     vms.map(memory, second, GUEST, range(PAYLOAD + 2 * PAGE_SIZE, 2)).unwrap();
@@ -507,8 +515,8 @@ fn interrupts_are_the_hosts_to_raise_once_sealed() {
     let world = World::new();
     let handle = world.create(PKVM);
     assert_eq!(world.add_vcpu(handle, 0), Status::Success);
-    world.vms.seal(handle, GUEST, GUEST).unwrap();
-    let spi = |intid| status(world.vms.raise_spi(handle, intid, true, |vm, _| assert_eq!(vm.handle(), handle)));
+    world.vms.seal(&world.memory, handle, &start(GUEST, GUEST)).unwrap();
+    let spi = |intid| status(world.vms.raise_spi(handle, intid, true));
     assert_eq!([spi(32), spi(287)], [Status::Success; 2]);
     for intid in [0, 16, 31, 288, 1019, 1020, 1 << 32 | 40, u64::MAX] {
         assert_eq!(spi(intid), Status::Invalid, "{intid}");
@@ -548,7 +556,7 @@ fn races() {
     let done = AtomicBool::new(false);
     let running = AtomicUsize::new(0);
     let attributes = VmAttributes { vcpus: 1, ..PKVM };
-    let (pages, vcpu_pages, _) = TestVms::sizes::<Fake>(attributes);
+    let (pages, vcpu_pages, _) = sizes(attributes);
     let defined = [Status::Success, Status::Busy, Status::WrongState, Status::BadHandle, Status::Absent];
     thread::scope(|scope| {
         let (world, newest, done, running) = (&world, &newest, &done, &running);
@@ -568,9 +576,9 @@ fn races() {
                         newest[maker as usize].store(handle.raw() as usize, SeqCst);
                         let vcpu = range(base, vcpu_pages);
                         let steps: [&dyn Fn() -> Status; 4] = [
-                            &|| status(world.vms.create_vcpu(&world.memory, handle, 0, vcpu, run_page, |_| 0)),
+                            &|| status(world.vms.create_vcpu(&world.memory, handle, 0, vcpu, run_page, |_, _| 0)),
                             &|| status(world.vms.map(&world.memory, handle, GUEST, range(payload, 4))),
-                            &|| status(world.vms.seal(handle, GUEST, GUEST)),
+                            &|| status(world.vms.seal(&world.memory, handle, &start(GUEST, GUEST))),
                             &|| status(world.vms.claim(&world.memory, handle, frames(1))),
                         ];
                         for step in steps {
@@ -621,4 +629,46 @@ fn races() {
         done.store(true, SeqCst);
     });
     assert_eq!(world.memory.gone(), 0);
+}
+
+#[test]
+fn the_interrupt_controller_is_where_no_page_is() {
+    const GIC: u64 = 0x800_0000;
+    const REDISTRIBUTORS: u64 = 0x80a_0000;
+    for (page, free) in [
+        (GIC - PAGE_SIZE, true),
+        (GIC, false),
+        (GIC + 0xf000, false),
+        (GIC + 0x1_0000, true),
+        (REDISTRIBUTORS, false),
+        // Two frames for each of four vCPUs.
+        (REDISTRIBUTORS + 0x7_f000, false),
+        (REDISTRIBUTORS + 0x8_0000, true),
+    ] {
+        let world = World::new();
+        let World { memory, vms } = &world;
+        let handle = world.create(PKVM);
+        assert_eq!(world.add_vcpu(handle, 0), Status::Success);
+        let map = || vms.map(memory, handle, page, range(PAYLOAD, 1));
+        map().unwrap();
+        let taken = Err(Refusal { status: Status::Exists, detail: page });
+        assert_eq!(vms.seal(memory, handle, &start(GUEST, GUEST)), if free { Ok(()) } else { taken });
+
+        let world = World::new();
+        let World { memory, vms } = &world;
+        let handle = world.create(PKVM);
+        assert_eq!(world.add_vcpu(handle, 0), Status::Success);
+        vms.seal(memory, handle, &start(GUEST, GUEST)).unwrap();
+        let mapped = vms.map(memory, handle, page, range(PAYLOAD, 1));
+        assert_eq!(mapped, if free { Ok(()) } else { taken });
+    }
+    let world = World::new();
+    let handle = world.create(PKVM);
+    assert_eq!(world.add_vcpu(handle, 0), Status::Success);
+    for (distributor, redistributors) in [(GIC + 0x1000, REDISTRIBUTORS), (GIC, GIC), (GIC, GIC - 0x1_0000)] {
+        let start = Start { distributor, redistributors, ..start(GUEST, GUEST) };
+        assert_eq!(status(world.vms.seal(&world.memory, handle, &start)), Status::Invalid);
+    }
+    let beyond = Start { distributor: 1 << 40, ..start(GUEST, GUEST) };
+    assert_eq!(status(world.vms.seal(&world.memory, handle, &beyond)), Status::Overflow);
 }

@@ -1,0 +1,103 @@
+//! What running a vCPU asks of the CPU.
+
+use ravelin_abi::Status;
+use ravelin_memory::PhysRange;
+use ravelin_pgtable::{Geometry, Vttbr};
+use ravelin_vgic::ListRegisters;
+
+use crate::{Context, EntropySource, IdRegisters, PageAccess, PstateFeatures, Syndrome};
+
+/// A CPU that runs vCPUs.
+///
+/// From [`GuestCpu::leave_host`] to [`GuestCpu::return_to_host`] the CPU's EL1 is for the guest, and whoever calls does not
+/// return to the host.
+pub trait GuestCpu: EntropySource + PageAccess {
+    /// The host's registers while its CPU runs a guest.
+    type Host;
+
+    /// Takes the host's registers out of the CPU.
+    ///
+    /// # Errors
+    ///
+    /// BUSY if the host is in a state that cannot be switched (streaming SVE mode); NOT_SUPPORTED if guests cannot run on this
+    /// CPU because it is not like the one that the machine has started on. Nothing has changed.
+    fn leave_host(&self) -> Result<Self::Host, Status>;
+
+    /// Puts the host's registers back, all but those that a call returns results in.
+    fn return_to_host(&self, host: Self::Host);
+
+    /// Runs a guest until it comes to EL2. What the CPU has cached for other vCPUs of the same VM is not used.
+    fn enter(&self, host: &Self::Host, guest: &mut Entry<'_>) -> Left;
+
+    /// Takes the host's FP, SIMD and SVE registers out of the CPU, and puts a guest's in. `area` has room for both.
+    fn load_vectors(&self, area: PhysRange);
+
+    /// Takes a guest's registers out of the CPU, and puts the host's in, which [`GuestCpu::load_vectors`] took.
+    fn unload_vectors(&self, area: PhysRange);
+
+    /// Zeroes what `area` has of a guest.
+    fn clear_vectors(&self, area: PhysRange);
+
+    /// Returns the value of the physical counter (CNTPCT_EL0).
+    fn counter(&self) -> u64;
+
+    /// Returns whether an interrupt waits for the host.
+    fn interrupt_pending(&self) -> bool;
+
+    /// Activates the interrupt of the virtual timer, which is the guest's, if it is the one that waits. While it is active,
+    /// it does not come again, though the timer asserts it.
+    fn hold_virtual_timer(&self) -> bool;
+
+    /// Deactivates the interrupt that [`GuestCpu::hold_virtual_timer`] activated.
+    fn release_virtual_timer(&self);
+
+    /// Returns how many list registers there are, 1 to 16.
+    fn list_registers(&self) -> usize;
+
+    /// Returns the features that have a part in what PSTATE is after an exception.
+    fn pstate_features(&self) -> PstateFeatures;
+
+    /// Returns the ID registers of the CPUs that run guests.
+    fn id_registers(&self) -> IdRegisters;
+}
+
+/// What a guest is entered with.
+#[derive(Debug)]
+pub struct Entry<'a> {
+    /// Registers.
+    pub context: &'a mut Context,
+    /// The interrupt controller's CPU interface.
+    pub gic: &'a mut ListRegisters,
+    /// Root and VMID of stage 2.
+    pub tree: Vttbr,
+    /// Shape of stage 2.
+    pub geometry: Geometry,
+    /// Which vCPU of the VM it is.
+    pub vcpu: usize,
+    /// Which vector registers the guest may use; they have been loaded.
+    pub vectors: Vectors,
+    /// Value of the physical counter at which the guest is to be left at the latest.
+    pub deadline: Option<u64>,
+}
+
+/// Vector registers that do not trap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Vectors {
+    /// None.
+    None,
+    /// FP and SIMD.
+    Simd,
+    /// FP, SIMD and SVE.
+    Sve,
+}
+
+/// How a guest came to EL2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// By an exception of its own.
+    Synchronous(Syndrome),
+    /// By a physical interrupt.
+    Interrupt,
+    /// By an SError.
+    Error,
+}

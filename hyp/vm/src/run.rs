@@ -1,0 +1,499 @@
+//! Running a vCPU: from the host's call to what the host is told.
+//!
+//! Exits that concern the hypervisor alone are handled here, and the guest goes on. Each turn enters the guest, in which an
+//! interrupt for the host is taken first of all, so that no guest keeps a CPU from its host.
+
+use ravelin_abi::{Answer, RUN_CALL_REGISTERS, RunEntry, RunExit, RunPage, Status};
+use ravelin_memory::{PAGE_SIZE, PhysAddr, PhysRange};
+use ravelin_vgic::{Access, Frame, Gic, VcpuSet};
+
+use crate::{
+    Abort, Context, Entry, FirmwareCall, Guest, GuestCpu, GuestExit, GuestFeatures, Handle, IdRegisters, Left,
+    MmioAccess, ObjectMemory, Outcome, Pending, Power, PstateFeatures, Readiness, Refusal, Report, SysregAccess,
+    SysregAction, Transitions, Vectors, Vm, Vms, entropy_call, firmware_call, gic::VcpuGics, guest_call, mpidr, rsi,
+};
+
+/// INTID of the virtual timer, as Arm's Base System Architecture has it.
+const VIRTUAL_TIMER: u32 = 27;
+/// INTID of the physical timer.
+const PHYSICAL_TIMER: u32 = 30;
+
+/// SMCCC's NOT_SUPPORTED.
+const NOT_SUPPORTED: u64 = u64::MAX;
+
+/// Bytes of the registers of a call to the host.
+const CALL_SIZE: usize = 8 * RUN_CALL_REGISTERS;
+
+/// What a vCPU is while it does not run.
+#[derive(Clone, Debug)]
+pub struct VcpuState {
+    context: Context,
+    /// What the guest sees as ID registers.
+    ids: IdRegisters,
+    open: Open,
+    /// Pages for the vector registers.
+    area: PhysRange,
+}
+
+/// What the last exit leaves open.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Open {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// An access.
+    Access(Pending),
+    /// A call by this instruction. The program counter is at it.
+    Call(Conduit, Missing),
+    /// It has ended, and never runs again.
+    Ended,
+}
+
+/// What a call of the guest waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Missing {
+    /// A page.
+    Page,
+    /// Pages for tables.
+    Tables,
+    /// The release of pages that the host has claimed.
+    Release,
+    /// The host's results.
+    Results,
+}
+
+/// The instruction by which a guest calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Conduit {
+    Hvc,
+    Smc,
+}
+
+impl VcpuState {
+    /// Returns the state of vCPU number `index` before it has been turned on, for a VM with guest addresses of so many bits. The
+    /// vector registers are kept in `area`.
+    pub fn new(cpu: &impl GuestCpu, index: usize, ipa_bits: u64, area: PhysRange) -> Self {
+        let features = GuestFeatures { ipa_bits, sve: true, pointer_authentication: true };
+        let ids = cpu.id_registers().for_guest(features);
+        Self { context: Context::reset(0, 0, mpidr(index)), ids, open: Open::Nothing, area }
+    }
+
+    /// Starts anew, as PSCI has it.
+    fn reset(&mut self, cpu: &impl GuestCpu, index: usize, pc: u64, x0: u64) {
+        self.context = Context::reset(pc, x0, mpidr(index));
+        self.open = Open::Nothing;
+        cpu.clear_vectors(self.area);
+    }
+}
+
+impl<O: ObjectMemory, G: Send + Sync> Vms<O, G, VcpuState> {
+    /// Runs a vCPU of a sealed VM until the host has something to do. What that is is in its run page.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Vms::run`] and [`GuestCpu::leave_host`]; WRONG_STATE if the vCPU is off, or has ended; INVALID if the answer in
+    /// the run page does not belong to the last exit. Nothing has changed.
+    pub fn run_vcpu<T: Transitions<Guest = G>, C: GuestCpu>(
+        &self,
+        transitions: &T,
+        cpu: &C,
+        handle: Handle,
+        index: u64,
+    ) -> Result<(), Refusal> {
+        self.run(handle, index, |vm, vcpu| {
+            let index = vcpu.index();
+            let run_page = vcpu.run_page();
+            let power = vm.power(index).ok_or(Status::Absent)?;
+            let host = cpu.leave_host()?;
+            let mut run = Run { transitions, cpu, vm, power, host: &host, index, run_page, wake: VcpuSet::EMPTY };
+            let report = run.run(&mut vcpu.state);
+            let wake = run.wake;
+            cpu.return_to_host(host);
+            let [wake_low, wake_high] = wake.words();
+            run_page_write(
+                cpu,
+                run_page,
+                RunPage::EXIT,
+                &RunExit { wake_low, wake_high, ..report?.run_exit() }.to_bytes(),
+            );
+            Ok(())
+        })
+    }
+}
+
+/// One run of a vCPU.
+struct Run<'a, T: Transitions, C: GuestCpu, O: ObjectMemory>
+where
+    T::Guest: Send + Sync,
+{
+    transitions: &'a T,
+    cpu: &'a C,
+    vm: &'a Vm<O, T::Guest, VcpuState>,
+    power: &'a Power,
+    host: &'a C::Host,
+    index: usize,
+    run_page: PhysAddr,
+    /// Other vCPUs that have something to do.
+    wake: VcpuSet,
+}
+
+/// What the guest has of the CPU beside its registers, until the host gets it back.
+struct Loan {
+    vectors: Vectors,
+    /// Whether the interrupt of the virtual timer is active.
+    timer_held: bool,
+}
+
+impl<T: Transitions, C: GuestCpu, O: ObjectMemory> Run<'_, T, C, O>
+where
+    T::Guest: Send + Sync,
+{
+    fn run(&mut self, state: &mut VcpuState) -> Result<Report, Refusal> {
+        match self.power.run() {
+            _ if state.open == Open::Ended => return Err(Status::WrongState.into()),
+            Readiness::Off => return Err(Status::WrongState.into()),
+            Readiness::Starts { pc, x0 } => {
+                state.reset(self.cpu, self.index, pc, x0);
+                let index = self.index;
+                self.gic(|gic| gic.reset_interface(index));
+            }
+            Readiness::On => {}
+        }
+        if let Some(report) = self.answer(state)? {
+            return Ok(report);
+        }
+        let mut loan = Loan { vectors: Vectors::None, timer_held: false };
+        let report = loop {
+            if !self.wake.is_empty() {
+                break Report::Wake;
+            }
+            let left = self.enter(state, &mut loan);
+            if let Some(report) = self.handle(state, left, &mut loan) {
+                break report;
+            }
+        };
+        if loan.vectors != Vectors::None {
+            self.cpu.unload_vectors(state.area);
+        }
+        if loan.timer_held {
+            self.cpu.release_virtual_timer();
+        }
+        if matches!(report, Report::SystemOff | Report::SystemReset | Report::Failed) {
+            state.open = Open::Ended;
+        }
+        Ok(report)
+    }
+
+    /// Acts on the host's answer to the last exit. Returns what the host is told if the guest cannot be entered even so.
+    fn answer(&mut self, state: &mut VcpuState) -> Result<Option<Report>, Refusal> {
+        if state.open == Open::Nothing {
+            // Whatever the host says.
+            return Ok(None);
+        }
+        let mut bytes = [0; RunEntry::SIZE];
+        run_page_read(self.cpu, self.run_page, RunPage::ENTRY, &mut bytes);
+        let entry = RunEntry::from_bytes(&bytes);
+        let features = self.cpu.pstate_features();
+        match state.open {
+            Open::Access(mut pending) => {
+                pending.resume(&mut state.context, &entry, features).map_err(|_| Status::Invalid)?;
+            }
+            Open::Call(conduit, missing) => match (Answer::from_code(entry.answer), missing) {
+                (Some(Answer::Retry), _) => {}
+                (Some(Answer::Refuse), Missing::Release) | (Some(Answer::Abort), Missing::Page) => {
+                    match conduit {
+                        Conduit::Hvc => guest_call::refuse(&mut state.context),
+                        Conduit::Smc => rsi::refuse(&mut state.context),
+                    }
+                    state.context.skip_instruction();
+                }
+                (Some(Answer::Complete), Missing::Results) => {
+                    state.open = Open::Nothing;
+                    let outcome = self.complete_host_call(state);
+                    return Ok(self.conclude(state, conduit, outcome));
+                }
+                _ => return Err(Status::Invalid.into()),
+            },
+            Open::Nothing | Open::Ended => {}
+        }
+        state.open = Open::Nothing;
+        Ok(None)
+    }
+
+    fn complete_host_call(&self, state: &mut VcpuState) -> Outcome {
+        let mut bytes = [0; CALL_SIZE];
+        run_page_read(self.cpu, self.run_page, RunPage::RESULTS, &mut bytes);
+        let mut registers = [0; RUN_CALL_REGISTERS];
+        for (register, word) in registers.iter_mut().zip(bytes.as_chunks().0) {
+            *register = u64::from_le_bytes(*word);
+        }
+        rsi::complete_host_call(self.transitions, self.vm.guest(), &mut state.context, &registers)
+    }
+
+    /// Enters the guest, with its interrupts.
+    fn enter(&mut self, state: &mut VcpuState, loan: &mut Loan) -> Left {
+        let (index, list_registers) = (self.index, self.cpu.list_registers());
+        let fires = self.set_timers(&state.context);
+        if loan.timer_held && !fires {
+            self.cpu.release_virtual_timer();
+            loan.timer_held = false;
+        }
+        let prepared = self.vm.with_gic(|gic| gic.prepare_entry(index, list_registers)).flatten();
+        let mut interface = prepared.unwrap_or_default();
+        let memory = self.vm.guest().memory();
+        let (tree, geometry) = self.transitions.tree(memory);
+        let deadline = state.context.physical_timer().filter(|&deadline| deadline > self.cpu.counter());
+        let mut entry = Entry {
+            context: &mut state.context,
+            gic: &mut interface,
+            tree,
+            geometry,
+            vcpu: index,
+            vectors: loan.vectors,
+            deadline,
+        };
+        let left = self.cpu.enter(self.host, &mut entry);
+        self.gic(|gic| gic.after_exit(index, &interface));
+        left
+    }
+
+    /// Brings the interrupts of the timers up to date. Returns whether the virtual one asserts its own.
+    fn set_timers(&mut self, context: &Context) -> bool {
+        let (index, now) = (self.index, self.cpu.counter());
+        let fires = |deadline: Option<u64>| deadline.is_some_and(|deadline| deadline <= now);
+        let (virtual_timer, physical_timer) = (fires(context.virtual_timer()), fires(context.physical_timer()));
+        self.gic(|gic| {
+            let mut wake = VcpuSet::EMPTY;
+            for (intid, level) in [(VIRTUAL_TIMER, virtual_timer), (PHYSICAL_TIMER, physical_timer)] {
+                wake.extend(gic.set_ppi_level(index, intid, level).unwrap_or_default());
+            }
+            wake
+        });
+        virtual_timer
+    }
+
+    /// Runs `f` on the interrupt controller. What it returns is to be woken; this vCPU is awake.
+    fn gic(&mut self, f: impl FnOnce(&mut Gic<'_, VcpuGics<O>>) -> VcpuSet) {
+        let wake = self.vm.with_gic(f).unwrap_or_default();
+        self.wake.extend(wake.without(self.index));
+    }
+
+    /// Handles an exit. `None` if the guest goes on.
+    fn handle(&mut self, state: &mut VcpuState, left: Left, loan: &mut Loan) -> Option<Report> {
+        let features = self.cpu.pstate_features();
+        let syndrome = match left {
+            Left::Interrupt => return self.interrupted(&state.context, loan),
+            Left::Error => return Some(Report::Failed),
+            Left::Synchronous(syndrome) => syndrome,
+        };
+        match GuestExit::decode(&syndrome, &state.context) {
+            GuestExit::Wait => {
+                state.context.skip_instruction();
+                self.wait(&state.context)
+            }
+            GuestExit::Yield => {
+                state.context.skip_instruction();
+                Some(Report::Yield)
+            }
+            GuestExit::Hvc(immediate) => {
+                // As if it had not been executed, like SMC.
+                state.context.pc = state.context.pc.wrapping_sub(4);
+                self.call(state, Conduit::Hvc, immediate)
+            }
+            GuestExit::Smc(immediate) => self.call(state, Conduit::Smc, immediate),
+            GuestExit::Sysreg(access) => {
+                self.sysreg(state, access, features);
+                None
+            }
+            GuestExit::Abort(abort) => self.abort(state, abort, features),
+            GuestExit::FloatingPoint | GuestExit::Sve if loan.vectors == Vectors::None => {
+                self.cpu.load_vectors(state.area);
+                loan.vectors = if state.ids.has_sve() { Vectors::Sve } else { Vectors::Simd };
+                None
+            }
+            // SVE that the guest does not have.
+            GuestExit::FloatingPoint | GuestExit::Sve | GuestExit::Undefined => {
+                state.context.take_undefined(features);
+                None
+            }
+        }
+    }
+
+    /// Sorts out a physical interrupt: a timer of the guest, or the host's business.
+    fn interrupted(&self, context: &Context, loan: &mut Loan) -> Option<Report> {
+        let fires = context.virtual_timer().is_some_and(|deadline| deadline <= self.cpu.counter());
+        if fires && !loan.timer_held {
+            loan.timer_held = self.cpu.hold_virtual_timer();
+        }
+        self.cpu.interrupt_pending().then_some(Report::Interrupted)
+    }
+
+    /// Waits for an interrupt, unless there is one.
+    fn wait(&mut self, context: &Context) -> Option<Report> {
+        self.set_timers(context);
+        let index = self.index;
+        let awake = self.vm.with_gic(|gic| gic.wakes(index)).unwrap_or(false);
+        (!awake).then(|| Report::Wait { deadline: context.next_timer() })
+    }
+
+    /// Performs a call. The program counter is at the instruction.
+    fn call(&mut self, state: &mut VcpuState, conduit: Conduit, immediate: u16) -> Option<Report> {
+        let context = &mut state.context;
+        if immediate != 0 {
+            context.set_results([NOT_SUPPORTED]);
+            context.skip_instruction();
+            return None;
+        }
+        let guest = self.vm.guest();
+        let outcome = match conduit {
+            Conduit::Hvc => guest_call::call(self.transitions, guest, context),
+            Conduit::Smc => rsi::call(self.transitions, guest, context),
+        };
+        match outcome {
+            Some(outcome) => self.conclude(state, conduit, outcome),
+            None => {
+                let report = self.standard_call(guest, &mut state.context);
+                state.context.skip_instruction();
+                report
+            }
+        }
+    }
+
+    /// Performs a call of firmware's, whichever way it comes.
+    fn standard_call(&mut self, guest: &Guest<T::Guest>, context: &mut Context) -> Option<Report> {
+        if entropy_call(self.cpu, context) {
+            return None;
+        }
+        let [x0, x1, x2, x3, ..] = context.x;
+        let vcpus = |vcpu| self.vm.power(vcpu);
+        let Some(call) = firmware_call([x0, x1, x2, x3], self.power, vcpus, guest.memory_bits()) else {
+            context.set_results([NOT_SUPPORTED]);
+            return None;
+        };
+        match call {
+            FirmwareCall::Returns(value) => {
+                context.set_results([value]);
+                None
+            }
+            FirmwareCall::TurnedOn(vcpu) => {
+                context.set_results([0]);
+                Some(Report::CpuOn { vcpu })
+            }
+            FirmwareCall::TurnedOff => Some(Report::CpuOff),
+            FirmwareCall::Suspends => {
+                context.set_results([0]);
+                self.wait(context)
+            }
+            FirmwareCall::SystemOff => Some(Report::SystemOff),
+            FirmwareCall::SystemReset => Some(Report::SystemReset),
+        }
+    }
+
+    /// Ends a call, or leaves it open.
+    fn conclude(&self, state: &mut VcpuState, conduit: Conduit, outcome: Outcome) -> Option<Report> {
+        let mut open = |missing| state.open = Open::Call(conduit, missing);
+        let done = match outcome {
+            Outcome::Done => None,
+            Outcome::Shared(range) => Some(Report::Shared(range)),
+            Outcome::Relinquished(range) => Some(Report::Relinquished(range)),
+            Outcome::Unshare(range) => {
+                open(Missing::Release);
+                return Some(Report::Unshare(range));
+            }
+            Outcome::PageFault(page) => {
+                open(Missing::Page);
+                return Some(Report::PageFault { page, access: None });
+            }
+            Outcome::NeedsTables(pages) => {
+                open(Missing::Tables);
+                return Some(Report::NeedsTables { pages });
+            }
+            Outcome::HostCall { immediate, registers } => {
+                open(Missing::Results);
+                let mut bytes = [0; CALL_SIZE];
+                for (chunk, register) in bytes.chunks_exact_mut(8).zip(registers) {
+                    chunk.copy_from_slice(&register.to_le_bytes());
+                }
+                run_page_write(self.cpu, self.run_page, RunPage::CALL, &bytes);
+                return Some(Report::HostCall { immediate });
+            }
+        };
+        state.context.skip_instruction();
+        done
+    }
+
+    fn sysreg(&mut self, state: &mut VcpuState, access: SysregAccess, features: PstateFeatures) {
+        let index = self.index;
+        match access.emulate(&mut state.context, &state.ids, self.cpu.counter()) {
+            SysregAction::Read(_) | SysregAction::Written => {}
+            SysregAction::Sgi(register, value) => self.gic(|gic| gic.send_sgi(index, register, value)),
+            SysregAction::Deactivate(value) => self.gic(|gic| gic.write_dir(index, value)),
+            SysregAction::Undefined => return state.context.take_undefined(features),
+        }
+        state.context.skip_instruction();
+    }
+
+    fn abort(&mut self, state: &mut VcpuState, abort: Abort, features: PstateFeatures) -> Option<Report> {
+        let context = &mut state.context;
+        let guest = self.vm.guest();
+        let Some(page) = abort.page() else {
+            abort.inject(context, features);
+            return None;
+        };
+        let shared_bit = guest.shared_bit().unwrap_or(0);
+        if self.vm.gic_frame(page.raw() & !shared_bit).is_some() {
+            let access = abort.access(context).zip(abort.address());
+            let access = access.and_then(|(access, at)| Some((access, self.vm.gic_frame(at.raw() & !shared_bit)?)));
+            let done = access.is_some_and(|(access, (frame, offset))| self.gic_access(context, access, frame, offset));
+            if !done {
+                abort.inject(context, features);
+            }
+            return None;
+        }
+        let backing = guest.backing(self.transitions, page, abort.access(context).is_some())?;
+        let (report, pending) = abort.handle(context, backing, guest.kind(), features)?;
+        state.open = Open::Access(pending);
+        Some(report)
+    }
+
+    /// Accesses the interrupt controller. Returns whether there is such a register.
+    fn gic_access(&mut self, context: &mut Context, access: MmioAccess, frame: Frame, offset: u64) -> bool {
+        let size = access.bytes;
+        let wanted =
+            if access.write { Access::Write { size, value: access.stored(context) } } else { Access::Read { size } };
+        let index = self.index;
+        match self.vm.with_gic(|gic| gic.mmio(index, frame, offset, wanted)) {
+            Some(Ok(ravelin_vgic::Outcome::Done { value, kick })) => {
+                self.wake.extend(kick.without(index));
+                if !access.write {
+                    access.load(context, value);
+                }
+                context.skip_instruction();
+                true
+            }
+            // The guest tries again.
+            Some(Ok(ravelin_vgic::Outcome::Retry { kick })) => {
+                self.wake.extend(kick.without(index));
+                true
+            }
+            Some(Err(ravelin_vgic::Unsupported)) | None => false,
+        }
+    }
+}
+
+/// Offset of a part of the run page from its start.
+fn part(page: PhysAddr, offset: usize) -> Option<PhysAddr> {
+    page.checked_add(u64::try_from(offset).ok().filter(|&offset| offset < PAGE_SIZE)?)
+}
+
+fn run_page_read(cpu: &impl GuestCpu, page: PhysAddr, offset: usize, bytes: &mut [u8]) {
+    if let Some(at) = part(page, offset) {
+        cpu.read_bytes(at, bytes);
+    }
+}
+
+fn run_page_write(cpu: &impl GuestCpu, page: PhysAddr, offset: usize, bytes: &[u8]) {
+    if let Some(at) = part(page, offset) {
+        cpu.write_bytes(at, bytes);
+    }
+}
