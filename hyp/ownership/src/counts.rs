@@ -7,7 +7,7 @@ use crate::entry::State;
 pub struct Counts {
     /// Pages of RAM that the host owns and shares with nobody.
     pub host_owned: u64,
-    /// Pages that the host shares with the hypervisor.
+    /// Pages that the host shares with the hypervisor, and those that the hypervisor has borrowed.
     pub host_shared: u64,
     /// Pages that the hypervisor has owned from the start.
     pub hyp_owned: u64,
@@ -73,7 +73,7 @@ impl Counts {
     fn of(&mut self, state: State) -> Option<&mut u64> {
         match state {
             State::HOST_OWNED => Some(&mut self.host_owned),
-            State::HOST_SHARED => Some(&mut self.host_shared),
+            State::HOST_SHARED | State::HOST_BORROWED => Some(&mut self.host_shared),
             State::HYP_OWNED => Some(&mut self.hyp_owned),
             State::HYP_DONATED => Some(&mut self.hyp_donated),
             State::HYP_KEPT => Some(&mut self.hyp_kept),

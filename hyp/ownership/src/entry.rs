@@ -37,6 +37,8 @@ impl State {
     pub const HOST_OWNED: Self = Self(0b0001);
     /// The host owns the page and shares it with the hypervisor, which may pin it.
     pub const HOST_SHARED: Self = Self(0b0101);
+    /// The host owns the page and has lent it to the hypervisor, which alone says when that ends.
+    pub const HOST_BORROWED: Self = Self(0b1101);
     /// The hypervisor has owned the page from the start. It never leaves this state.
     pub const HYP_OWNED: Self = Self(0b0010);
     /// The hypervisor owns the page, which the host has donated.
@@ -58,6 +60,7 @@ impl State {
     pub const fn host_access(self) -> bool {
         const ALLOWED: u64 = 1 << State::HOST_OWNED.0
             | 1 << State::HOST_SHARED.0
+            | 1 << State::HOST_BORROWED.0
             | 1 << State::HOST_LENT.0
             | 1 << State::GUEST_CLAIMED.0;
         ALLOWED & (1 << self.0) != 0
@@ -79,6 +82,7 @@ impl fmt::Debug for State {
             Self::NOBODY => "Nobody",
             Self::HOST_OWNED => "HostOwned",
             Self::HOST_SHARED => "HostShared",
+            Self::HOST_BORROWED => "HostBorrowed",
             Self::HYP_OWNED => "HypOwned",
             Self::HYP_DONATED => "HypDonated",
             Self::HYP_KEPT => "HypKept",
@@ -138,7 +142,7 @@ impl Entry {
 
     /// Returns whether the EL2 stage 1 maps the page by this entry.
     pub(crate) const fn in_el2(self) -> bool {
-        matches!(self.state(), State::HYP_DONATED | State::HYP_KEPT) || self.pins() != 0
+        matches!(self.state(), State::HYP_DONATED | State::HYP_KEPT | State::HOST_BORROWED) || self.pins() != 0
     }
 }
 
@@ -214,13 +218,16 @@ mod tests {
         assert!(!Entry::new(State::HOST_SHARED, 0).in_el2());
         assert!(!Entry::new(State::HYP_OWNED, 0).in_el2());
         assert!(Entry::new(State::HYP_KEPT, 0).in_el2());
+        assert!(Entry::new(State::HOST_BORROWED, 0).in_el2());
         assert!(!Entry::of_guest(State::GUEST_CLAIMED, 255, 0).in_el2());
     }
 
     #[test]
     fn the_host_may_access_what_it_owns_or_has_claimed() {
         let access: Vec<_> = (0..16).map(State).filter(|state| state.host_access()).collect();
-        assert_eq!(access, [State::HOST_OWNED, State::HOST_SHARED, State::HOST_LENT, State::GUEST_CLAIMED]);
+        let expected =
+            [State::HOST_OWNED, State::HOST_SHARED, State::HOST_LENT, State::HOST_BORROWED, State::GUEST_CLAIMED];
+        assert_eq!(access, expected);
     }
 
     #[test]

@@ -66,7 +66,7 @@ pub enum HostState {
     NoPage,
     /// The host's alone.
     Owned,
-    /// The host's, shared with the hypervisor or lent to an ordinary guest.
+    /// The host's, shared with the hypervisor, borrowed by it or lent to an ordinary guest.
     SharedOwned,
     /// A guest's, which the host has claimed.
     SharedBorrowed,
@@ -158,6 +158,27 @@ impl<'a, P: TablePool> Memory<'a, P> {
         self.inner.lock().take(machine, range, &Step::UNPIN)
     }
 
+    /// Borrows a page of the host's for the hypervisor's own use. It is mapped in EL2 for reading and writing, and the host
+    /// keeps its access. Unlike a pin, which has no owner, the host cannot end this: every transition of its own is
+    /// [`Reason::Denied`], unshare and unpin too, until [`Memory::return_to_host`].
+    ///
+    /// # Errors
+    ///
+    /// [`Reason::NotRam`]; [`Reason::Denied`] unless the host owns the page and shares it with nobody;
+    /// [`Reason::NoMemory`].
+    pub fn borrow_from_host<M: Machine>(&self, machine: &M, page: PhysAddr) -> Result<(), Failure> {
+        self.inner.lock().take(machine, PhysRange::single(page), &Step::BORROW)
+    }
+
+    /// Ends what [`Memory::borrow_from_host`] began, which is always possible. The contents stay.
+    ///
+    /// # Errors
+    ///
+    /// [`Reason::NotRam`]; [`Reason::Denied`] for a page that is not borrowed.
+    pub fn return_to_host<M: Machine>(&self, machine: &M, page: PhysAddr) -> Result<(), Failure> {
+        self.inner.lock().take(machine, PhysRange::single(page), &Step::RETURN)
+    }
+
     /// Runs `f` while nothing is mapped or unmapped.
     ///
     /// Whoever accesses a page through the EL2 stage 1 does it in here, because another CPU may be taking a neighbour out
@@ -175,7 +196,7 @@ impl<'a, P: TablePool> Memory<'a, P> {
         };
         let state = match entry.state() {
             State::HOST_OWNED => HostState::Owned,
-            State::HOST_SHARED | State::HOST_LENT => HostState::SharedOwned,
+            State::HOST_SHARED | State::HOST_BORROWED | State::HOST_LENT => HostState::SharedOwned,
             State::GUEST_CLAIMED => HostState::SharedBorrowed,
             _ => return PageReport { state: HostState::NoPage, pins: 0 },
         };
@@ -259,14 +280,14 @@ impl<P: TablePool> Inner<'_, P> {
                     // Between two runs lie pages that are mapped already, so the runs have no new table in common.
                     el2.tables_to_map(machine, va, run.base(), El2Usage::Data)
                 }
-                El2Change::Unmap | El2Change::UnmapLast => el2.tables_to_unmap(machine, va, after),
+                El2Change::Unmap | El2Change::Scrub | El2Change::UnmapLast => el2.tables_to_unmap(machine, va, after),
             };
             needed = needed.saturating_add(tables);
             after = Some(HypAddr::from_bits_truncating(va.end().wrapping_sub(1)));
         };
         match step.el2 {
             El2Change::None => {}
-            El2Change::Map | El2Change::Unmap => plan(range),
+            El2Change::Map | El2Change::Unmap | El2Change::Scrub => plan(range),
             El2Change::MapFirst | El2Change::UnmapLast => table.el2_runs(ram, step, &mut plan),
         }
         if needed == 0 {
@@ -293,15 +314,17 @@ impl<P: TablePool> Inner<'_, P> {
                 let mapped = el2.map(machine, pool, run.identity_va(), run.base(), El2Usage::Data);
                 debug_assert_eq!(mapped, Ok(()));
             }
-            El2Change::Unmap => {
+            El2Change::Scrub => {
                 machine.scrub(run);
                 flush = el2.unmap(machine, pool, run.identity_va(), mem::take(&mut flush));
             }
-            El2Change::UnmapLast => flush = el2.unmap(machine, pool, run.identity_va(), mem::take(&mut flush)),
+            El2Change::Unmap | El2Change::UnmapLast => {
+                flush = el2.unmap(machine, pool, run.identity_va(), mem::take(&mut flush));
+            }
         };
         match step.el2 {
             El2Change::None => {}
-            El2Change::Map | El2Change::Unmap => change(range),
+            El2Change::Map | El2Change::Unmap | El2Change::Scrub => change(range),
             El2Change::MapFirst | El2Change::UnmapLast => table.el2_runs(ram, step, &mut change),
         }
         self.flush_el2(machine, flush);

@@ -33,6 +33,8 @@ pub(crate) enum El2Change {
     Map,
     /// All of the range is unmapped.
     Unmap,
+    /// All of the range is scrubbed and unmapped.
+    Scrub,
     /// The pages whose first pin it is are mapped.
     MapFirst,
     /// The pages whose last pin it is are unmapped.
@@ -45,9 +47,11 @@ impl Step {
     pub(crate) const SHARE: Self = Self::unpinned(State::HOST_OWNED, State::HOST_SHARED, El2Change::None);
     pub(crate) const UNSHARE: Self = Self::unpinned(State::HOST_SHARED, State::HOST_OWNED, El2Change::None);
     pub(crate) const DONATE: Self = Self::unpinned(State::HOST_OWNED, State::HYP_DONATED, El2Change::Map);
-    pub(crate) const TAKE_BACK: Self = Self::unpinned(State::HYP_DONATED, State::HOST_OWNED, El2Change::Unmap);
+    pub(crate) const TAKE_BACK: Self = Self::unpinned(State::HYP_DONATED, State::HOST_OWNED, El2Change::Scrub);
     pub(crate) const KEEP: Self = Self::unpinned(State::HOST_OWNED, State::HYP_KEPT, El2Change::Map);
-    pub(crate) const GIVE_BACK: Self = Self::unpinned(State::HYP_KEPT, State::HOST_OWNED, El2Change::Unmap);
+    pub(crate) const GIVE_BACK: Self = Self::unpinned(State::HYP_KEPT, State::HOST_OWNED, El2Change::Scrub);
+    pub(crate) const BORROW: Self = Self::unpinned(State::HOST_OWNED, State::HOST_BORROWED, El2Change::Map);
+    pub(crate) const RETURN: Self = Self::unpinned(State::HOST_BORROWED, State::HOST_OWNED, El2Change::Unmap);
     pub(crate) const PIN: Self = Self {
         before: State::HOST_SHARED,
         after: State::HOST_SHARED,
@@ -142,20 +146,23 @@ impl Step {
 mod tests {
     use super::*;
 
-    const STEPS: [Step; 8] = [
+    const STEPS: [Step; 10] = [
         Step::SHARE,
         Step::UNSHARE,
         Step::DONATE,
         Step::TAKE_BACK,
         Step::KEEP,
         Step::GIVE_BACK,
+        Step::BORROW,
+        Step::RETURN,
         Step::PIN,
         Step::UNPIN,
     ];
-    const STATES: [State; 10] = [
+    const STATES: [State; 11] = [
         State::NOBODY,
         State::HOST_OWNED,
         State::HOST_SHARED,
+        State::HOST_BORROWED,
         State::HYP_OWNED,
         State::HYP_DONATED,
         State::HYP_KEPT,
@@ -203,7 +210,7 @@ mod tests {
                 let entry = Entry::new(step.before, pins);
                 let expected = match step.el2 {
                     El2Change::None => false,
-                    El2Change::Map | El2Change::Unmap => true,
+                    El2Change::Map | El2Change::Unmap | El2Change::Scrub => true,
                     El2Change::MapFirst => pins == 0,
                     El2Change::UnmapLast => pins == 1,
                 };

@@ -52,22 +52,12 @@ impl<P: TablePool, M: Machine + PageAccess> Transitions for MachineMemory<'_, '_
     }
 
     fn borrow_page(&self, page: PhysAddr) -> Result<(), Refusal> {
-        let page = PhysRange::single(page);
-        self.memory.share(self.machine, page)?;
-        if let Err(failure) = self.memory.pin(self.machine, page) {
-            // Nobody else has had the time to pin it.
-            let _ = self.memory.unshare(self.machine, page);
-            return Err(failure.into());
-        }
-        Ok(())
+        Ok(self.memory.borrow_from_host(self.machine, page)?)
     }
 
     fn return_page(&self, page: PhysAddr) {
-        let page = PhysRange::single(page);
-        if self.memory.unpin(self.machine, page).is_ok() {
-            // Pins of the host's own keep it shared.
-            let _ = self.memory.unshare(self.machine, page);
-        }
+        let returned = self.memory.return_to_host(self.machine, page);
+        debug_assert_eq!(returned, Ok(()), "borrowed, and only this returns it");
     }
 
     fn root_pages(attributes: VmAttributes) -> u64 {

@@ -356,6 +356,8 @@ fn only_pages_that_the_host_owns_alone_go_to_a_guest() {
         refused(page, GuestReason::Denied);
         rig.call(Donate, range(page + PAGE, 1)).unwrap();
         refused(page + PAGE, GuestReason::Denied);
+        rig.call(Borrow, range(page + 2 * PAGE, 1)).unwrap();
+        refused(page + 2 * PAGE, GuestReason::Denied);
         refused(GIB + 30 * MIB, GuestReason::Denied);
         refused(0x900_0000, GuestReason::NotRam);
         refused(METADATA, GuestReason::Denied);

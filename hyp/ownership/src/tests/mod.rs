@@ -165,10 +165,14 @@ enum Call {
     TakeBack,
     Pin,
     Unpin,
+    /// Of the hypervisor, and of the first page only, as the next one.
+    Borrow,
+    Return,
 }
 
-use Call::{Donate, Pin, Share, TakeBack, Unpin, Unshare};
+use Call::{Borrow, Donate, Pin, Return, Share, TakeBack, Unpin, Unshare};
 
+/// Those that the host can make.
 const CALLS: [Call; 6] = [Share, Unshare, Donate, TakeBack, Pin, Unpin];
 
 impl Call {
@@ -185,6 +189,8 @@ impl Call {
             TakeBack => memory.take_back(machine, range),
             Pin => memory.pin(machine, range),
             Unpin => memory.unpin(machine, range),
+            Borrow => memory.borrow_from_host(machine, range.base()),
+            Return => memory.return_to_host(machine, range.base()),
         }
     }
 }

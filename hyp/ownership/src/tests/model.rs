@@ -6,7 +6,12 @@ use super::*;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Page {
-    Host { shared: bool, pins: u64 },
+    Host {
+        shared: bool,
+        pins: u64,
+    },
+    /// The hypervisor has borrowed it.
+    Borrowed,
     CarveOut,
     Donated,
 }
@@ -31,7 +36,7 @@ impl Model {
     }
 
     fn next(call: Call, page: Page) -> Result<Page, Reason> {
-        use Page::{Donated, Host};
+        use Page::{Borrowed, Donated, Host};
         match (call, page) {
             (Share, Host { shared: false, pins }) => Ok(Host { shared: true, pins }),
             (Unshare, Host { shared: true, pins: 0 }) => Ok(Host { shared: false, pins: 0 }),
@@ -43,11 +48,14 @@ impl Model {
                 let Host { pins, .. } = page else { unreachable!() };
                 Ok(Host { shared: true, pins: pins - 1 })
             }
+            (Borrow, Host { shared: false, .. }) => Ok(Borrowed),
+            (Return, Borrowed) => Ok(Host { shared: false, pins: 0 }),
             _ => Err(Reason::Denied),
         }
     }
 
     fn call(&mut self, call: Call, range: PhysRange) -> Result<(), Failure> {
+        let range = if matches!(call, Borrow | Return) { PhysRange::single(range.base()) } else { range };
         let mut after = Vec::new();
         for page in range.iter() {
             let next = match self.pages.get(&page.raw()) {
@@ -65,19 +73,20 @@ impl Model {
 
     fn host_may(&self, page: u64) -> bool {
         match self.pages.get(&page) {
-            Some(owner) => matches!(owner, Page::Host { .. }),
+            Some(owner) => matches!(owner, Page::Host { .. } | Page::Borrowed),
             None => page < 1 << IPA_BITS && !self.reserved.iter().any(|range| range.contains(addr(page))),
         }
     }
 
     fn in_el2(&self, page: u64) -> bool {
-        matches!(self.pages.get(&page), Some(Page::Donated | Page::Host { pins: 1.., .. }))
+        matches!(self.pages.get(&page), Some(Page::Donated | Page::Borrowed | Page::Host { pins: 1.., .. }))
     }
 
     fn state(&self, page: u64) -> (HostState, u64) {
         match self.pages.get(&page) {
             Some(&Page::Host { shared: false, pins }) => (HostState::Owned, pins),
             Some(&Page::Host { shared: true, pins }) => (HostState::SharedOwned, pins),
+            Some(Page::Borrowed) => (HostState::SharedOwned, 0),
             _ => (HostState::NoPage, 0),
         }
     }
@@ -109,7 +118,7 @@ fn address() -> impl Strategy<Value = u64> {
 
 fn action() -> impl Strategy<Value = Action> {
     let length = prop_oneof![4 => 1..6_u64, 2 => Just(512), 1 => 505..530_u64, 1 => Just(1024), 1 => 1400..2000_u64];
-    let call = prop::sample::select(&CALLS[..]);
+    let call = prop_oneof![6 => prop::sample::select(&CALLS[..]), 2 => Just(Borrow), 1 => Just(Return)];
     prop_oneof![
         4 => (call, address(), length).prop_map(|(call, base, pages)| Action::Call(call, base, pages)),
         1 => address().prop_map(Action::Touch),
@@ -165,7 +174,10 @@ fn run(tables: u64, actions: Vec<Action>) {
     let count =
         |state: fn(Page) -> bool| u64::try_from(model.pages.values().filter(|&&page| state(page)).count()).unwrap();
     assert_eq!(counts.host_owned, count(|page: Page| matches!(page, Page::Host { shared: false, .. })));
-    assert_eq!(counts.host_shared, count(|page: Page| matches!(page, Page::Host { shared: true, .. })));
+    assert_eq!(
+        counts.host_shared,
+        count(|page: Page| matches!(page, Page::Host { shared: true, .. } | Page::Borrowed))
+    );
     assert_eq!(counts.hyp_owned, count(|page: Page| page == Page::CarveOut));
     assert_eq!(counts.hyp_donated, count(|page: Page| page == Page::Donated));
 }

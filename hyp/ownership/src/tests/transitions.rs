@@ -61,6 +61,14 @@ fn every_call_in_every_state() {
         ok(Unshare);
         assert_page(&rig, page, HostState::Owned, 0, false);
         assert_refused(&rig, page, &[(TakeBack, Denied), (Unshare, Denied), (Pin, Denied), (Unpin, Denied)]);
+        // Borrowed: to the host it looks shared.
+        ok(Borrow);
+        assert_page(&rig, page, HostState::SharedOwned, 0, true);
+        assert_refused(&rig, page, &CALLS.map(|call| (call, Denied)));
+        assert_refused(&rig, page, &[(Borrow, Denied)]);
+        ok(Return);
+        assert_page(&rig, page, HostState::Owned, 0, false);
+        assert_refused(&rig, page, &[(Return, Denied)]);
         // 13: the hypervisor's again.
         ok(Donate);
         assert_page(&rig, page, HostState::NoPage, 0, true);
@@ -130,7 +138,7 @@ fn contents_are_kept_and_scrubbed() {
     let pages = [GIB + PAGE, GIB + 2 * PAGE, GIB + 3 * PAGE];
     pages.iter().for_each(|&page| rig.machine.poke(addr(page), page));
     let contents = || pages.map(|page| rig.machine.peek(addr(page)));
-    for call in [Share, Pin, Unpin, Unshare, Donate] {
+    for call in [Share, Pin, Unpin, Unshare, Borrow, Return, Donate] {
         rig.call(call, range(GIB + PAGE, 3)).unwrap();
         assert_eq!(contents(), pages, "{call:?}");
     }
@@ -165,6 +173,29 @@ fn sharing_needs_no_tlb_maintenance_and_the_rest_one_each() {
     }
     let counts = rig.memory.counts();
     assert_eq!((counts.stage2_invalidations, counts.el2_invalidations), (2, 2));
+}
+
+#[test]
+fn a_borrowed_page_comes_back_when_tables_are_out() {
+    // EL2's own tables for it, and what is the host's.
+    let layout = Layout { tables: u64::try_from(HOST_RESERVE + 3).unwrap(), ..large() };
+    let mut store = Store::for_ram(&layout.ram);
+    let rig = Rig::new(&layout, &mut store);
+    rig.touch(GIB);
+    let _ = rig.machine.take_log();
+    rig.call(Borrow, range(GIB + PAGE, 1)).unwrap();
+    assert_eq!(invalidations(&rig.machine.take_log()), [], "the host keeps its block");
+    assert!(rig.host_reaches(GIB + PAGE));
+    assert_eq!(rig.memory.counts().host_shared, 1);
+    assert_eq!(rig.call(Borrow, range(2 * GIB, 1)), fails(Reason::NoMemory, 2 * GIB));
+    // The neighbours are not part of it.
+    rig.call(Donate, range(GIB + 2 * PAGE, 1)).unwrap();
+    let page = range(GIB + PAGE, 1);
+    let _ = rig.machine.take_log();
+    rig.call(Return, page).unwrap();
+    assert_eq!(invalidations(&rig.machine.take_log()), [Op::InvalidateEl2(page.identity_va())]);
+    assert_eq!(rig.memory.counts().host_shared, 0);
+    rig.check();
 }
 
 #[test]

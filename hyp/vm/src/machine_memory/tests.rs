@@ -366,6 +366,7 @@ fn the_run_page_stays_where_it_is() {
         let handle = world.create(VmKind::Pkvm, 4);
         let run_page = pages(RUN_PAGE, 1);
         let MachineMemory { memory, machine } = world.memory;
+        assert!(memory.unpin(machine, run_page).is_err());
         assert!(memory.unshare(machine, run_page).is_err());
         assert!(memory.donate(machine, run_page).is_err());
         assert!(world.map(handle, GUEST, run_page).is_err());
