@@ -1,5 +1,6 @@
 //! Tests of the tree on the recording machine.
 
+mod guest;
 mod model;
 #[cfg(not(miri))]
 mod oracle;
