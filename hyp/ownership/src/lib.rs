@@ -3,6 +3,9 @@
 //! [`OwnershipTable`] is the one truth about memory. The host's stage 2 is a cache of it, filled by faults, and the EL2
 //! stage 1 maps what EL2 was given or has pinned. [`Memory`] holds all three behind one lock and keeps them in step: each
 //! operation first checks all of its range and makes sure of the translation tables that it needs, and then cannot fail.
+//!
+//! A guest's part is [`GuestMemory`]: its stage 2, which is no cache, with the pages for its tables. Methods of [`Memory`] that
+//! take one move pages between host and guest; see `transfer.rs` for what happens to a page on its way.
 
 #![forbid(unsafe_code)]
 #![cfg_attr(not(test), no_std)]

@@ -412,9 +412,12 @@ impl<P: TablePool> Memory<'_, P> {
     }
 
     /// Returns what the first frame of `range` is to the guest, and how many frames from there on are known to be the same:
-    /// at least one. Frames without tables cost nothing, however many they are.
+    /// at least one. Frames without tables cost nothing, however many they are. Behind the last frame there is nothing.
     #[must_use]
     pub fn guest_run<M: Machine>(&self, machine: &M, guest: &GuestMemory, range: IpaRange) -> (GuestPage, u64) {
+        let Ok(range) = IpaRange::from_bounds(range.base().raw(), range.end().min(guest.end())) else {
+            return (GuestPage::Absent, range.pages());
+        };
         let inner = self.lock();
         let tables = guest.lock();
         let (first, pages) = inner.run(machine, guest, &tables, range, View::Private);
@@ -621,7 +624,6 @@ impl<P: TablePool> Inner<'_, P> {
             left = left.saturating_sub(steps);
             ControlFlow::Continue(())
         });
-        // What lies outside the address space has no frames.
         (first.unwrap_or(GuestPage::Absent), pages.max(1))
     }
 
@@ -873,8 +875,7 @@ impl<P: TablePool> Inner<'_, P> {
         let mut needed = 0_usize;
         let frames_of = |entry: Option<Entry>, run: PhysRange| {
             let entry = entry.filter(|entry| entry.state() == State::GUEST_OWNED)?;
-            let (slot, frame) = entry.guest().filter(|&(slot, _)| slot == guest.slot())?;
-            debug_assert_eq!(slot, guest.slot());
+            let (_, frame) = entry.guest().filter(|&(slot, _)| slot == guest.slot())?;
             IpaRange::new(address(frame)?.raw(), run.pages()).ok()
         };
         let checked = self.table.visit(range, &mut |run, entry, _| match frames_of(entry, run) {

@@ -696,6 +696,9 @@ fn emptiness_costs_nothing() {
         assert_eq!(run(RAM + PAGE, 100), (GuestPage::Offered, 2));
         rig.change(Claim, guest, RAM + PAGE, 1).unwrap();
         assert_eq!(run(RAM + PAGE, 100), (GuestPage::Claimed, 1));
+        // The alias is not a place for frames.
+        assert_eq!(run((1 << 39) - PAGE, 1 << 28), (GuestPage::Absent, 1));
+        assert_eq!(run(RAM | 1 << 39, 3), (GuestPage::Absent, 3));
     });
 }
 
