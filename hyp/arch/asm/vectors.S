@@ -74,6 +74,7 @@ host_exit_common:
     isb
 
 // x0 = slot of the vector table; the interrupted x0 is in tpidr_el0.
+.global fatal
 fatal:
     msr     tpidrro_el0, x1
     mov     x1, sp

@@ -1,6 +1,6 @@
 //! Start-up: the assembly, the image's own layout, its move into the carve-out.
 
-use core::{arch::global_asm, ptr};
+use core::{arch::global_asm, ptr, sync::atomic::AtomicU64};
 
 use ravelin_memory::{HypAddr, PAGE_SIZE, PhysAddr, PhysRange};
 
@@ -107,7 +107,8 @@ fn address<T>(symbol: *const T) -> u64 {
     symbol.expose_provenance() as u64
 }
 
-/// What a CPU needs before it can run Rust. The assembly knows the layout; TPIDR_EL2 points to it.
+/// What a CPU needs before it can run Rust, and what it keeps for itself. The assembly knows the layout of the former, which
+/// does not change once a CPU has started on it; TPIDR_EL2 points to it.
 #[repr(C)]
 #[derive(Debug)]
 pub struct CpuStart {
@@ -120,6 +121,12 @@ pub struct CpuStart {
     vectors: u64,
     emergency_stack: u64,
     index: u64,
+    /// Where the CPU's redistributor is, once it has been looked for.
+    pub(crate) redistributor: AtomicU64,
+    /// Not 0 once the list registers are empty.
+    pub(crate) interrupts_ready: AtomicU64,
+    /// Names the vCPU that ran last.
+    pub(crate) last_vcpu: AtomicU64,
 }
 
 /// Where a CPU starts to run Rust: its start-up data and the argument of [`CpuStart::switch`], or 0 for a CPU that firmware
@@ -163,6 +170,9 @@ impl CpuStart {
             vectors: address(&raw const symbols::vectors).wrapping_add(delta),
             emergency_stack: emergency_stack.raw(),
             index: index as u64,
+            redistributor: AtomicU64::new(0),
+            interrupts_ready: AtomicU64::new(0),
+            last_vcpu: AtomicU64::new(0),
         }
     }
 

@@ -29,3 +29,30 @@ impl Firmware for El3 {
         [x0, x1, x2, x3]
     }
 }
+
+/// Whether a result says that the call worked: as a signed number of 32 bits it is not negative.
+fn works(status: u64) -> bool {
+    status & (1 << 31) == 0
+}
+
+/// Returns whether firmware has true random numbers (Arm DEN0098), asking for what each step takes first.
+pub(crate) fn has_entropy() -> bool {
+    const PSCI_VERSION: u64 = 0x8400_0000;
+    const PSCI_FEATURES: u64 = 0x8400_000a;
+    const SMCCC_VERSION: u64 = 0x8000_0000;
+    const TRNG_VERSION: u64 = 0x8400_0050;
+    let call = |function, argument| El3.smc([function, argument, 0, 0])[0] & 0xffff_ffff;
+    let at_least = |version, wanted| works(version) && version >= wanted;
+    at_least(call(PSCI_VERSION, 0), 0x1_0000)
+        && works(call(PSCI_FEATURES, SMCCC_VERSION))
+        && at_least(call(SMCCC_VERSION, 0), 0x1_0001)
+        && at_least(call(TRNG_VERSION, 0), 0x1_0000)
+}
+
+/// Asks firmware for 192 random bits. `None` if it has none.
+pub(crate) fn entropy() -> Option<[u64; 3]> {
+    const TRNG_RND64: u64 = 0xc400_0053;
+    const BITS: u64 = 192;
+    let [status, high, middle, low] = El3.smc([TRNG_RND64, BITS, 0, 0]);
+    (status == 0).then_some([low, middle, high])
+}

@@ -10,7 +10,10 @@ use ravelin_hypercall::MappedMemory;
 use ravelin_memory::{HypRange, IpaRange, PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_pgtable::{Machine, Vttbr};
 
-use crate::sysreg::{id_field, maintain, read_sysreg, write_lower_sysreg};
+use crate::{
+    guest::Guests,
+    sysreg::{id_field, maintain, read_sysreg, write_lower_sysreg},
+};
 
 /// From this many pages on, and without FEAT_TLBIRANGE, one invalidation of everything costs less than one for each page.
 const PAGES_WORTH_ALL: u64 = 64;
@@ -20,7 +23,9 @@ const RANGE_OPERATION_PAGES: u64 = 1 << 21;
 
 /// The CPU this runs on.
 #[derive(Clone, Copy, Debug)]
-pub struct Hardware(());
+pub struct Hardware {
+    pub(crate) guests: Guests,
+}
 
 impl Hardware {
     /// Names the CPU.
@@ -30,8 +35,18 @@ impl Hardware {
     /// The MMU is on and every table page that will be named to the new value is mapped at its physical address,
     /// cacheable and writable, and used as a table only.
     #[must_use]
-    pub const unsafe fn new() -> Self {
-        Self(())
+    pub unsafe fn new() -> Self {
+        Self { guests: Guests::default() }
+    }
+
+    /// Returns the same, for running guests on a machine with these redistributors.
+    ///
+    /// # Safety
+    ///
+    /// The redistributors are mapped at their physical addresses as devices.
+    #[must_use]
+    pub unsafe fn with_guests(self, redistributors: &'static [PhysRange]) -> Self {
+        Self { guests: Guests::new(redistributors) }
     }
 
     fn descriptor(table: PhysAddr, index: usize) -> &'static AtomicU64 {

@@ -11,9 +11,12 @@
 mod boot;
 mod console;
 mod exit;
+mod features;
 mod firmware;
+mod guest;
 mod hardware;
 mod host;
+mod objects;
 mod power;
 mod report;
 mod sysreg;
@@ -24,5 +27,6 @@ pub use exit::{Exit, HostFrame, host_exit, pstate_features, skip_instruction, ta
 pub use firmware::El3;
 pub use hardware::{Hardware, clean_to_poc};
 pub use host::{Lacking, check_cpu, enable_stage2, physical_address_size, prepare_cpu};
+pub use objects::{Objects, Placed};
 pub use power::{Conduit, halt, power_off, semihosting_exit};
 pub use report::{Backtrace, FatalFrame, mpidr, system_registers};

@@ -29,6 +29,9 @@ pub trait GuestCpu: EntropySource + PageAccess {
     /// Runs a guest until it comes to EL2. What the CPU has cached for other vCPUs of the same VM is not used.
     fn enter(&self, host: &Self::Host, guest: &mut Entry<'_>) -> Left;
 
+    /// Returns how many pages FP, SIMD and SVE registers of a guest and of the host take.
+    fn area_pages(&self) -> u64;
+
     /// Takes the host's FP, SIMD and SVE registers out of the CPU, and puts a guest's in. `area` has room for both.
     fn load_vectors(&self, area: PhysRange);
 

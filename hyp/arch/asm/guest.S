@@ -1,0 +1,119 @@
+// The world switch: from EL2 code to a guest and back, with the general-purpose registers. System registers and the
+// floating-point unit are switched by Rust around it.
+
+.section .text.guest, "ax"
+
+// u64 guest_run(Context *guest): runs the guest until it comes to EL2 and returns why: 0 = synchronous exception, 1 = IRQ,
+// 2 = FIQ, 3 = SError. SP_EL0 of the host is kept here because nothing at EL2 uses it.
+.global guest_run
+guest_run:
+    hint    #34                         // bti c
+    stp     x29, x30, [sp, #-112]!
+    stp     x27, x28, [sp, #16]
+    stp     x25, x26, [sp, #32]
+    stp     x23, x24, [sp, #48]
+    stp     x21, x22, [sp, #64]
+    stp     x19, x20, [sp, #80]
+    mrs     x1, sp_el0
+    stp     x0, x1, [sp, #96]
+    adrp    x1, guest_vectors
+    msr     vbar_el2, x1
+    ldr     x1, [x0, #{sp_el0}]
+    ldr     x2, [x0, #{pc}]
+    ldr     x3, [x0, #{pstate}]
+    msr     sp_el0, x1
+    msr     elr_el2, x2
+    msr     spsr_el2, x3
+    ldp     x2, x3, [x0, #{x} + 16]
+    ldp     x4, x5, [x0, #{x} + 32]
+    ldp     x6, x7, [x0, #{x} + 48]
+    ldp     x8, x9, [x0, #{x} + 64]
+    ldp     x10, x11, [x0, #{x} + 80]
+    ldp     x12, x13, [x0, #{x} + 96]
+    ldp     x14, x15, [x0, #{x} + 112]
+    ldp     x16, x17, [x0, #{x} + 128]
+    ldp     x18, x19, [x0, #{x} + 144]
+    ldp     x20, x21, [x0, #{x} + 160]
+    ldp     x22, x23, [x0, #{x} + 176]
+    ldp     x24, x25, [x0, #{x} + 192]
+    ldp     x26, x27, [x0, #{x} + 208]
+    ldp     x28, x29, [x0, #{x} + 224]
+    ldr     x30, [x0, #{x} + 240]
+    ldp     x0, x1, [x0, #{x}]
+    eret
+    dsb     nsh                         // no speculation past ERET
+    isb
+
+.macro guest_vector slot
+    .balign 0x80
+    stp     x0, x1, [sp, #-16]!
+    mov     x0, #(\slot & 3)             // AArch32 EL0 comes by slots of its own
+    b       guest_exit
+.endm
+
+// An exception of EL2's own while these vectors are in place is as fatal as any: the ordinary vectors report it.
+.macro fatal_guest_vector slot
+    .balign 0x80
+    msr     tpidr_el0, x0
+    mov     x0, #\slot
+    b       fatal
+.endm
+
+.balign 4096                            // ADRP finds them
+guest_vectors:
+    fatal_guest_vector 0
+    fatal_guest_vector 1
+    fatal_guest_vector 2
+    fatal_guest_vector 3
+    fatal_guest_vector 4
+    fatal_guest_vector 5
+    fatal_guest_vector 6
+    fatal_guest_vector 7
+    guest_vector 8
+    guest_vector 9
+    guest_vector 10
+    guest_vector 11
+    guest_vector 12
+    guest_vector 13
+    guest_vector 14
+    guest_vector 15
+    .balign 0x80
+
+// x0 = why; the guest's x0 and x1 lie on the stack, on top of what guest_run left there.
+guest_exit:
+    ldr     x1, [sp, #16 + 96]
+    stp     x2, x3, [x1, #{x} + 16]
+    stp     x4, x5, [x1, #{x} + 32]
+    stp     x6, x7, [x1, #{x} + 48]
+    stp     x8, x9, [x1, #{x} + 64]
+    stp     x10, x11, [x1, #{x} + 80]
+    stp     x12, x13, [x1, #{x} + 96]
+    stp     x14, x15, [x1, #{x} + 112]
+    stp     x16, x17, [x1, #{x} + 128]
+    stp     x18, x19, [x1, #{x} + 144]
+    stp     x20, x21, [x1, #{x} + 160]
+    stp     x22, x23, [x1, #{x} + 176]
+    stp     x24, x25, [x1, #{x} + 192]
+    stp     x26, x27, [x1, #{x} + 208]
+    stp     x28, x29, [x1, #{x} + 224]
+    str     x30, [x1, #{x} + 240]
+    ldp     x2, x3, [sp], #16
+    stp     x2, x3, [x1, #{x}]
+    mrs     x2, sp_el0
+    mrs     x3, elr_el2
+    mrs     x4, spsr_el2
+    str     x2, [x1, #{sp_el0}]
+    str     x3, [x1, #{pc}]
+    str     x4, [x1, #{pstate}]
+    adrp    x2, vectors
+    msr     vbar_el2, x2
+    isb                                 // from here on an exception is one of EL2's own
+    ldr     x2, [sp, #104]
+    msr     sp_el0, x2
+    ldp     x19, x20, [sp, #80]
+    ldp     x21, x22, [sp, #64]
+    ldp     x23, x24, [sp, #48]
+    ldp     x25, x26, [sp, #32]
+    ldp     x27, x28, [sp, #16]
+    ldp     x29, x30, [sp], #112
+    ret

@@ -1,0 +1,227 @@
+//! The world switch: between the host and a guest, and back.
+//!
+//! Registers that control EL1 from EL2 change once when the host lends its CPU and once when it gets it back; those of the
+//! guest at each entry and exit.
+
+mod el1;
+pub(crate) mod gic;
+mod vectors;
+mod world;
+
+use core::{arch::global_asm, mem::offset_of, ptr, sync::atomic::Ordering::Relaxed};
+
+use ravelin_abi::Status;
+use ravelin_memory::{PhysAddr, PhysRange};
+use ravelin_vm::{Context, EntropySource, Entry, GuestCpu, IdRegisters, Left, PageAccess, PstateFeatures, Syndrome};
+
+use crate::{
+    boot::CpuStart,
+    exit::pstate_features,
+    features::Features,
+    firmware,
+    hardware::Hardware,
+    host::physical_address_size,
+    sysreg::{maintain, read_sysreg, write_lower_sysreg},
+};
+
+use world::HostState;
+
+global_asm!(
+    include_str!("../../asm/guest.S"),
+    x = const offset_of!(Context, x),
+    sp_el0 = const offset_of!(Context, sp_el0),
+    pc = const offset_of!(Context, pc),
+    pstate = const offset_of!(Context, pstate),
+);
+
+unsafe extern "C" {
+    /// Runs a guest until it comes to EL2, and returns why.
+    fn guest_run(context: *mut Context) -> u64;
+}
+
+/// Bits of the CNTHP_CTL_EL2.
+const TIMER_ENABLE: u64 = 1;
+
+impl GuestCpu for Hardware {
+    type Host = HostState;
+
+    fn leave_host(&self) -> Result<HostState, Status> {
+        let this = CpuStart::current().ok_or(Status::NotSupported)?;
+        if read_sysreg!("midr_el1") != self.guests.midr {
+            return Err(Status::NotSupported);
+        }
+        // SVCR.SM: what SVE instructions would save is not what there is.
+        if self.guests.features.sme && read_sysreg!("s3_3_c4_c2_2") & 1 != 0 {
+            return Err(Status::Busy);
+        }
+        if this.interrupts_ready.swap(1, Relaxed) == 0 {
+            gic::reset();
+        }
+        Ok(world::leave_host(self.guests.features))
+    }
+
+    fn return_to_host(&self, host: HostState) {
+        world::return_to_host(&host, self.guests.features);
+    }
+
+    fn enter(&self, host: &HostState, guest: &mut Entry<'_>) -> Left {
+        world::enter_guest(guest, self.guests.features);
+        forget_other_vcpus(guest);
+        arm(host.virtual_timer().into_iter().chain(guest.deadline).min());
+        gic::load(guest.gic);
+        el1::load(guest.context, self.guests.features);
+        // SAFETY: The context is the vCPU's alone. All that the guest can do is bounded by the registers of EL2 that have just
+        // been set; the assembly keeps what Rust expects to be kept.
+        let why = unsafe { guest_run(guest.context) };
+        let syndrome =
+            Syndrome { esr: read_sysreg!("esr_el2"), far: read_sysreg!("far_el2"), hpfar: read_sysreg!("hpfar_el2") };
+        el1::save(guest.context, self.guests.features);
+        gic::save(guest.gic);
+        arm(None);
+        match why {
+            0 => Left::Synchronous(syndrome),
+            1 | 2 => Left::Interrupt,
+            _ => Left::Error,
+        }
+    }
+
+    fn area_pages(&self) -> u64 {
+        vectors::area_pages(self.guests.features.sve)
+    }
+
+    fn load_vectors(&self, area: PhysRange) {
+        vectors::load_guest(area, self.guests.features.sve);
+    }
+
+    fn unload_vectors(&self, area: PhysRange) {
+        vectors::load_host(area, self.guests.features.sve);
+    }
+
+    fn clear_vectors(&self, area: PhysRange) {
+        vectors::clear_guest(area);
+    }
+
+    fn counter(&self) -> u64 {
+        maintain!("isb");
+        read_sysreg!("cntpct_el0")
+    }
+
+    fn interrupt_pending(&self) -> bool {
+        const IRQ_OR_FIQ: u64 = 0b11 << 6;
+        read_sysreg!("isr_el1") & IRQ_OR_FIQ != 0
+    }
+
+    fn hold_virtual_timer(&self) -> bool {
+        gic::hold_virtual_timer(self.guests.redistributors)
+    }
+
+    fn release_virtual_timer(&self) {
+        gic::release_virtual_timer(self.guests.redistributors);
+    }
+
+    fn list_registers(&self) -> usize {
+        gic::list_registers()
+    }
+
+    fn pstate_features(&self) -> PstateFeatures {
+        pstate_features()
+    }
+
+    fn id_registers(&self) -> IdRegisters {
+        IdRegisters {
+            id_aa64pfr0_el1: read_sysreg!("id_aa64pfr0_el1"),
+            id_aa64pfr1_el1: read_sysreg!("id_aa64pfr1_el1"),
+            id_aa64zfr0_el1: read_sysreg!("s3_0_c0_c4_4"),
+            id_aa64isar0_el1: read_sysreg!("id_aa64isar0_el1"),
+            id_aa64isar1_el1: read_sysreg!("id_aa64isar1_el1"),
+            id_aa64isar2_el1: read_sysreg!("s3_0_c0_c6_2"),
+            id_aa64mmfr0_el1: read_sysreg!("id_aa64mmfr0_el1"),
+            id_aa64mmfr1_el1: read_sysreg!("id_aa64mmfr1_el1"),
+            id_aa64mmfr2_el1: read_sysreg!("s3_0_c0_c7_2"),
+            id_aa64mmfr3_el1: read_sysreg!("s3_0_c0_c7_3"),
+        }
+    }
+}
+
+/// Sets the timer of EL2, whose interrupt the host has enabled, to fire when the physical counter reaches `deadline`.
+fn arm(deadline: Option<u64>) {
+    match deadline {
+        Some(deadline) => {
+            write_lower_sysreg!("cnthp_cval_el2", deadline);
+            write_lower_sysreg!("cnthp_ctl_el2", TIMER_ENABLE);
+        }
+        None => write_lower_sysreg!("cnthp_ctl_el2", 0),
+    }
+}
+
+/// Removes what the TLBs of this CPU hold of the guest, unless the vCPU that ran here last is the same: an address space
+/// identifier means what it means to one vCPU (CNP clear), and a VMID is all that tells them apart.
+fn forget_other_vcpus(guest: &Entry<'_>) {
+    let Some(this) = CpuStart::current() else { return };
+    // Tables of another VM at the same place have been invalidated when the VM ended.
+    let vcpu = guest.tree.bits() | guest.vcpu as u64;
+    if this.last_vcpu.swap(vcpu, Relaxed) != vcpu {
+        maintain!("tlbi vmalle1", "dsb nsh", "isb");
+    }
+}
+
+impl EntropySource for Hardware {
+    fn bits(&self) -> Option<[u64; 3]> {
+        if self.guests.features.rndr {
+            return Some([random()?, random()?, random()?]);
+        }
+        firmware::entropy()
+    }
+
+    fn exists(&self) -> bool {
+        self.guests.features.rndr || self.guests.firmware_entropy
+    }
+}
+
+/// Reads RNDR. `None` if it has none in reasonable time, which it says by the Z flag.
+fn random() -> Option<u64> {
+    let (value, found): (u64, u64);
+    // SAFETY: Changes nothing but the flags.
+    unsafe {
+        core::arch::asm!("mrs {}, s3_3_c2_c4_0", "cset {}, ne", out(reg) value, out(reg) found, options(nomem, nostack));
+    }
+    (found != 0).then_some(value)
+}
+
+impl PageAccess for Hardware {
+    fn read_bytes(&self, at: PhysAddr, bytes: &mut [u8]) {
+        let source = ptr::with_exposed_provenance::<u8>(at.raw() as usize);
+        for (offset, byte) in bytes.iter_mut().enumerate() {
+            // Volatile, because others may write there at the same time; no Rust object lives there.
+            // SAFETY: The caller has the page mapped, and the offset stays within it.
+            *byte = unsafe { source.wrapping_add(offset).read_volatile() };
+        }
+    }
+
+    fn write_bytes(&self, at: PhysAddr, bytes: &[u8]) {
+        let target = ptr::with_exposed_provenance_mut::<u8>(at.raw() as usize);
+        for (offset, &byte) in bytes.iter().enumerate() {
+            // SAFETY: As in `read_bytes`; the page is mapped writable.
+            unsafe { target.wrapping_add(offset).write_volatile(byte) };
+        }
+    }
+}
+
+/// What running guests needs to know of the machine. By default there are none.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Guests {
+    features: Features,
+    /// Whether firmware has true random numbers.
+    firmware_entropy: bool,
+    /// What the CPU is; guests do not run on others.
+    midr: u64,
+    /// What is mapped of the redistributors.
+    redistributors: &'static [PhysRange],
+}
+
+impl Guests {
+    pub(crate) fn new(redistributors: &'static [PhysRange]) -> Self {
+        let midr = read_sysreg!("midr_el1");
+        Self { features: Features::read(), firmware_entropy: firmware::has_entropy(), midr, redistributors }
+    }
+}

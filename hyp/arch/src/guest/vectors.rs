@@ -1,0 +1,78 @@
+//! FP, SIMD and SVE registers. Nobody at EL2 uses them: they belong to the host or to a guest, and are switched when a guest
+//! first touches them.
+
+use core::{arch::global_asm, ptr};
+
+use ravelin_memory::{PAGE_SIZE, PhysRange};
+
+use crate::sysreg::{maintain, write_lower_sysreg};
+
+global_asm!(include_str!("../../asm/vector_registers.S"));
+
+unsafe extern "C" {
+    fn simd_save(area: u64);
+    fn simd_load(area: u64);
+    fn sve_save(area: u64);
+    fn sve_load(area: u64);
+    fn sve_length() -> u64;
+}
+
+/// CPTR_EL2 that lets EL2 use FP, SIMD and, if there is one, SVE (the RES1 bits, less TZ).
+const CPTR_SIMD: u64 = 0x33ff;
+const CPTR_SVE: u64 = CPTR_SIMD & !(1 << 8);
+
+/// Bytes in front of the registers.
+const HEADER: u64 = 32;
+
+/// Returns how many pages the vector registers of a guest and those of the host take. CPTR_EL2 is that of the host.
+pub(super) fn area_pages(sve: bool) -> u64 {
+    let half = if sve {
+        // SAFETY: There is SVE, and neither the host nor EL2 is kept from it.
+        let length = unsafe { sve_length() };
+        HEADER + 32 * length + 17 * length / 8
+    } else {
+        HEADER + 32 * 16
+    };
+    (2 * half.next_multiple_of(16)).div_ceil(PAGE_SIZE)
+}
+
+/// Returns where the host's and the guest's are.
+fn halves(area: PhysRange) -> [u64; 2] {
+    [area.base().raw(), area.base().raw() + area.size() / 2]
+}
+
+/// Saves the host's registers, and loads the guest's.
+pub(super) fn load_guest(area: PhysRange, sve: bool) {
+    let [host, guest] = halves(area);
+    switch(host, guest, sve);
+}
+
+/// Saves the guest's registers, and loads the host's.
+pub(super) fn load_host(area: PhysRange, sve: bool) {
+    let [host, guest] = halves(area);
+    switch(guest, host, sve);
+}
+
+fn switch(from: u64, to: u64, sve: bool) {
+    write_lower_sysreg!("cptr_el2", if sve { CPTR_SVE } else { CPTR_SIMD });
+    maintain!("isb");
+    // SAFETY: The halves of the area, which is EL2's and has room for both, are mapped at their physical addresses and
+    // multiples of 16. No Rust code at EL2 uses these registers.
+    unsafe {
+        if sve {
+            sve_save(from);
+            sve_load(to);
+        } else {
+            simd_save(from);
+            simd_load(to);
+        }
+    }
+}
+
+/// Zeroes the guest's half.
+pub(super) fn clear_guest(area: PhysRange) {
+    let [_, guest] = halves(area);
+    let words = ptr::with_exposed_provenance_mut::<u64>(guest as usize);
+    // SAFETY: The area is EL2's alone, mapped at its physical address; half a page or more, and a multiple of 16.
+    unsafe { ptr::write_bytes(words, 0, (area.size() / 2 / 8) as usize) };
+}
