@@ -123,8 +123,6 @@ pub struct CpuStart {
     index: u64,
     /// Where the CPU's redistributor is, once it has been looked for.
     pub(crate) redistributor: AtomicU64,
-    /// Not 0 once the list registers are empty.
-    pub(crate) interrupts_ready: AtomicU64,
     /// Names the vCPU that ran last.
     pub(crate) last_vcpu: AtomicU64,
 }
@@ -171,7 +169,6 @@ impl CpuStart {
             emergency_stack: emergency_stack.raw(),
             index: index as u64,
             redistributor: AtomicU64::new(0),
-            interrupts_ready: AtomicU64::new(0),
             last_vcpu: AtomicU64::new(0),
         }
     }

@@ -6,7 +6,10 @@
 use ravelin_memory::PhysAddr;
 use ravelin_pgtable::PhysicalSize;
 
-use crate::sysreg::{id_field, maintain, read_sysreg, write_lower_sysreg};
+use crate::{
+    guest,
+    sysreg::{id_field, maintain, read_sysreg, write_lower_sysreg},
+};
 
 /// What this CPU lacks for running Ravelin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -204,7 +207,7 @@ fn interrupts() {
     const SRE_DFB_DIB_ENABLE: u64 = 0xf;
     write_lower_sysreg!("s3_4_c12_c9_5", SRE_DFB_DIB_ENABLE); // ICC_SRE_EL2
     isb();
-    write_lower_sysreg!("s3_4_c12_c11_0", 0); // ICH_HCR_EL2
+    guest::gic::reset();
 }
 
 /// FEAT_HCX and FEAT_FGT: nothing is trapped. Many bits of these registers are enables, for which that means 1.

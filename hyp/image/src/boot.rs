@@ -7,6 +7,7 @@
 
 use core::{fmt, ptr, slice};
 
+use arrayvec::ArrayVec;
 use ravelin_arch::{
     BootTables, Conduit, CpuStart, El2Tables, Hardware, Image, Lacking, check_cpu, clean_to_poc, mpidr,
     physical_address_size,
@@ -15,8 +16,8 @@ use ravelin_hypercall::{Cpu, Start};
 use ravelin_memory::{BLOCK_SIZE, HypAddr, HypRange, PAGE_SIZE, PhysAddr, PhysRange, RangeError};
 use ravelin_pgtable::{El2, El2Usage, Flush, Geometry, Machine, MapError, PageTable, TablePool};
 use ravelin_platform::{
-    CPU_BLOCK_SIZE, Conduit as PsciConduit, Demand, DtbError, HostImage, Layout, LogLevel, Platform, dtb_size,
-    find_console,
+    CPU_BLOCK_SIZE, Conduit as PsciConduit, Demand, DtbError, HostImage, Layout, LogLevel, MAX_REDISTRIBUTOR_REGIONS,
+    Platform, dtb_size, find_console,
 };
 
 use crate::{
@@ -244,6 +245,7 @@ fn start(memory: &mut BootMemory, dtb: &'static [u8], level: u64) -> Result<core
         stack: pool.allocate_pages(Inheritance::STACK_PAGES).ok_or(BootError::Tables)?,
         uart: platform.uart,
         pool,
+        redistributors: redistributors(&platform),
     };
     let stack_top = HypAddr::new(inheritance.stack.raw() + Inheritance::STACK_PAGES * PAGE_SIZE);
     let place = inheritance.place().ok_or(BootError::Tables)?;
@@ -306,6 +308,9 @@ fn map_el2(
     map(layout.block_entries, El2Usage::Data)?;
     map(layout.pool, El2Usage::Data)?;
     map(platform.uart, El2Usage::Device)?;
+    for region in redistributors(platform) {
+        map(region, El2Usage::Device)?;
+    }
     for index in 0..platform.cpu_count() {
         map(PhysRange::single(cpu_page(layout, index)), El2Usage::Data)?;
     }
@@ -330,6 +335,15 @@ fn place_cpu(layout: &Layout, tables: El2Tables, index: usize) {
     );
     // SAFETY: The page lies in the carve-out, which is mapped, and is this CPU's.
     unsafe { start.place(page) };
+}
+
+/// Returns as much of the redistributors as the CPUs can have, two frames of 64 KiB each or, with a GICv4, four. A device tree
+/// may leave room for many more.
+fn redistributors(platform: &Platform<'_>) -> ArrayVec<PhysRange, MAX_REDISTRIBUTOR_REGIONS> {
+    const PAGES: u64 = (4 << 16) / PAGE_SIZE;
+    let most = platform.cpu_count() as u64 * PAGES;
+    let cut = |region: &PhysRange| PhysRange::new(region.base().raw(), region.pages().min(most)).unwrap_or(*region);
+    platform.gic.redistributors.iter().map(cut).collect()
 }
 
 /// Returns where the CPU's part of the carve-out begins: two pages of stack, then its page.

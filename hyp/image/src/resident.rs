@@ -9,25 +9,28 @@ use core::{ptr, slice};
 
 use arrayvec::ArrayVec;
 use ravelin_arch::{
-    CpuStart, El3, Exit, Hardware, HostFrame, enable_stage2, halt, host_exit as read_exit, prepare_cpu,
+    CpuStart, El3, Exit, Hardware, HostFrame, Objects, enable_stage2, halt, host_exit as read_exit, prepare_cpu,
     pstate_features, secondary_entry, skip_instruction, take_exception, trapped,
 };
-use ravelin_hypercall::{Cpu, Entries, Exception, FaultAction, Firmware, Host, PstateFeatures, Trapped};
+use ravelin_hypercall::{Cpu, Entries, Exception, FaultAction, Firmware, Host, HostedVms, PstateFeatures, Trapped};
 use ravelin_memory::{PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_ownership::{Memory, OwnershipTable, PAGES_PER_BLOCK};
 use ravelin_pgtable::{El2, Geometry, Machine, PageTable, PhysicalSize, Stage2};
-use ravelin_platform::{Layout, LogLevel, MAX_RAM_REGIONS};
+use ravelin_platform::{Layout, LogLevel, MAX_RAM_REGIONS, MAX_REDISTRIBUTOR_REGIONS};
 use spin::once::Once;
 
 use crate::{console, panic, pool::Pool};
 
 static MEMORY: Once<Memory<'static, Pool>> = Once::new();
 static HYPERVISOR: Once<Hypervisor> = Once::new();
+static REDISTRIBUTORS: Once<ArrayVec<PhysRange, MAX_REDISTRIBUTOR_REGIONS>> = Once::new();
+/// SAFETY: The pages are those that the ownership table says the hypervisor keeps for a VM; EL2 maps them until they go back.
+static VMS: HostedVms<Objects> = HostedVms::new(unsafe { Objects::new() });
 
 /// What every CPU needs to serve the host.
 struct Hypervisor {
     machine: Hardware,
-    host: Host<'static, Pool, El3>,
+    host: Host<'static, Pool, El3, Objects>,
     stage2_root: PhysAddr,
     vtcr_el2: u64,
 }
@@ -46,6 +49,8 @@ pub(crate) struct Inheritance {
     pub(crate) physical: PhysicalSize,
     /// Pages for tables, and for this.
     pub(crate) pool: Pool,
+    /// What is mapped of the redistributors.
+    pub(crate) redistributors: ArrayVec<PhysRange, MAX_REDISTRIBUTOR_REGIONS>,
     /// RAM.
     pub(crate) ram: ArrayVec<PhysRange, MAX_RAM_REGIONS>,
     /// Whether a panic ends the machine through semihosting.
@@ -129,8 +134,11 @@ fn take_over(mut inheritance: Inheritance) {
     if inheritance.semihosting_exit {
         panic::exit_by_semihosting();
     }
+    let redistributors = REDISTRIBUTORS.call_once(|| inheritance.redistributors.clone());
     // SAFETY: The MMU is on; the tables map the pool, which tables come from, and EL2's own lie in it too.
     let machine = unsafe { Hardware::new() };
+    // SAFETY: Start-up has mapped them.
+    let machine = unsafe { machine.with_guests(redistributors) };
     let layout = inheritance.layout;
 
     let table = ownership_table(&inheritance.ram, &layout);
@@ -152,7 +160,7 @@ fn take_over(mut inheritance: Inheritance) {
     let entries = Entries { start: entry, resume: entry };
     HYPERVISOR.call_once(|| Hypervisor {
         machine,
-        host: Host::new(memory, El3, inheritance.cpus, entries),
+        host: Host::new(memory, &VMS, El3, inheritance.cpus, entries),
         stage2_root,
         vtcr_el2: geometry.vtcr(inheritance.physical),
     });

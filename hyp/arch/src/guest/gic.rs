@@ -78,8 +78,9 @@ fn active_priority_registers() -> u64 {
     }
 }
 
-/// Empties the list registers, once for each CPU: out of reset their contents are unknown.
+/// Turns the virtual CPU interface off and empties the list registers: out of reset their contents are unknown.
 pub(crate) fn reset() {
+    write_lower_sysreg!("s3_4_c12_c11_0", 0); // ICH_HCR_EL2
     let mut lrs = [0; ich::MAX_LIST_REGISTERS];
     let used = list_registers();
     list_registers!(save_used, lrs, used);

@@ -46,16 +46,12 @@ impl GuestCpu for Hardware {
     type Host = HostState;
 
     fn leave_host(&self) -> Result<HostState, Status> {
-        let this = CpuStart::current().ok_or(Status::NotSupported)?;
         if read_sysreg!("midr_el1") != self.guests.midr {
             return Err(Status::NotSupported);
         }
         // SVCR.SM: what SVE instructions would save is not what there is.
         if self.guests.features.sme && read_sysreg!("s3_3_c4_c2_2") & 1 != 0 {
             return Err(Status::Busy);
-        }
-        if this.interrupts_ready.swap(1, Relaxed) == 0 {
-            gic::reset();
         }
         Ok(world::leave_host(self.guests.features))
     }
