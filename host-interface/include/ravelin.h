@@ -13,7 +13,7 @@
 #define RAVELIN_UID_2 0x617c529d
 #define RAVELIN_UID_3 0x50a3b9e8
 #define RAVELIN_VERSION_MAJOR 1
-#define RAVELIN_VERSION_MINOR 1
+#define RAVELIN_VERSION_MINOR 2
 #define RAVELIN_PAGE_SIZE 4096
 
 /* Calls: function identifiers. */
@@ -57,6 +57,60 @@
 /* Writes the statistics to the start of a page that the host has lent to the hypervisor. The rest of the page keeps its contents. */
 #define RAVELIN_CALL_STATISTICS 0xc6001008
 
+/* Makes a VM in pages that the host donates with the call, as many as VM_SIZES says. */
+#define RAVELIN_CALL_VM_CREATE 0xc6001010
+#define RAVELIN_VM_CREATE_MAX_PAGES 512
+
+/* Gives a VM pages that the host owns, for its translation tables. One that is being torn down may need some, too. */
+#define RAVELIN_CALL_VM_DONATE_TABLES 0xc6001011
+#define RAVELIN_VM_DONATE_TABLES_MAX_PAGES 512
+
+/* Makes a vCPU in pages that the host donates with the call, as many as VM_SIZES says. The host owns the run page and goes on using it; it cannot be unshared or given away while the vCPU exists. Only a VM that is not sealed yet takes vCPUs. The vCPU of index 0 starts when the VM is sealed, others when the guest says so. */
+#define RAVELIN_CALL_VCPU_CREATE 0xc6001012
+#define RAVELIN_VCPU_CREATE_MAX_PAGES 512
+
+/* Puts pages that the host owns at a guest address, with their contents. A protected VM becomes their owner and the host loses access; to an ordinary one they are lent. What a protected VM gets before it is sealed is measured, and may be 512 pages a call; later it may be 512 pages or blocks of 2 MiB, aligned in both places. */
+#define RAVELIN_CALL_VM_MAP 0xc6001013
+#define RAVELIN_VM_MAP_MAX_PAGES 262144
+
+/* Takes pages that are lent to an ordinary VM from it. A call does 512 pages at most, or blocks of 2 MiB that are contiguous memory. */
+#define RAVELIN_CALL_VM_UNMAP 0xc6001014
+#define RAVELIN_VM_UNMAP_MAX_PAGES 262144
+
+/* Ends the making of a VM: fixes its measurement, where its vCPU 0 starts with the address of the device tree in x0, and where the guest finds its interrupt controller, a GICv3: a distributor of 64 KiB, and redistributors of 128 KiB for each vCPU that it may have. Neither may overlap the other or pages of the guest, then or later. */
+#define RAVELIN_CALL_VM_SEAL 0xc6001015
+
+/* Runs a vCPU of a sealed VM until something needs the host. The run page says what. */
+#define RAVELIN_CALL_VCPU_RUN 0xc6001016
+
+/* Ends the life of a VM, none of whose vCPUs may be running. From then on its pages can be reclaimed, and nothing else can be done with it. */
+#define RAVELIN_CALL_VM_TEARDOWN 0xc6001017
+
+/* Returns the pages of a VM that is being torn down to the host: zeroed if they were the guest's alone, with their contents if they were shared. Guest addresses without a page are passed over. Long ranges are done in part. */
+#define RAVELIN_CALL_VM_RECLAIM 0xc6001018
+#define RAVELIN_VM_RECLAIM_MAX_PAGES 262144
+
+/* Returns what the host has donated for a VM that is being torn down, zeroed, up to 512 pages a call. It is BUSY while the VM has pages that have not been reclaimed. When nothing is left to return, the handle has no meaning any more. */
+#define RAVELIN_CALL_VM_DESTROY 0xc6001019
+
+/* Takes up a guest's offer: the host may access the pages until it releases them. A call does 512 pages at most, or blocks of 2 MiB that are contiguous memory. */
+#define RAVELIN_CALL_CLAIM 0xc600101a
+#define RAVELIN_CLAIM_MAX_PAGES 262144
+
+/* Ends the host's access to pages that it has claimed. They stay offered. A call does 512 pages at most, or blocks of 2 MiB that are contiguous memory. */
+#define RAVELIN_CALL_RELEASE 0xc600101b
+#define RAVELIN_RELEASE_MAX_PAGES 262144
+
+/* Takes private pages from a guest that is alive and returns them to the host, zeroed. The guest gets an abort where they were, from then on. */
+#define RAVELIN_CALL_FORCE_RECLAIM 0xc600101c
+#define RAVELIN_FORCE_RECLAIM_MAX_PAGES 512
+
+/* Sets the level of one of a sealed VM's shared peripheral interrupts, those of the devices that the host plays. Bit n of the result is set if vCPU n has something to do now: the host runs it if it waits, and interrupts the CPU that it runs on. */
+#define RAVELIN_CALL_SPI 0xc600101d
+
+/* Says how many pages the host has to donate for a VM of these attributes and for each of its vCPUs. */
+#define RAVELIN_CALL_VM_SIZES 0xc600101e
+
 /* Status in x0, sign-extended to 64 bits. */
 #define RAVELIN_STATUS_SUCCESS (0) /* Done. */
 #define RAVELIN_STATUS_NOT_SUPPORTED (-1) /* There is no such call. */
@@ -92,8 +146,8 @@
 #define RAVELIN_VM_VCPUS_SHIFT 16
 #define RAVELIN_MAX_VCPUS 128
 
-#define RAVELIN_STATISTICS_VERSION 1
-#define RAVELIN_STATISTICS_SIZE 384
+#define RAVELIN_STATISTICS_VERSION 2
+#define RAVELIN_STATISTICS_SIZE 424
 #define RAVELIN_CALL_COUNTERS 32
 
 /* Why a vCPU left the guest: `reason`. */
@@ -112,6 +166,7 @@
 #define RAVELIN_EXIT_NEEDS_TABLES 13 /* The guest's call needs `pages` pages for translation tables. Answer: RETRY, after the host has donated them. */
 #define RAVELIN_EXIT_HOST_CALL 14 /* The guest calls its host, with `value` as the immediate and registers in `call`. Answers: COMPLETE, with `results`; RETRY. */
 #define RAVELIN_EXIT_FAILED 15 /* The vCPU cannot go on, and cannot be run again. */
+#define RAVELIN_EXIT_WAKE 16 /* Other vCPUs have something to do, those that `wake_low` and `wake_high` name. Nothing else happened. */
 #define RAVELIN_RUN_FLAG_WRITE 0x1
 #define RAVELIN_RUN_FLAG_EXECUTE 0x2
 #define RAVELIN_RUN_NO_DEADLINE 0xffffffffffffffff
@@ -139,7 +194,7 @@
 
 /* What RAVELIN_CALL_STATISTICS writes to the start of the page. */
 struct ravelin_statistics {
-	uint64_t version; /* Version of this layout: 1. */
+	uint64_t version; /* Version of this layout: 2. */
 	uint64_t size; /* Bytes written, this field included. */
 	uint64_t host_owned_pages; /* Pages that the host owns alone. */
 	uint64_t host_shared_pages; /* Pages that the host owns and has lent to the hypervisor. */
@@ -156,6 +211,11 @@ struct ravelin_statistics {
 	uint64_t smcs_forwarded; /* SMCs of the host that were relayed to the firmware. */
 	uint64_t smcs_refused; /* SMCs of the host that were answered with NOT_SUPPORTED. */
 	uint64_t calls[RAVELIN_CALL_COUNTERS]; /* Uses of each call: entry n counts 0xc6001000 + n. */
+	uint64_t vm_pages; /* Pages that the host has donated for VMs, their vCPUs and their tables. */
+	uint64_t host_lent_pages; /* Pages that the host owns and has lent to ordinary VMs. */
+	uint64_t guest_private_pages; /* Pages that guests own alone. */
+	uint64_t guest_offered_pages; /* Pages that guests have offered and the host has not claimed. */
+	uint64_t guest_claimed_pages; /* Pages of guests that the host has claimed. */
 };
 
 _Static_assert(sizeof(struct ravelin_statistics) == RAVELIN_STATISTICS_SIZE, "layout");
@@ -170,6 +230,8 @@ struct ravelin_run_exit {
 	uint64_t pages; /* Pages of a range. */
 	uint64_t vcpu; /* Index of another vCPU. */
 	uint64_t deadline; /* Value of the physical counter at which a timer fires, or RUN_NO_DEADLINE. */
+	uint64_t wake_low; /* With any reason: bit n says that vCPU n, 0 to 63, has something to do. The host runs it if it waits, and interrupts the CPU that it runs on. */
+	uint64_t wake_high; /* The same for vCPUs 64 to 127. */
 };
 
 /* What the host writes at RAVELIN_RUN_ENTRY. */

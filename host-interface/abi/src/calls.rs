@@ -1,9 +1,12 @@
 //! The table of calls.
 
-use crate::request::{HostCall, Parsed};
+use crate::{
+    request::{HostCall, Parsed},
+    vm_calls::VM_CALLS,
+};
 
 /// A host hypercall.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Call {
     /// Function identifier, the value of x0.
     pub number: u32,
@@ -18,7 +21,7 @@ pub struct Call {
     /// number of pages that are missing.
     pub results: &'static [&'static str],
     /// Makes the request from checked arguments.
-    pub(crate) request: fn(&Parsed) -> HostCall,
+    pub(crate) request: fn(&Parsed<'_>) -> HostCall,
 }
 
 /// An argument of a call.
@@ -89,12 +92,17 @@ pub fn counter_index(number: u32) -> Option<usize> {
     (index < CALL_COUNTERS).then_some(index)
 }
 
-/// Returns those of `calls` that have a counter as the bitmap that FEATURES returns.
-#[must_use]
-pub fn call_bitmap(calls: &[Call]) -> u64 {
-    let numbers = calls.iter().filter_map(|call| call.number.checked_sub(FIRST_COUNTED));
-    numbers.filter_map(|bit| 1_u64.checked_shl(bit)).fold(0, |bitmap, bit| bitmap | bit)
-}
+/// The calls that have a counter as the bitmap that FEATURES returns.
+pub const CALL_BITMAP: u64 = {
+    let (mut bitmap, mut calls) = (0, CALLS);
+    while let [call, rest @ ..] = calls {
+        if let Some(bit) = call.number.checked_sub(FIRST_COUNTED) {
+            bitmap |= 1 << bit;
+        }
+        calls = rest;
+    }
+    bitmap
+};
 
 const fn range(max: u64) -> [Argument; 3] {
     [
@@ -112,9 +120,20 @@ const ONE_PAGE: &[Argument] =
 pub(crate) const STATUS: &str = "status";
 pub(crate) const FIRST_FAILED: &str = "0, or after a failure the address of the first page that failed";
 
-/// The host hypercalls that are offered, by number: about the hypervisor itself and the host's own memory. Those about VMs,
-/// [`VM_CALLS`](crate::VM_CALLS), are not yet.
-pub const CALLS: &[Call] = &[
+/// The host hypercalls, by number.
+pub const CALLS: &[Call] = &TABLE;
+
+static TABLE: [Call; HOST_CALLS.len() + VM_CALLS.len()] = {
+    let [first, ..] = HOST_CALLS else { unreachable!() };
+    let mut table = [*first; _];
+    let (host, vm) = table.split_at_mut(HOST_CALLS.len());
+    host.copy_from_slice(HOST_CALLS);
+    vm.copy_from_slice(VM_CALLS);
+    table
+};
+
+/// Those about the hypervisor itself and the host's own memory.
+const HOST_CALLS: &[Call] = &[
     Call {
         number: 0x8600_ff01,
         name: "UID",
@@ -211,29 +230,45 @@ pub const CALLS: &[Call] = &[
     },
 ];
 
-impl Call {
-    /// Returns all calls, by number, also those that are not offered yet.
-    #[cfg(test)]
-    pub(crate) fn all() -> impl Iterator<Item = &'static Self> {
-        CALLS.iter().chain(crate::VM_CALLS)
+/// What it takes to make a request of a call. What documents the calls is not needed for it, and so not in the hypervisor.
+#[derive(Clone, Copy)]
+pub(crate) struct Rule {
+    number: u32,
+    pub(crate) arguments: &'static [Argument],
+    pub(crate) request: fn(&Parsed<'_>) -> HostCall,
+}
+
+static RULES: [Rule; CALLS.len()] = {
+    let [first, ..] = CALLS else { unreachable!() };
+    let mut rules = [Rule::of(first); _];
+    let (mut to, mut from): (&mut [Rule], _) = (&mut rules, CALLS);
+    while let ([rule, rules @ ..], [call, calls @ ..]) = (to, from) {
+        *rule = Rule::of(call);
+        (to, from) = (rules, calls);
+    }
+    rules
+};
+
+impl Rule {
+    const fn of(call: &Call) -> Self {
+        Self { number: call.number, arguments: call.arguments, request: call.request }
     }
 
-    /// Returns the call that has this number, if one is offered.
-    #[must_use]
-    pub fn find(number: u32) -> Option<&'static Self> {
-        CALLS.get(CALLS.binary_search_by_key(&number, |call| call.number).ok()?)
+    /// Returns the rule of the call that has this number, if there is one.
+    pub(crate) fn find(number: u32) -> Option<&'static Self> {
+        RULES.get(RULES.binary_search_by_key(&number, |rule| rule.number).ok()?)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{PAGE_SIZE, VM_CALLS};
+    use crate::PAGE_SIZE;
 
     #[test]
     fn numbers_ascend_and_are_fast_calls_of_the_vendor_hypervisor() {
-        assert!(Call::all().is_sorted_by(|a, b| a.number < b.number));
-        for call in Call::all() {
+        assert!(CALLS.iter().is_sorted_by(|a, b| a.number < b.number));
+        for call in CALLS {
             assert_eq!(call.number & 0xbf00_0000, 0x8600_0000, "{}", call.name);
             assert_eq!(call.number & 0x00ff_0000, 0, "{}: must-be-zero bits and hint", call.name);
         }
@@ -241,7 +276,7 @@ mod tests {
 
     #[test]
     fn what_returns_or_takes_64_bits_is_a_64_bit_call() {
-        for call in Call::all().filter(|call| !call.arguments.is_empty()) {
+        for call in CALLS.iter().filter(|call| !call.arguments.is_empty()) {
             assert_eq!(call.number >> 30, 3, "{}", call.name);
         }
     }
@@ -249,7 +284,7 @@ mod tests {
     #[test]
     fn a_page_count_follows_its_addresses() {
         let page = |kind| matches!(kind, Kind::PageAddress | Kind::GuestAddress { align: PAGE_SIZE });
-        for call in Call::all() {
+        for call in CALLS {
             assert!(call.arguments.len() <= MAX_ARGUMENTS && call.results.len() <= 4, "{}", call.name);
             let counts = call.arguments.iter().filter(|argument| matches!(argument.kind, Kind::PageCount { .. }));
             assert!(counts.count() <= 1, "{}", call.name);
@@ -262,11 +297,21 @@ mod tests {
     }
 
     #[test]
+    fn numbers_lead_to_their_calls() {
+        for call in CALLS {
+            let rule = Rule::find(call.number).unwrap();
+            assert_eq!((rule.number, rule.arguments.len()), (call.number, call.arguments.len()), "{}", call.name);
+            assert!(std::ptr::fn_addr_eq(rule.request, call.request), "{}", call.name);
+        }
+    }
+
+    #[test]
     fn every_64_bit_call_has_its_own_counter() {
-        let counted = Call::all().filter_map(|call| counter_index(call.number)).count();
-        assert_eq!(counted, CALLS.len() - 2 + VM_CALLS.len());
-        assert_eq!(call_bitmap(CALLS), 0x1ff);
-        assert_eq!(call_bitmap(VM_CALLS), ((1 << VM_CALLS.len()) - 1) << 16);
+        let counters: Vec<_> = CALLS.iter().filter_map(|call| counter_index(call.number)).collect();
+        assert_eq!(counters.len(), CALLS.len() - 2);
+        assert!(counters.is_sorted_by(|a, b| a < b));
+        assert_eq!(CALL_BITMAP, counters.iter().fold(0, |bitmap, counter| bitmap | 1 << counter));
+        assert_eq!(CALL_BITMAP, 0x7fff_01ff);
         assert_eq!(counter_index(0xc600_0fff), None);
         assert_eq!(counter_index(0xc600_1020), None);
     }

@@ -4,7 +4,8 @@ use core::fmt::{self, Display, Formatter};
 
 use crate::{
     ADDRESS_END, CALL_COUNTERS, CALLS, Kind, MAX_IPA_BITS, MAX_VCPUS, MIN_IPA_BITS, PAGE_SIZE, PageStateCode,
-    Statistics, Status, VENDOR_UID, VERSION_MAJOR, VERSION_MINOR, VmAttributes, VmKind, run, statistics::FIELDS,
+    Statistics, Status, VENDOR_UID, VERSION_MAJOR, VERSION_MINOR, VmAttributes, VmKind, run,
+    statistics::{FIELDS, LATER_FIELDS},
 };
 
 /// Displays as the text of `host-interface/include/ravelin.h`.
@@ -79,8 +80,13 @@ impl Display for CHeader {
             writeln!(f, "\tuint64_t {name}; /* {doc} */")?;
         }
         f.write_str(
-            "\tuint64_t calls[RAVELIN_CALL_COUNTERS]; /* Uses of each call: entry n counts 0xc6001000 + n. */\n\
-             };\n\n\
+            "\tuint64_t calls[RAVELIN_CALL_COUNTERS]; /* Uses of each call: entry n counts 0xc6001000 + n. */\n",
+        )?;
+        for (name, doc) in LATER_FIELDS {
+            writeln!(f, "\tuint64_t {name}; /* {doc} */")?;
+        }
+        f.write_str(
+            "};\n\n\
              _Static_assert(sizeof(struct ravelin_statistics) == RAVELIN_STATISTICS_SIZE, \"layout\");\n",
         )?;
         run::header_structures(f)?;
@@ -173,6 +179,10 @@ impl Display for Reference {
             "| {} | `calls[{CALL_COUNTERS}]` | Uses of each call, whether it succeeded or not: entry n counts 0xc6001000 + n. |",
             core::mem::offset_of!(Statistics, calls)
         )?;
+        let later = core::mem::offset_of!(Statistics, calls).saturating_add(size_of::<[u64; CALL_COUNTERS]>());
+        for (offset, (name, doc)) in (later..).step_by(8).zip(LATER_FIELDS) {
+            writeln!(f, "| {offset} | `{name}` | {doc} |")?;
+        }
         run::reference(f)
     }
 }

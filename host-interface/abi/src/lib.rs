@@ -31,7 +31,7 @@ mod vm;
 mod vm_calls;
 
 pub use calls::{
-    Argument, CALL_COUNTERS, CALLS, Call, Kind, MAX_ARGUMENTS, MAX_RANGE_PAGES, MAX_TAKE_BACK_PAGES, call_bitmap,
+    Argument, CALL_BITMAP, CALL_COUNTERS, CALLS, Call, Kind, MAX_ARGUMENTS, MAX_RANGE_PAGES, MAX_TAKE_BACK_PAGES,
     counter_index,
 };
 pub use codes::{PageStateCode, Status, VmKind};
@@ -43,7 +43,6 @@ pub use run::{
 };
 pub use statistics::Statistics;
 pub use vm::{GIC_FRAME_SIZE, MAX_IPA_BITS, MAX_VCPUS, MIN_IPA_BITS, VmAttributes, VmCall};
-pub use vm_calls::VM_CALLS;
 
 /// Vendor identifier 2f1d4c6e-83a7-4b0e-9d52-7c61e8b9a350 as the UID call returns it in w0 to w3: bytes of the UUID in
 /// order, four a register, the first of them lowest (SMCCC, "Call UID query").
@@ -53,7 +52,7 @@ pub const VENDOR_UID: [u32; 4] = [0x6e4c_1d2f, 0x0e4b_a783, 0x617c_529d, 0x50a3_
 pub const VERSION_MAJOR: u32 = 1;
 
 /// Minor part of the interface's version. It changes when calls or fields are added.
-pub const VERSION_MINOR: u32 = 1;
+pub const VERSION_MINOR: u32 = 2;
 
 /// Size of the pages that the calls count, in bytes.
 pub const PAGE_SIZE: u64 = 4096;

@@ -2,7 +2,7 @@
 
 use crate::{
     ADDRESS_END, PAGE_SIZE, Status, VmAttributes, VmCall,
-    calls::{Argument, Call, Kind, MAX_ARGUMENTS},
+    calls::{Argument, Kind, MAX_ARGUMENTS, Rule},
 };
 
 /// A host hypercall with checked arguments.
@@ -50,8 +50,8 @@ pub struct Pages {
 }
 
 /// Arguments of a call that passed the checks of their kinds.
-pub(crate) struct Parsed {
-    values: [u64; MAX_ARGUMENTS],
+pub(crate) struct Parsed<'a> {
+    values: &'a [u64; MAX_ARGUMENTS],
     pages: u64,
 }
 
@@ -63,23 +63,15 @@ impl HostCall {
     /// [`Status::NotSupported`] if `function` is no call of the table; any bit that is set beyond the numbers there, such as
     /// reserved ones, the hint in bit 16 and all of the upper half, makes it none. Otherwise what [`Kind`] says for each
     /// argument, in its order.
-    pub fn parse(function: u64, arguments: [u64; MAX_ARGUMENTS]) -> Result<Self, Status> {
-        Self::of(u32::try_from(function).ok().and_then(Call::find).ok_or(Status::NotSupported)?, arguments)
-    }
-
-    /// Makes the request that the values of x1 to x6 stand for in `call`.
-    ///
-    /// # Errors
-    ///
-    /// What [`Kind`] says for each argument, in its order.
-    pub fn of(call: &Call, arguments: [u64; MAX_ARGUMENTS]) -> Result<Self, Status> {
-        Ok((call.request)(&Parsed::check(call.arguments, arguments)?))
+    pub fn parse(function: u64, arguments: &[u64; MAX_ARGUMENTS]) -> Result<Self, Status> {
+        let rule = u32::try_from(function).ok().and_then(Rule::find).ok_or(Status::NotSupported)?;
+        Ok((rule.request)(&Parsed::check(rule.arguments, arguments)?))
     }
 }
 
-impl Parsed {
-    fn check(arguments: &[Argument], values: [u64; MAX_ARGUMENTS]) -> Result<Self, Status> {
-        let checked = || arguments.iter().map(|argument| argument.kind).zip(values);
+impl<'a> Parsed<'a> {
+    fn check(arguments: &[Argument], values: &'a [u64; MAX_ARGUMENTS]) -> Result<Self, Status> {
+        let checked = || arguments.iter().map(|argument| argument.kind).zip(values.iter().copied());
 
         if checked().any(|(kind, value)| kind.is_reserved(value)) {
             return Err(Status::Reserved);
@@ -159,14 +151,13 @@ impl Kind {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{MAX_RANGE_PAGES, MAX_TAKE_BACK_PAGES, VM_CALLS, VmKind};
+    use crate::{CALLS, MAX_RANGE_PAGES, MAX_TAKE_BACK_PAGES, VmKind};
 
     /// What is no argument is no zero either.
     fn parse<const N: usize>(function: u64, arguments: [u64; N]) -> Result<HostCall, Status> {
         let mut values = [u64::MAX; MAX_ARGUMENTS];
         values[..N].copy_from_slice(&arguments);
-        let call = Call::all().find(|call| u64::from(call.number) == function).ok_or(Status::NotSupported)?;
-        HostCall::of(call, values)
+        HostCall::parse(function, &values)
     }
 
     const SHARE: u64 = 0xc600_1001;
@@ -174,7 +165,8 @@ mod tests {
 
     #[test]
     fn every_call_of_the_table_is_a_different_request() {
-        let requests: Vec<_> = Call::all()
+        let requests: Vec<_> = CALLS
+            .iter()
             .map(|call| {
                 let arguments = call.arguments.iter().map(|argument| match argument.kind {
                     Kind::PageAddress => 0x4000_0000,
@@ -186,7 +178,7 @@ mod tests {
                 });
                 let mut values = [u64::MAX; MAX_ARGUMENTS];
                 values.iter_mut().zip(arguments).for_each(|(value, argument)| *value = argument);
-                HostCall::of(call, values).unwrap()
+                HostCall::parse(call.number.into(), &values).unwrap()
             })
             .collect();
         for (index, request) in requests.iter().enumerate() {
@@ -197,12 +189,12 @@ mod tests {
 
     #[test]
     fn only_exact_numbers_are_calls() {
-        for call in Call::all() {
+        for call in CALLS {
             let number = u64::from(call.number);
             for bit in 0..64 {
                 let other = number ^ (1 << bit);
-                if !Call::all().any(|call| u64::from(call.number) == other) {
-                    assert_eq!(HostCall::parse(other, [0; 6]), Err(Status::NotSupported), "{other:#x}");
+                if !CALLS.iter().any(|call| u64::from(call.number) == other) {
+                    assert_eq!(HostCall::parse(other, &[0; 6]), Err(Status::NotSupported), "{other:#x}");
                 }
             }
         }
@@ -242,7 +234,7 @@ mod tests {
     }
 
     fn vm(name: &str) -> u64 {
-        VM_CALLS.iter().find(|call| call.name == name).unwrap().number.into()
+        CALLS.iter().find(|call| call.name == name).unwrap().number.into()
     }
 
     #[test]

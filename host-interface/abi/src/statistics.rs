@@ -4,7 +4,11 @@ use crate::calls::CALL_COUNTERS;
 
 /// Defines the fields once for the structure, its serialisation, the C header and the reference.
 macro_rules! statistics {
-    ($($(#[doc = $doc:literal])+ $field:ident,)+) => {
+    (
+        $($(#[doc = $doc:literal])+ $field:ident,)+
+        calls,
+        $($(#[doc = $later_doc:literal])+ $later:ident,)+
+    ) => {
         /// What the STATISTICS call writes: 64-bit numbers, little-endian.
         ///
         /// Fields are only ever added at the end; `size` says how many bytes there are. Counts since boot wrap around.
@@ -14,26 +18,31 @@ macro_rules! statistics {
             $($(#[doc = $doc])+ pub $field: u64,)+
             /// Uses of each call, whether it succeeded or not: entry n counts 0xc6001000 + n.
             pub calls: [u64; CALL_COUNTERS],
+            $($(#[doc = $later_doc])+ pub $later: u64,)+
         }
 
         /// Names and descriptions of the fields before `calls`.
         pub(crate) const FIELDS: &[(&str, &str)] =
             &[$((stringify!($field), concat!($($doc),+).trim_ascii_start())),+];
 
+        /// Names and descriptions of the fields behind `calls`.
+        pub(crate) const LATER_FIELDS: &[(&str, &str)] =
+            &[$((stringify!($later), concat!($($later_doc),+).trim_ascii_start())),+];
+
         impl Statistics {
             fn words(&self) -> impl Iterator<Item = u64> {
-                [$(self.$field),+].into_iter().chain(self.calls)
+                [$(self.$field),+].into_iter().chain(self.calls).chain([$(self.$later),+])
             }
 
             fn words_mut(&mut self) -> impl Iterator<Item = &mut u64> {
-                [$(&mut self.$field),+].into_iter().chain(&mut self.calls)
+                [$(&mut self.$field),+].into_iter().chain(&mut self.calls).chain([$(&mut self.$later),+])
             }
         }
     };
 }
 
 statistics! {
-    /// Version of this layout: 1.
+    /// Version of this layout: 2.
     version,
     /// Bytes written, this field included.
     size,
@@ -65,6 +74,19 @@ statistics! {
     smcs_forwarded,
     /// SMCs of the host that were answered with NOT_SUPPORTED.
     smcs_refused,
+
+    calls,
+
+    /// Pages that the host has donated for VMs, their vCPUs and their tables.
+    vm_pages,
+    /// Pages that the host owns and has lent to ordinary VMs.
+    host_lent_pages,
+    /// Pages that guests own alone.
+    guest_private_pages,
+    /// Pages that guests have offered and the host has not claimed.
+    guest_offered_pages,
+    /// Pages of guests that the host has claimed.
+    guest_claimed_pages,
 }
 
 impl Statistics {
@@ -72,7 +94,7 @@ impl Statistics {
     pub const SIZE: usize = size_of::<Self>();
 
     /// Version of the layout.
-    pub const VERSION: u64 = 1;
+    pub const VERSION: u64 = 2;
 
     /// Returns the bytes that go into the page.
     #[must_use]
@@ -95,7 +117,7 @@ impl Statistics {
     }
 }
 
-const _: () = assert!(Statistics::SIZE == 8 * (FIELDS.len() + CALL_COUNTERS));
+const _: () = assert!(Statistics::SIZE == 8 * (FIELDS.len() + CALL_COUNTERS + LATER_FIELDS.len()));
 const _: () = assert!(Statistics::SIZE <= 4096);
 
 #[cfg(test)]
@@ -104,19 +126,22 @@ mod tests {
 
     #[test]
     fn bytes_follow_the_layout() {
-        let mut statistics = Statistics { version: 1, size: 2, smcs_refused: 0x0102, ..Statistics::default() };
+        let mut statistics =
+            Statistics { version: 1, size: 2, smcs_refused: 0x0102, guest_claimed_pages: 9, ..Statistics::default() };
         statistics.calls[CALL_COUNTERS - 1] = 7;
         let bytes = statistics.to_bytes();
         assert_eq!(bytes[..16], [1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
         let offset = core::mem::offset_of!(Statistics, smcs_refused);
         assert_eq!(bytes[offset..offset + 2], [2, 1]);
-        assert_eq!(bytes[Statistics::SIZE - 8], 7);
+        assert_eq!(bytes[384 - 8], 7);
+        assert_eq!(bytes[Statistics::SIZE - 8], 9);
         assert_eq!(Statistics::from_bytes(&bytes), statistics);
     }
 
     #[test]
     fn the_size_is_part_of_the_interface() {
-        assert_eq!(Statistics::SIZE, 384);
+        assert_eq!(core::mem::offset_of!(Statistics, vm_pages), 384, "version 1 ended here");
+        assert_eq!(Statistics::SIZE, 424);
     }
 
     #[test]

@@ -16,8 +16,8 @@ const FEW_PAGES: Argument = Argument { name: "pages", kind: Kind::PageCount { ma
 
 const FIRST_FAILED_FRAME: &str = "0, or after a failure the guest address of the first page that failed";
 
-/// The host hypercalls about VMs, by number.
-pub const VM_CALLS: &[Call] = &[
+/// Those about VMs.
+pub(crate) const VM_CALLS: &[Call] = &[
     Call {
         number: 0xc600_1010,
         name: "VM_CREATE",
