@@ -1,12 +1,13 @@
 //! The host's side of the hypervisor: what each of its exits does.
 
 use ravelin_abi::{
-    CALLS, HostCall, MAX_RANGE_PAGES, MAX_TAKE_BACK_PAGES, PageStateCode, Pages, Statistics, Status, VENDOR_UID,
-    VERSION_MAJOR, VERSION_MINOR, call_bitmap,
+    CALL_BITMAP, HostCall, MAX_ARGUMENTS, MAX_RANGE_PAGES, MAX_TAKE_BACK_PAGES, PageStateCode, Pages, Statistics,
+    Status, VENDOR_UID, VERSION_MAJOR, VERSION_MINOR,
 };
-use ravelin_memory::{Ipa, PhysAddr, PhysRange, RangeError};
-use ravelin_ownership::{Failure, HostFault, HostState, Memory, Reason};
+use ravelin_memory::{Ipa, PageRange, PhysAddr, PhysRange, RangeError};
+use ravelin_ownership::{Failure, GuestMemory, HostFault, HostState, Memory};
 use ravelin_pgtable::{Machine, TablePool};
+use ravelin_vm::{GuestCpu, ObjectMemory, Refusal, VcpuState, Vms};
 use spin::mutex::TicketMutex;
 
 use crate::{
@@ -33,9 +34,13 @@ pub enum FaultAction {
     Inject,
 }
 
+/// The VMs that the host makes.
+pub type HostedVms<O> = Vms<O, GuestMemory, VcpuState>;
+
 /// Handlers of the host's exits, for all CPUs.
-pub struct Host<'a, P, F> {
-    memory: &'a Memory<'a, P>,
+pub struct Host<'a, P, F, O: ObjectMemory> {
+    pub(crate) memory: &'a Memory<'a, P>,
+    pub(crate) vms: &'a HostedVms<O>,
     gate: Gate<'a, F>,
     counters: Counters,
     /// Taken before the lock of `memory`, by UNPIN and by whoever relies on a pin of the hypervisor's own: pins have no
@@ -43,22 +48,30 @@ pub struct Host<'a, P, F> {
     unpin: TicketMutex<()>,
 }
 
-impl<'a, P: TablePool, F: Firmware> Host<'a, P, F> {
+impl<'a, P: TablePool, F: Firmware, O: ObjectMemory> Host<'a, P, F, O> {
     /// Asks the firmware what it offers, and returns the handlers for a host that may turn on `cpus`.
-    pub fn new(memory: &'a Memory<'a, P>, firmware: F, cpus: &'a [Cpu], entries: Entries) -> Self {
+    pub fn new(
+        memory: &'a Memory<'a, P>,
+        vms: &'a HostedVms<O>,
+        firmware: F,
+        cpus: &'a [Cpu],
+        entries: Entries,
+    ) -> Self {
         Self {
             memory,
+            vms,
             gate: Gate::new(firmware, cpus, entries),
             counters: Counters::default(),
             unpin: TicketMutex::new(()),
         }
     }
 
-    /// Handles `HVC #immediate` from EL1.
-    pub fn hvc<M: Machine + MappedMemory>(&self, machine: &M, immediate: u16, registers: &mut Registers) {
-        let [function, x1, x2, x3, x4, x5, x6, ..] = *registers;
-        let call = match immediate {
-            0 => HostCall::parse(function, [x1, x2, x3, x4, x5, x6]),
+    /// Handles `HVC #immediate` from EL1. The host may find its CPU to have run a guest meanwhile.
+    pub fn hvc<M: Machine + MappedMemory + GuestCpu>(&self, machine: &M, immediate: u16, registers: &mut Registers) {
+        let [function, arguments @ ..] = registers;
+        let function = *function;
+        let call = match (immediate, arguments.first_chunk::<MAX_ARGUMENTS>()) {
+            (0, Some(arguments)) => HostCall::parse(function, arguments),
             _ => Err(Status::NotSupported),
         };
         if matches!(call, Err(Status::NotSupported)) {
@@ -66,8 +79,8 @@ impl<'a, P: TablePool, F: Firmware> Host<'a, P, F> {
         }
         self.counters.count_call(function);
         let done = call.map_err(Refusal::from).and_then(|call| self.perform(machine, call, registers));
-        if let Err(Refusal { status, page }) = done {
-            set_results(registers, [status.register(), page]);
+        if let Err(Refusal { status, detail }) = done {
+            set_results(registers, [status.register(), detail]);
         }
     }
 
@@ -94,7 +107,7 @@ impl<'a, P: TablePool, F: Firmware> Host<'a, P, F> {
         }
     }
 
-    fn perform<M: Machine + MappedMemory>(
+    fn perform<M: Machine + MappedMemory + GuestCpu>(
         &self,
         machine: &M,
         call: HostCall,
@@ -105,7 +118,7 @@ impl<'a, P: TablePool, F: Firmware> Host<'a, P, F> {
             HostCall::Uid => set_results(registers, VENDOR_UID.map(u64::from)),
             HostCall::Revision => set_results(registers, [VERSION_MAJOR, VERSION_MINOR].map(u64::from)),
             HostCall::Features => {
-                set_results(registers, [SUCCESS, call_bitmap(CALLS), MAX_RANGE_PAGES, MAX_TAKE_BACK_PAGES]);
+                set_results(registers, [SUCCESS, CALL_BITMAP, MAX_RANGE_PAGES, MAX_TAKE_BACK_PAGES]);
             }
             HostCall::Share(pages) => finish(registers, memory.share(machine, range(pages)?))?,
             HostCall::Unshare(pages) => finish(registers, memory.unshare(machine, range(pages)?))?,
@@ -117,14 +130,13 @@ impl<'a, P: TablePool, F: Firmware> Host<'a, P, F> {
                 finish(registers, memory.unpin(machine, range(pages)?))?;
             }
             HostCall::PageState { page } => {
-                let report = memory.page_state(range(Pages { base: page, pages: 1 })?.base());
+                let report = memory.page_state(single(page)?.base());
                 set_results(registers, [SUCCESS, state_code(report.state).code(), report.pins]);
             }
             HostCall::Statistics { page } => {
-                let page = range(Pages { base: page, pages: 1 })?;
-                set_results(registers, [SUCCESS, self.write_statistics(machine, page)?]);
+                set_results(registers, [SUCCESS, self.write_statistics(machine, single(page)?)?]);
             }
-            HostCall::Vm(_) => return Err(Status::NotSupported.into()),
+            HostCall::Vm(call) => self.perform_vm(machine, &call, registers)?,
         }
         Ok(())
     }
@@ -160,11 +172,16 @@ impl<'a, P: TablePool, F: Firmware> Host<'a, P, F> {
             smcs_forwarded: self.counters.smcs_forwarded.get(),
             smcs_refused: self.counters.smcs_refused.get(),
             calls: self.counters.calls(),
+            vm_pages: memory.hyp_kept,
+            host_lent_pages: memory.host_lent,
+            guest_private_pages: memory.guest_owned,
+            guest_offered_pages: memory.guest_offered,
+            guest_claimed_pages: memory.guest_claimed,
         }
     }
 }
 
-const SUCCESS: u64 = Status::Success.register();
+pub(crate) const SUCCESS: u64 = Status::Success.register();
 
 /// Returns from a transition.
 fn finish(registers: &mut Registers, outcome: Result<(), Failure>) -> Result<(), Refusal> {
@@ -173,40 +190,18 @@ fn finish(registers: &mut Registers, outcome: Result<(), Failure>) -> Result<(),
     Ok(())
 }
 
-/// Why a call fails.
-struct Refusal {
-    status: Status,
-    /// The first page that failed, or 0.
-    page: u64,
-}
-
-impl From<Status> for Refusal {
-    fn from(status: Status) -> Self {
-        Self { status, page: 0 }
-    }
-}
-
-impl From<Failure> for Refusal {
-    fn from(Failure { reason, page }: Failure) -> Self {
-        let page = page.raw();
-        match reason {
-            Reason::NotRam => Self { status: Status::NotRam, page },
-            Reason::Denied => Self { status: Status::Denied, page },
-            Reason::Busy => Self { status: Status::Busy, page },
-            Reason::PinLimit => Self { status: Status::Limit, page },
-            // No page is to blame for that.
-            Reason::NoMemory => Status::NoMemory.into(),
-        }
-    }
-}
-
 /// Makes a range of what has passed the checks of the interface, which are stricter.
-fn range(pages: Pages) -> Result<PhysRange, Status> {
-    PhysRange::new(pages.base, pages.pages).map_err(|error| match error {
+pub(crate) fn range<S>(pages: Pages) -> Result<PageRange<S>, Status> {
+    PageRange::new(pages.base, pages.pages).map_err(|error| match error {
         RangeError::Unaligned => Status::Unaligned,
         RangeError::Empty => Status::Invalid,
         RangeError::Overflow => Status::Overflow,
     })
+}
+
+/// Makes a range of one page.
+pub(crate) fn single(page: u64) -> Result<PhysRange, Status> {
+    range(Pages { base: page, pages: 1 })
 }
 
 const fn state_code(state: HostState) -> PageStateCode {

@@ -25,9 +25,10 @@ mod host;
 mod psci;
 mod registers;
 mod smc;
+mod vms;
 
 pub use firmware::Firmware;
-pub use host::{FaultAction, Host, MappedMemory};
+pub use host::{FaultAction, Host, HostedVms, MappedMemory};
 pub use psci::{Cpu, Entries, Start};
 pub use ravelin_vm::{Exception, PstateFeatures, Trapped};
 pub use registers::Registers;

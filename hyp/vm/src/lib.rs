@@ -58,4 +58,4 @@ pub use refusal::Refusal;
 pub use run::VcpuState;
 pub use sysreg::{SysregAccess, SysregAction};
 pub use transitions::{GuestFailure, Transitions};
-pub use vm::{Start, Vcpu, Vm, Vms};
+pub use vm::{Start, Vcpu, VcpuPages, Vm, Vms};

@@ -185,7 +185,7 @@ where
     }
 
     /// Acts on the host's answer to the last exit. Returns what the host is told if the guest cannot be entered even so.
-    fn answer(&mut self, state: &mut VcpuState) -> Result<Option<Report>, Refusal> {
+    fn answer(&self, state: &mut VcpuState) -> Result<Option<Report>, Refusal> {
         if state.open == Open::Nothing {
             // Whatever the host says.
             return Ok(None);

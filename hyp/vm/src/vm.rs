@@ -43,6 +43,27 @@ impl<V> Vcpu<V> {
     }
 }
 
+/// What a vCPU is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct VcpuPages {
+    /// Pages that the host donates.
+    pub metadata: PhysRange,
+    /// How many of them, the last ones, its state has besides.
+    pub area: u64,
+    /// The run page, which stays the host's.
+    pub run_page: PhysAddr,
+}
+
+impl VcpuPages {
+    /// Cuts what is donated into the pages of the object and those that its state has besides. `None` unless it has the right
+    /// size.
+    fn cut<V>(&self) -> Option<(PhysRange, PhysRange)> {
+        let object = PhysRange::new(self.metadata.base().raw(), pages_for::<Vcpu<V>>(1)).ok()?;
+        let area = PhysRange::new(object.end(), self.area).ok()?;
+        (area.end() == self.metadata.end()).then_some((object, area))
+    }
+}
+
 /// Place for a vCPU.
 struct VcpuSlot<B> {
     /// Set once there is one, for those who do not hold the lock.
@@ -139,21 +160,20 @@ const ALIVE: &[Stage] = &[Stage::Created, Stage::Sealed];
 /// All VMs.
 pub struct Vms<O: ObjectMemory, G: Send + Sync, V: Send + Sync> {
     objects: O,
-    area: u64,
     table: Table<O::Box<Vm<O, G, V>>>,
 }
 
 impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
-    /// Returns a table without VMs, which keeps its objects in `objects`. The state of each vCPU has `area` pages besides.
-    pub const fn new(objects: O, area: u64) -> Self {
-        Self { objects, area, table: Table::new() }
+    /// Returns a table without VMs, which keeps its objects in `objects`.
+    pub const fn new(objects: O) -> Self {
+        Self { objects, table: Table::new() }
     }
 
-    /// Returns how many pages a VM of these attributes takes, how many each of its vCPUs, and to how many pages those of the
-    /// VM must be aligned.
-    pub fn sizes<T: Transitions<Guest = G>>(&self, attributes: VmAttributes) -> (u64, u64, u64) {
+    /// Returns how many pages a VM of these attributes takes, how many each of its vCPUs, whose state has `area` pages besides,
+    /// and to how many pages those of the VM must be aligned.
+    pub fn sizes<T: Transitions<Guest = G>>(attributes: VmAttributes, area: u64) -> (u64, u64, u64) {
         let sizes = Sizes::new::<T, O, V>(attributes);
-        (sizes.total(), pages_for::<Vcpu<V>>(1).saturating_add(self.area), sizes.root)
+        (sizes.total(), pages_for::<Vcpu<V>>(1).saturating_add(area), sizes.root)
     }
 
     /// Makes a VM of pages that the host donates.
@@ -209,8 +229,8 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
         self.table.shared(handle, |vm| transitions.donate_tables(&vm.guest.memory, tables))
     }
 
-    /// Makes a vCPU of pages that the host donates, with a run page that stays the host's. `state` returns its first state
-    /// for its index and the pages that its state has besides.
+    /// Makes a vCPU. `state` returns its first state for the attributes of the VM, its index and the pages that its state has
+    /// besides.
     ///
     /// # Errors
     ///
@@ -221,10 +241,10 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
         transitions: &T,
         handle: Handle,
         index: u64,
-        metadata: PhysRange,
-        run_page: PhysAddr,
-        state: impl FnOnce(usize, PhysRange) -> V,
+        pages: &VcpuPages,
+        state: impl FnOnce(VmAttributes, usize, PhysRange) -> V,
     ) -> Result<(), Refusal> {
+        let &VcpuPages { metadata, run_page, .. } = pages;
         self.table.shared(handle, |vm| {
             vm.demand(&[Stage::Created])?;
             let index = usize::try_from(index).map_err(|_| Status::Invalid)?;
@@ -233,10 +253,10 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
             if vcpu.is_some() {
                 return Err(Status::Exists.into());
             }
-            let (object, area) = self.cut_vcpu(metadata).ok_or(Status::Invalid)?;
+            let (object, area) = pages.cut::<V>().ok_or(Status::Invalid)?;
             transitions.borrow_page(run_page)?;
             transitions.keep(metadata).inspect_err(|_| transitions.return_page(run_page))?;
-            let new = Vcpu { state: state(index, area), index, run_page, metadata };
+            let new = Vcpu { state: state(vm.guest.attributes, index, area), index, run_page, metadata };
             *vcpu = Some(self.objects.place(object, new));
             vm.gic.lock().add(index);
             slot.exists.store(true, Relaxed);
@@ -486,13 +506,6 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
             transitions.give_back(metadata);
             Ok(0)
         })
-    }
-
-    /// Cuts what is donated for a vCPU into the pages of its object and those that its state has besides.
-    fn cut_vcpu(&self, metadata: PhysRange) -> Option<(PhysRange, PhysRange)> {
-        let object = PhysRange::new(metadata.base().raw(), pages_for::<Vcpu<V>>(1)).ok()?;
-        let area = PhysRange::new(object.end(), self.area).ok()?;
-        (area.end() == metadata.end()).then_some((object, area))
     }
 
     /// Does something with frames of a living VM.

@@ -11,7 +11,7 @@ use ravelin_pgtable::{
 use sha2::{Digest as _, Sha256};
 
 use super::*;
-use crate::{Context, Handle, Outcome, Start, Vms, fake::Heap, guest::tests::registers, guest_call, rsi};
+use crate::{Context, Handle, Outcome, Start, VcpuPages, Vms, fake::Heap, guest::tests::registers, guest_call, rsi};
 
 const RAM: u64 = 0x4000_0000;
 const BLOCKS: u64 = 16;
@@ -113,7 +113,7 @@ fn in_world(test: impl FnOnce(&World<'_, '_>)) {
         PageTable::<El2>::new(el2_root, Geometry::EL2),
         pool,
     );
-    let world = World { memory: MachineMemory::new(&memory, &machine), vms: Box::new(Vms::new(Heap, 1)) };
+    let world = World { memory: MachineMemory::new(&memory, &machine), vms: Box::new(Vms::new(Heap)) };
     let before = world.counts();
     test(&world);
     machine.inner.assert_quiescent();
@@ -148,7 +148,7 @@ impl World<'_, '_> {
     fn create(&self, kind: VmKind, tables: u64) -> Handle {
         let Self { memory, vms } = self;
         let attributes = attributes(kind);
-        let (vm_pages, vcpu_pages, _) = vms.sizes::<TestMemory<'_, '_>>(attributes);
+        let (vm_pages, vcpu_pages, _) = TestVms::sizes::<TestMemory<'_, '_>>(attributes, 1);
         let handle = vms.create(memory, attributes, pages(METADATA, vm_pages)).unwrap();
         let vmid = Stage::Guest(Vmid::new(handle.slot() as u8 + 1));
         let root = PhysAddr::new(METADATA).unwrap();
@@ -157,7 +157,8 @@ impl World<'_, '_> {
             vms.donate_tables(memory, handle, pages(TABLES, tables)).unwrap();
         }
         let run_page = PhysAddr::new(RUN_PAGE).unwrap();
-        vms.create_vcpu(memory, handle, 0, pages(VCPUS, vcpu_pages), run_page, |_, _| Context::default()).unwrap();
+        let vcpu = VcpuPages { metadata: pages(VCPUS, vcpu_pages), area: 1, run_page };
+        vms.create_vcpu(memory, handle, 0, &vcpu, |_, _, _| Context::default()).unwrap();
         handle
     }
 
@@ -353,7 +354,7 @@ fn refusals_say_what_and_where() {
         let replaced = world.map(handle, GUEST + 3 * PAGE_SIZE, next);
         assert_eq!(replaced, refused(Status::Poisoned, PAYLOAD + BLOCK));
         assert_eq!(claim(GUEST + 3 * PAGE_SIZE, 1), refused(Status::Poisoned, GUEST + 3 * PAGE_SIZE));
-        let (vm_pages, ..) = world.vms.sizes::<TestMemory<'_, '_>>(attributes(VmKind::Pkvm));
+        let (vm_pages, ..) = TestVms::sizes::<TestMemory<'_, '_>>(attributes(VmKind::Pkvm), 1);
         let second = vms.create(memory, attributes(VmKind::Pkvm), pages(METADATA, vm_pages));
         assert_eq!(second, Err(Refusal { status: Status::Denied, detail: METADATA }));
         world.end(handle, VmKind::Pkvm);

@@ -39,8 +39,11 @@ fn page(base: u64) -> PhysAddr {
     PhysAddr::new(base).unwrap()
 }
 
+/// Pages that the state of a vCPU has besides.
+const AREA: u64 = 1;
+
 fn sizes(attributes: VmAttributes) -> (u64, u64, u64) {
-    World::new().vms.sizes::<Fake>(attributes)
+    TestVms::sizes::<Fake>(attributes, AREA)
 }
 
 fn start(entry: u64, device_tree: u64) -> Start {
@@ -58,7 +61,7 @@ struct World {
 
 impl World {
     fn new() -> Self {
-        Self { memory: Fake::default(), vms: Box::new(Vms::new(Heap, 1)) }
+        Self { memory: Fake::default(), vms: Box::new(Vms::new(Heap)) }
     }
 
     fn create(&self, attributes: VmAttributes) -> Handle {
@@ -73,8 +76,8 @@ impl World {
     fn add_vcpu(&self, handle: Handle, index: u64) -> Status {
         let (_, pages, _) = sizes(PKVM);
         let metadata = range(VCPUS + index * pages * PAGE_SIZE, pages);
-        let run_page = page(RUN_PAGES + index * PAGE_SIZE);
-        status(self.vms.create_vcpu(&self.memory, handle, index, metadata, run_page, |index, _| index as u64 + 100))
+        let pages = VcpuPages { metadata, area: AREA, run_page: page(RUN_PAGES + index * PAGE_SIZE) };
+        status(self.vms.create_vcpu(&self.memory, handle, index, &pages, |_, index, _| index as u64 + 100))
     }
 
     fn map(&self, handle: Handle, pages: u64) -> Status {
@@ -333,7 +336,8 @@ fn creation_of_vcpus() {
     assert_eq!(world.add_vcpu(handle, 1), Status::Exists);
     let create = |index, metadata: u64, pages, run_page: u64| {
         let gone = memory.gone();
-        let made = vms.create_vcpu(memory, handle, index, range(metadata, pages), page(run_page), |_, _| 0);
+        let pages = VcpuPages { metadata: range(metadata, pages), area: AREA, run_page: page(run_page) };
+        let made = vms.create_vcpu(memory, handle, index, &pages, |_, _, _| 0);
         assert_eq!(memory.gone(), gone);
         status(made)
     };
@@ -574,9 +578,9 @@ fn races() {
                             }
                         };
                         newest[maker as usize].store(handle.raw() as usize, SeqCst);
-                        let vcpu = range(base, vcpu_pages);
+                        let vcpu = VcpuPages { metadata: range(base, vcpu_pages), area: AREA, run_page };
                         let steps: [&dyn Fn() -> Status; 4] = [
-                            &|| status(world.vms.create_vcpu(&world.memory, handle, 0, vcpu, run_page, |_, _| 0)),
+                            &|| status(world.vms.create_vcpu(&world.memory, handle, 0, &vcpu, |_, _, _| 0)),
                             &|| status(world.vms.map(&world.memory, handle, GUEST, range(payload, 4))),
                             &|| status(world.vms.seal(&world.memory, handle, &start(GUEST, GUEST))),
                             &|| status(world.vms.claim(&world.memory, handle, frames(1))),
