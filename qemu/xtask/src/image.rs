@@ -105,10 +105,19 @@ fn build_now(variant: Variant) -> Result<Image> {
 
 /// Builds the EL1 payload of the tests; returns its flat binary.
 pub(crate) fn payload() -> Result<PathBuf> {
-    process::run(rust::cargo("build")?.args(["--quiet", "--release", "--package", "ravelin-payload"]))?;
-    let elf = workspace::target_dir()?.join(rust::BARE_METAL).join("release/ravelin-payload");
+    flat_binary("ravelin-payload", "payload.bin")
+}
+
+/// Builds the guest of the tests; returns its flat binary.
+pub(crate) fn guest() -> Result<PathBuf> {
+    flat_binary("ravelin-guest", "guest.bin")
+}
+
+fn flat_binary(package: &str, name: &str) -> Result<PathBuf> {
+    process::run(rust::cargo("build")?.args(["--quiet", "--release", "--package", package]))?;
+    let elf = workspace::target_dir()?.join(rust::BARE_METAL).join("release").join(package);
     let (binary, _) = flatten(&fs::read(&elf).with_context(|| elf.display().to_string())?)?;
-    let path = workspace::output_dir()?.join("payload.bin");
+    let path = workspace::output_dir()?.join(name);
     fs::write(&path, binary).with_context(|| format!("cannot write {}", path.display()))?;
     Ok(path)
 }

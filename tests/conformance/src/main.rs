@@ -1,11 +1,11 @@
 //! Runs the on-target tests of the payload in QEMU, on machines of several kinds, and prints a line for each test on each.
 //!
 //! ```text
-//! ravelin-conformance [--full] [--payload FILE] [--list] [TEST..]
+//! ravelin-conformance [--full] [--guests] [--payload FILE] [--guest FILE] [--list] [TEST..]
 //! ```
 //!
-//! TEST is the name of a test, or the beginning of one and a `*`. `--payload` names the payload as a flat binary; without it,
-//! it is built. `cargo xtask run` starts the machines.
+//! TEST is the name of a test, or the beginning of one and a `*`. Without any, `--guests` runs those that have guests, and its
+//! absence the others. `--payload` and `--guest` name the payload and its guest as flat binaries; without them, they are built. `cargo xtask run` starts the machines.
 
 #![forbid(unsafe_code)]
 
@@ -21,29 +21,38 @@ use std::{collections::BTreeSet, path::PathBuf, process::ExitCode};
 
 use anyhow::{Result, bail};
 use ravelin_abi::CALLS;
-use ravelin_payload::TESTS;
+use ravelin_payload::{TESTS, Test};
 
-use crate::{machine::Machine, output::Verdict};
+use crate::{machine::Machine, output::Verdict, run::Images};
+
+/// How the names of tests begin that have guests.
+const GUESTS: &str = "guests.";
 
 /// What the command line asks for.
 #[derive(Debug, Default)]
 struct Options {
     full: bool,
+    guests: bool,
     list: bool,
     payload: Option<PathBuf>,
+    guest: Option<PathBuf>,
     tests: Vec<String>,
 }
 
 impl Options {
     fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Self> {
         let mut options = Self::default();
+        let file = |option: &str, argument: Option<String>| match argument {
+            Some(file) => Ok(Some(file.into())),
+            None => bail!("{option} wants a file"),
+        };
         while let Some(argument) = arguments.next() {
             match argument.as_str() {
                 "--full" => options.full = true,
                 "--list" => options.list = true,
-                "--payload" => {
-                    options.payload = Some(arguments.next().map_or_else(|| bail!("--payload wants a file"), Ok)?.into())
-                }
+                "--guests" => options.guests = true,
+                "--payload" => options.payload = file("--payload", arguments.next())?,
+                "--guest" => options.guest = file("--guest", arguments.next())?,
                 option if option.starts_with('-') => bail!("unknown option {option}"),
                 _ => options.tests.push(argument),
             }
@@ -79,8 +88,14 @@ fn conformance(options: &Options) -> Result<bool> {
     let verdict = if untested.is_empty() { Verdict::Passed } else { Verdict::Failed(untested.join(", ")) };
     report("every call of the table has a test", &verdict);
 
-    let payload = options.payload.clone().map_or_else(payload::build, Ok)?;
-    let wanted = if options.tests.is_empty() { "all".into() } else { options.tests.join(",") };
+    let build = |given: &Option<PathBuf>, package| given.clone().map_or_else(|| payload::build(package), Ok);
+    let payload = build(&options.payload, "ravelin-payload")?;
+    let images = Images { payload: &payload, guest: &build(&options.guest, "ravelin-guest")? };
+    let wanted = match (options.tests.is_empty(), options.guests) {
+        (false, _) => options.tests.join(","),
+        (true, true) => GUESTS.to_owned() + "*",
+        (true, false) => "all skip=".to_owned() + GUESTS + "*",
+    };
     let effort = if options.full { 3 } else { 1 };
     let mut seen = BTreeSet::new();
     for machine in machine::matrix(options.full) {
@@ -91,15 +106,18 @@ fn conformance(options: &Options) -> Result<bool> {
                 report(&format!("{machine}: {test}"), verdict);
             }
         };
-        run::run(&machine, &payload, &format!("test={wanted} effort={effort}"), &mut on_machine)?;
+        run::run(&machine, images, &format!("test={wanted} effort={effort}"), &mut on_machine)?;
     }
     if options.tests.is_empty() {
-        for test in TESTS.iter().filter(|test| !seen.contains(test.name)) {
+        let in_suite = |test: &&Test| test.name.starts_with(GUESTS) == options.guests;
+        for test in TESTS.iter().filter(in_suite).filter(|test| !seen.contains(test.name)) {
             report(test.name, &Verdict::Failed("no machine of the matrix has what it needs".into()));
         }
+    }
+    if options.tests.is_empty() && !options.guests {
         let usual = Machine::USUAL;
-        report(&format!("{usual}: the payload resets the machine"), &run::resets(&usual, &payload)?);
-        report(&format!("{usual}: a broken instruction is reported"), &run::fails(&usual, &payload)?);
+        report(&format!("{usual}: the payload resets the machine"), &run::resets(&usual, images)?);
+        report(&format!("{usual}: a broken instruction is reported"), &run::fails(&usual, images)?);
     }
     Ok(failed == 0)
 }
@@ -146,9 +164,10 @@ mod tests {
     #[test]
     fn options() {
         let parse = |text: &str| Options::parse(text.split_whitespace().map(str::to_owned));
-        let options = parse("--full --payload x.bin pins.* psci.race").unwrap();
-        assert!(options.full);
+        let options = parse("--full --payload x.bin --guest y.bin pins.* psci.race").unwrap();
+        assert!(options.full && !options.guests);
         assert_eq!(options.payload, Some("x.bin".into()));
+        assert_eq!(options.guest, Some("y.bin".into()));
         assert_eq!(options.tests, ["pins.*", "psci.race"]);
         assert!(parse("--payload").is_err());
         assert!(parse("--fast").is_err());

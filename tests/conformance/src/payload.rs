@@ -37,18 +37,18 @@ pub(crate) fn output_dir() -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// Builds the payload and returns the path of its flat binary.
-pub(crate) fn build() -> Result<PathBuf> {
+/// Builds the payload or the guest, by the name of its package, and returns the path of its flat binary.
+pub(crate) fn build(package: &str) -> Result<PathBuf> {
     let dir = output_dir()?;
     let status = cargo()
-        .args(["build", "--quiet", "--release", "--package", "ravelin-payload", "--target", TARGET, "--target-dir"])
+        .args(["build", "--quiet", "--release", "--package", package, "--target", TARGET, "--target-dir"])
         .arg(&dir)
         .status()
         .context("cannot start cargo")?;
-    ensure!(status.success(), "the payload does not build");
-    let elf = dir.join(TARGET).join("release/ravelin-payload");
+    ensure!(status.success(), "{package} does not build");
+    let elf = dir.join(TARGET).join("release").join(package);
     let elf = fs::read(&elf).with_context(|| format!("cannot read {}", elf.display()))?;
-    let path = dir.join("payload.bin");
+    let path = dir.join(package).with_extension("bin");
     fs::write(&path, flatten(&elf)?).with_context(|| format!("cannot write {}", path.display()))?;
     Ok(path)
 }
@@ -63,13 +63,14 @@ pub(crate) fn without_header(image: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// The loaded bytes of an ELF file that is linked at 0.
+/// The loaded bytes of an ELF file.
 fn flatten(elf: &[u8]) -> Result<Vec<u8>> {
-    let file = ElfFile64::<object::Endianness>::parse(elf).context("the payload is no ELF file")?;
+    let file = ElfFile64::<object::Endianness>::parse(elf).context("not an ELF file")?;
+    let base = file.segments().map(|segment| segment.address()).min().context("nothing to load")?;
     let mut flat = Vec::new();
     for segment in file.segments() {
         let data = segment.data()?;
-        let start = usize::try_from(segment.address())?;
+        let start = usize::try_from(segment.address() - base)?;
         flat.resize(flat.len().max(start + data.len()), 0);
         flat[start..start + data.len()].copy_from_slice(data);
     }

@@ -26,6 +26,15 @@ const TEST_TIMEOUT: Duration = Duration::from_secs(600);
 /// How long it may take until the first test begins, builds included.
 const START_TIMEOUT: Duration = Duration::from_secs(900);
 
+/// What runs on the machine.
+#[derive(Clone, Copy)]
+pub(crate) struct Images<'a> {
+    /// The payload, a flat binary.
+    pub(crate) payload: &'a Path,
+    /// Its guest, another one.
+    pub(crate) guest: &'a Path,
+}
+
 /// Ends the machine when it goes out of scope.
 struct Guard(Child);
 
@@ -54,11 +63,11 @@ enum Next {
 }
 
 impl Session {
-    fn start(machine: &Machine, image: &Path, arguments: &str) -> Result<Self> {
+    fn start(machine: &Machine, images: Images<'_>, arguments: &str) -> Result<Self> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let socket = payload::output_dir()?.join(format!("monitor-{}-{number}", std::process::id()));
-        let mut child = command(machine, image, arguments, &socket)
+        let mut child = command(machine, images, arguments, &socket)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -123,14 +132,15 @@ impl Drop for Session {
 }
 
 /// `cargo xtask run` is the one place that knows QEMU's command line.
-fn command(machine: &Machine, image: &Path, arguments: &str, socket: &Path) -> Command {
-    let mut image = image.as_os_str().to_owned();
+fn command(machine: &Machine, images: Images<'_>, arguments: &str, socket: &Path) -> Command {
+    let mut image = images.payload.as_os_str().to_owned();
     if let Some(address) = machine.address {
         image.push(format!("@{address:#x}"));
     }
     let mut command = payload::cargo();
     command.args(["xtask", "run", "--cpu", machine.cpu, "--smp", &machine.smp.to_string()]);
     command.args(["--memory", &format!("{}M", machine.memory), "--append", arguments, "--host-image"]).arg(image);
+    command.arg("--host-initrd").arg(images.guest);
     command.args(["--qemu-arg", "-monitor", "--qemu-arg"]);
     let mut monitor = std::ffi::OsString::from("unix:");
     monitor.push(socket);
@@ -145,18 +155,19 @@ fn command(machine: &Machine, image: &Path, arguments: &str, socket: &Path) -> C
 /// Runs the tests that `arguments` select on the machine and reports each.
 pub(crate) fn run(
     machine: &Machine,
-    image: &Path,
+    images: Images<'_>,
     arguments: &str,
     report: &mut impl FnMut(&str, &Verdict),
 ) -> Result<()> {
-    let image = &match machine.address {
-        Some(_) => payload::without_header(image)?,
-        None => image.to_owned(),
+    let payload = match machine.address {
+        Some(_) => payload::without_header(images.payload)?,
+        None => images.payload.to_owned(),
     };
+    let images = Images { payload: &payload, ..images };
     let mut last: Option<String> = None;
     loop {
         let after = last.as_ref().map_or_else(String::new, |test| format!(" after={test}"));
-        let mut session = Session::start(machine, image, &format!("{arguments} inspector=yes{after}"))?;
+        let mut session = Session::start(machine, images, &format!("{arguments} inspector=yes{after}"))?;
         let mut parser = Parser::default();
         let mut console = String::new();
         let mut current: Option<String> = None;
@@ -201,8 +212,8 @@ pub(crate) fn run(
 
 /// The payload ends with SYSTEM_RESET in place of SYSTEM_OFF: QEMU ends (it is told not to reboot), and the tests before it
 /// were in order.
-pub(crate) fn resets(machine: &Machine, image: &Path) -> Result<Verdict> {
-    let mut session = Session::start(machine, image, "test=psci.version end=reset")?;
+pub(crate) fn resets(machine: &Machine, images: Images<'_>) -> Result<Verdict> {
+    let mut session = Session::start(machine, images, "test=psci.version end=reset")?;
     let (mut parser, mut console, mut done) = (Parser::default(), String::new(), false);
     loop {
         match session.next(&mut parser, START_TIMEOUT, &mut console)? {
@@ -215,8 +226,8 @@ pub(crate) fn resets(machine: &Machine, image: &Path) -> Result<Verdict> {
 }
 
 /// An instruction of the hypervisor is broken while the payload makes calls: the report says where, and the machine ends.
-pub(crate) fn fails(machine: &Machine, image: &Path) -> Result<Verdict> {
-    let mut session = Session::start(machine, image, "test=stress.random_calls")?;
+pub(crate) fn fails(machine: &Machine, images: Images<'_>) -> Result<Verdict> {
+    let mut session = Session::start(machine, images, "test=stress.random_calls")?;
     let (mut parser, mut console) = (Parser::default(), String::new());
     loop {
         match session.next(&mut parser, START_TIMEOUT, &mut console)? {

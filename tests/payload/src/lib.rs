@@ -1,7 +1,7 @@
 //! Programs that run at EL1 in the place of the host and issue real hypercalls.
 //!
 //! One bare-metal image holds all on-target tests. It reads from `/chosen/bootargs` which of them to run (`test=NAME`,
-//! `test=PREFIX*` or `test=all`; with `after=NAME` only those behind that one; `effort=N` makes the search for races N times
+//! `test=PREFIX*` or `test=all`; `skip=` names others in the same way; with `after=NAME` only those behind that one; `effort=N` makes the search for races N times
 //! as long) and prints one line for each:
 //!
 //! ```text
@@ -22,10 +22,5 @@ mod table;
 #[cfg(target_os = "none")]
 mod tests;
 
+pub use ravelin_guest::pattern;
 pub use table::{TESTS, Test};
-
-/// Word `index` of the pattern that tests put into a page, as 64 bits; `seed` tells patterns apart.
-#[must_use]
-pub const fn pattern(page: u64, index: u64, seed: u64) -> u64 {
-    (page ^ index << 3 ^ seed << 48).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1
-}

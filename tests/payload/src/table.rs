@@ -157,6 +157,16 @@ tests! {
     features.extensions("later extensions, if offered");
     features.waiting("WFE comes back");
 
+    guests.life_cycle("a VM of each kind is made, runs, ends, and all pages come back", calls: [VM_SIZES, VM_CREATE, VM_DONATE_TABLES, VCPU_CREATE, VM_MAP, VM_SEAL, VCPU_RUN, VM_TEARDOWN, VM_RECLAIM, VM_DESTROY], memory: 4 * MIB);
+    guests.runs_to_its_end("a guest ends its VM, and does not run again", calls: [VCPU_RUN], memory: 4 * MIB);
+    guests.steps_out_of_order("each call at each point of a VM's life where it is out of order", calls: [VM_DONATE_TABLES, VCPU_CREATE, VM_MAP, VM_UNMAP, VM_SEAL, VCPU_RUN, VM_TEARDOWN, VM_RECLAIM, VM_DESTROY, CLAIM, RELEASE, SPI], memory: 4 * MIB);
+    guests.bad_arguments("arguments that no call about VMs takes", calls: [VM_SIZES, VM_CREATE, VCPU_CREATE, VM_MAP, VM_SEAL, CLAIM, RELEASE, VM_UNMAP, VM_RECLAIM, FORCE_RECLAIM, SPI], memory: 4 * MIB);
+    guests.handles("handles that are forged, or of VMs that are gone, name no VM", memory: 4 * MIB);
+    guests.all_slots("255 VMs at once, and not one more", calls: [VM_CREATE, VM_DESTROY], memory: 32 * MIB);
+    guests.all_vcpus("a VM with 128 vCPUs", calls: [VCPU_CREATE, VCPU_RUN], memory: 8 * MIB);
+    guests.ten_thousand_lives("10,000 VMs come and go, and no page is lost", calls: [VM_CREATE, VM_DESTROY], memory: 4 * MIB);
+    guests.measurement("the measurement is that of contents, frames and order", calls: [VM_MAP, VM_SEAL], memory: 4 * MIB);
+
     bench.calls("every call succeeds on ranges of 1, 8 and 512 pages between the marks of the counter", memory: 8 * MIB);
 
 }

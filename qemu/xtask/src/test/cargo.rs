@@ -10,7 +10,7 @@ use crate::setup::{self, Needs, rust};
 use crate::{process, workspace};
 
 /// Crates whose code is for the bare-metal target.
-const BARE_METAL: [&str; 4] = ["ravelin-arch", "ravelin", "ravelin-payload", "ravelin-linux-probe"];
+const BARE_METAL: [&str; 5] = ["ravelin-arch", "ravelin", "ravelin-payload", "ravelin-guest", "ravelin-linux-probe"];
 
 /// Crates whose tests run under Miri: those of the hypervisor that forbid unsafe code.
 const MIRI: [&str; 6] =

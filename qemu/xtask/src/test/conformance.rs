@@ -1,4 +1,4 @@
-//! The EL1 payload in the place of the host.
+//! The EL1 payload in the place of the host, alone and with guests.
 
 use anyhow::Result;
 
@@ -6,12 +6,22 @@ use super::{Report, cargo};
 use crate::setup::{self, Needs};
 use crate::{image, process};
 
-/// Runs the conformance runner, which prints a line for each test as libtest does.
+/// Runs the conformance runner for what concerns the host alone.
 pub(super) fn run(full: bool, report: &mut Report) -> Result<()> {
+    runner(&[], full, report)
+}
+
+/// Runs the conformance runner for what concerns guests.
+pub(super) fn guests(full: bool, report: &mut Report) -> Result<()> {
+    runner(&["--guests"], full, report)
+}
+
+/// Runs the conformance runner, which prints a line for each test as libtest does.
+fn runner(arguments: &[&str], full: bool, report: &mut Report) -> Result<()> {
     setup::ensure(&Needs { qemu: true, bare_metal: true, ..Needs::default() })?;
     let mut runner = process::cargo();
     runner.args(["run", "--quiet", "--package", "ravelin-conformance", "--", "--payload"]);
-    runner.arg(image::payload()?);
+    runner.arg(image::payload()?).arg("--guest").arg(image::guest()?).args(arguments);
     if full {
         runner.arg("--full");
     }

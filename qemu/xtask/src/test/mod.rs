@@ -37,6 +37,7 @@ const SUITES: &[Suite] = &[
     Suite { name: "host", about: "unit and property tests on this machine", run: cargo::host },
     Suite { name: "gates", about: "what must hold of the built image", run: gates::run },
     Suite { name: "conformance", about: "an EL1 payload drives every hypercall in QEMU", run: conformance::run },
+    Suite { name: "guests", about: "the payload as the host of guests in QEMU", run: conformance::guests },
     Suite { name: "linux", about: "a stock Linux as the host in QEMU", run: linux::run },
     Suite { name: "miri", about: "unit tests under Miri, if a nightly toolchain can be had", run: cargo::miri },
 ];

@@ -5,7 +5,7 @@ use core::{
     sync::atomic::{AtomicBool, AtomicU32, Ordering},
 };
 
-use ravelin_abi::CALLS;
+use ravelin_abi::{CALLS, Call, VM_CALLS};
 
 /// PSCI function numbers, DEN0022.
 pub(crate) mod psci {
@@ -42,13 +42,13 @@ pub(crate) mod psci {
 pub(crate) struct Registers(pub(crate) [u64; 31]);
 
 impl Registers {
-    /// The arguments in x0 to x3 and a recognisable number in every other register.
-    pub(crate) fn with(arguments: [u64; 4]) -> Self {
+    /// The arguments in the first registers and a recognisable number in every other one.
+    pub(crate) fn with<const N: usize>(arguments: [u64; N]) -> Self {
         let mut registers = [0; 31];
         for (index, register) in registers.iter_mut().enumerate() {
             *register = 0xA5A5_0000_5A5A_0000 | (index as u64) << 32 | index as u64;
         }
-        registers[..4].copy_from_slice(&arguments);
+        registers[..N].copy_from_slice(&arguments);
         Self(registers)
     }
 }
@@ -119,6 +119,11 @@ pub(crate) fn call_with_vectors(
     (arguments, vectors)
 }
 
+/// All hypercalls.
+pub(crate) fn table() -> impl Iterator<Item = &'static Call> {
+    CALLS.iter().chain(VM_CALLS)
+}
+
 static FIRMWARE_IS_HVC: AtomicBool = AtomicBool::new(false);
 /// Hypercalls issued since [`take_notes`], one bit per entry of the table.
 static ISSUED: AtomicU32 = AtomicU32::new(0);
@@ -146,18 +151,18 @@ pub(crate) fn psci(function: u64, x1: u64, x2: u64, x3: u64) -> i64 {
 }
 
 /// Calls the hypervisor; returns x0 to x3. That the other registers survive is checked on every call.
-pub(crate) fn hypervisor(arguments: [u64; 4]) -> [u64; 4] {
+pub(crate) fn hypervisor<const N: usize>(arguments: [u64; N]) -> [u64; 4] {
     note(arguments[0]);
     checked(Instruction::Hvc, arguments)
 }
 
 fn note(function: u64) {
-    if let Some(index) = CALLS.iter().position(|call| u64::from(call.number) == function) {
+    if let Some(index) = table().position(|call| u64::from(call.number) == function) {
         ISSUED.fetch_or(1 << index, Ordering::Relaxed);
     }
 }
 
-fn checked(instruction: Instruction, arguments: [u64; 4]) -> [u64; 4] {
+fn checked<const N: usize>(instruction: Instruction, arguments: [u64; N]) -> [u64; 4] {
     let before = Registers::with(arguments);
     let after = call(instruction, before);
     if before.0[4..] != after.0[4..] {

@@ -1,4 +1,5 @@
-//! As much of a GICv3 as it takes for a timer interrupt to wake this CPU. Interrupts stay masked.
+//! As much of a GICv3 as it takes for a timer interrupt or one of another CPU to wake this one, or to end the run of a
+//! vCPU. Interrupts stay masked.
 
 use core::ptr;
 
@@ -9,6 +10,12 @@ use crate::rt::{
 
 /// Interrupt of the EL1 virtual timer, a PPI.
 const VIRTUAL_TIMER: u32 = 27;
+
+/// Interrupts that the hypervisor handles while a vCPU runs: maintenance of the GIC, and the EL2 timer. PPIs.
+const HYPERVISOR: u32 = 1 << 25 | 1 << 26;
+
+/// The interrupt that [`send`] sends, an SGI.
+pub(crate) const SGI: u32 = 1;
 
 #[expect(unsafe_code, reason = "device registers")]
 fn write(address: u64, value: u32) {
@@ -37,10 +44,30 @@ pub(crate) fn prepare(cpu: usize) {
     let ppis = frame + 0x1_0000;
     write(ppis + 0x80, 0xFFFF_FFFF); // GICR_IGROUPR0: group 1
     write(ppis + 0x400 + u64::from(VIRTUAL_TIMER / 4 * 4), 0x8080_8080); // GICR_IPRIORITYR
-    write(ppis + 0x100, 1 << VIRTUAL_TIMER); // GICR_ISENABLER0
+    write(ppis + 0x400, 0x8080_8080);
+    write(ppis + 0x100, 1 << VIRTUAL_TIMER | HYPERVISOR | 1 << SGI); // GICR_ISENABLER0
     write_register!("s3_0_c12_c12_5", read_register!("s3_0_c12_c12_5") | 1); // ICC_SRE_EL1.SRE
     write_register!("s3_0_c4_c6_0", 0xFF); // ICC_PMR_EL1
     write_register!("s3_0_c12_c12_7", 1); // ICC_IGRPEN1_EL1
+}
+
+/// Sends [`SGI`] to a CPU.
+pub(crate) fn send(cpu: usize) {
+    let affinity = platform().cpus[cpu];
+    let [aff0, aff1, aff2, _, aff3, ..] = affinity.to_le_bytes().map(u64::from);
+    instruction!("dsb ish");
+    // ICC_SGI1R_EL1
+    let target = aff3 << 48 | aff2 << 32 | aff1 << 16 | 1 << aff0;
+    write_register!("s3_0_c12_c11_5", target | u64::from(SGI) << 24);
+}
+
+/// Takes the interrupt of the highest priority that is pending, and ends it. 1023 if there is none.
+pub(crate) fn take() -> u64 {
+    let intid = read_register!("s3_0_c12_c12_0"); // ICC_IAR1_EL1
+    if intid < 1020 {
+        write_register!("s3_0_c12_c12_1", intid); // ICC_EOIR1_EL1
+    }
+    intid
 }
 
 /// Lets this CPU's virtual timer fire in `ticks` of the counter.

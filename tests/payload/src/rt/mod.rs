@@ -11,3 +11,4 @@ pub(crate) mod platform;
 pub(crate) mod probe;
 mod runner;
 mod start;
+pub(crate) mod vm;

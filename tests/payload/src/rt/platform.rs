@@ -47,6 +47,8 @@ pub(crate) struct Platform {
     pub(crate) flash: Option<Region>,
     /// PCI configuration space.
     pub(crate) pci: Option<Region>,
+    /// What the loader calls the initial RAM disk: the guest of the tests.
+    pub(crate) initrd: Option<Region>,
     /// Where the device tree lies.
     pub(crate) tree: u64,
     /// Whether the carve-out's node in /reserved-memory says no-map.
@@ -110,6 +112,7 @@ fn parse(address: usize) -> Platform {
         gic: None,
         flash: None,
         pci: None,
+        initrd: None,
         statistics: 0,
         tree: address as u64,
         carve_out_is_no_map: false,
@@ -160,6 +163,7 @@ fn parse(address: usize) -> Platform {
                 let number = |name| node.property(name).map(|property| big_endian(property.value()));
                 if let Some((start, end)) = number("linux,initrd-start").zip(number("linux,initrd-end")) {
                     platform.taken.push(Region { start, end });
+                    platform.initrd = Some(Region { start, end });
                 }
                 if let Some(bootargs) = node.property("bootargs") {
                     let text = str::from_utf8(bootargs.value()).expect("bootargs are text");

@@ -3,7 +3,7 @@
 use core::fmt::{self, Display, Write};
 
 use arrayvec::{ArrayString, ArrayVec};
-use ravelin_abi::{CALLS, MAX_TAKE_BACK_PAGES, PageStateCode, Statistics, Status, VENDOR_UID};
+use ravelin_abi::{MAX_TAKE_BACK_PAGES, PageStateCode, Statistics, Status, VENDOR_UID};
 use spin::Mutex;
 
 use crate::rt::{
@@ -21,6 +21,7 @@ pub(crate) mod contents;
 pub(crate) mod device;
 pub(crate) mod discovery;
 pub(crate) mod features;
+pub(crate) mod guests;
 pub(crate) mod ownership;
 pub(crate) mod pins;
 pub(crate) mod psci;
@@ -71,7 +72,7 @@ macro_rules! check_eq {
     };
 }
 
-use {check, check_eq};
+pub(crate) use {check, check_eq};
 
 /// A hypercall that takes a range and changes its state.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -123,10 +124,10 @@ impl Op {
 
 /// The function identifier of a call.
 pub(crate) fn number(name: &str) -> u64 {
-    CALLS.iter().find(|call| call.name == name).expect("a call of the table").number.into()
+    call::table().find(|call| call.name == name).expect("a call of the table").number.into()
 }
 
-fn status(x0: u64) -> Status {
+pub(crate) fn status(x0: u64) -> Status {
     Status::from_code(x0.cast_signed()).unwrap_or_else(|| panic!("{x0:#x} is no status"))
 }
 

@@ -1,0 +1,104 @@
+//! What the guest of the on-target tests and the payload that plays its host have agreed on.
+//!
+//! The guest is a puppet. Each of its vCPUs loads commands from a device that the payload plays, carries them out and stores
+//! the results there: loads and stores of 8 bytes to one page that has no memory, each of which exits to the host. A vCPU
+//! that waits for a command is one whose last exit is the load of [`COMMAND`].
+//!
+//! A vCPU starts with the address of its [block](BLOCK_SIZE) in x0, at the first byte of the image.
+
+#![cfg_attr(target_os = "none", no_std)]
+
+/// Guest address of the image.
+pub const IMAGE: u64 = 0x8000_0000;
+
+/// Guest address of the device, without the bit that marks shared addresses in a realm.
+pub const DEVICE: u64 = 0x0a00_0000;
+
+/// Bytes of a vCPU's block, to which it is aligned. The first word is the address of the device as the guest uses it; the
+/// others are the guest's, which has its stack at the end.
+pub const BLOCK_SIZE: u64 = 0x4000;
+
+/// Offset in the device that is loaded to get the next command, a code of [`Command`].
+pub const COMMAND: u64 = 0;
+
+/// Offset in the device of the first operand; [`MAX_OPERANDS`] follow.
+pub const OPERANDS: u64 = 0x8;
+
+/// The most operands of a command.
+pub const MAX_OPERANDS: usize = 200;
+
+/// Offset in the device where results are stored: x0 to x7 after [`Command::Run`].
+pub const RESULTS: u64 = 0x800;
+
+/// How many results there may be.
+pub const MAX_RESULTS: usize = 8;
+
+/// Offset in the device where an exception that ended [`Command::Run`] is stored: ESR_EL1, FAR_EL1, and the distance of
+/// ELR_EL1 from the code's first instruction.
+pub const EXCEPTION: u64 = 0xa00;
+
+/// Offset in the device where an exception that nobody asked for is stored: the offset of the vector, ESR_EL1, FAR_EL1 and
+/// ELR_EL1. The vCPU does nothing more.
+pub const UNEXPECTED: u64 = 0xb00;
+
+/// Offset in the device where the number of an SPI is stored while the guest handles it, before it ends the interrupt.
+pub const INTERRUPT: u64 = 0xc00;
+
+/// What a vCPU is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+pub enum Command {
+    /// Execute code: operands are the values of x0 to x7, the number of words that follow, and two instructions a word. The
+    /// code is called; it keeps SP and returns, or takes an exception that ends it.
+    Run = 1,
+    /// Fill pages with their [pattern]: address, number of pages, the page's number in the pattern (an address, which goes up
+    /// with that of the page), seed.
+    Fill = 2,
+    /// Look for a word that differs from the pattern: operands as [`Command::Fill`]. Results: its address or 0, its value.
+    Compare = 3,
+    /// Look for a word that is not zero: address, number of pages. Results as [`Command::Compare`].
+    FindNonzero = 4,
+    /// Results: how many interrupts the vCPU has handled, and the numbers of the last seven, the last one first.
+    Interrupts = 5,
+}
+
+impl Command {
+    /// Returns the code of the command.
+    #[must_use]
+    pub const fn code(self) -> u64 {
+        self as u64
+    }
+
+    /// Returns the command that has the code.
+    #[must_use]
+    pub fn from_code(code: u64) -> Option<Self> {
+        static ALL: [Command; 5] =
+            [Command::Run, Command::Fill, Command::Compare, Command::FindNonzero, Command::Interrupts];
+        ALL.iter().copied().find(|command| command.code() == code)
+    }
+}
+
+/// Word `index` of the pattern that tests put into a page, as 64 bits; `seed` tells patterns apart.
+#[must_use]
+pub const fn pattern(page: u64, index: u64, seed: u64) -> u64 {
+    (page ^ index << 3 ^ seed << 48).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_go_both_ways() {
+        for code in 1..=5 {
+            assert_eq!(Command::from_code(code).map(Command::code), Some(code));
+        }
+        assert_eq!([0, 6].map(Command::from_code), [None; 2]);
+    }
+
+    #[test]
+    fn the_device_fits_its_page() {
+        assert!(OPERANDS + 8 * MAX_OPERANDS as u64 <= RESULTS);
+        assert!(RESULTS + 8 * MAX_RESULTS as u64 <= EXCEPTION);
+    }
+}
