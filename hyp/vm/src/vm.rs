@@ -56,11 +56,11 @@ pub struct VcpuPages {
 
 impl VcpuPages {
     /// Cuts what is donated into the pages of the object and those that its state has besides. `None` unless it has the right
-    /// size.
+    /// size, and at address 0, where no object can be.
     fn cut<V>(&self) -> Option<(PhysRange, PhysRange)> {
         let object = PhysRange::new(self.metadata.base().raw(), pages_for::<Vcpu<V>>(1)).ok()?;
         let area = PhysRange::new(object.end(), self.area).ok()?;
-        (area.end() == self.metadata.end()).then_some((object, area))
+        (area.end() == self.metadata.end() && object.base().raw() != 0).then_some((object, area))
     }
 }
 

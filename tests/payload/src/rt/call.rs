@@ -5,7 +5,7 @@ use core::{
     sync::atomic::{AtomicBool, AtomicU32, Ordering},
 };
 
-use ravelin_abi::{CALLS, Call, VM_CALLS};
+use ravelin_abi::{CALLS, Call};
 
 /// PSCI function numbers, DEN0022.
 pub(crate) mod psci {
@@ -121,7 +121,7 @@ pub(crate) fn call_with_vectors(
 
 /// All hypercalls.
 pub(crate) fn table() -> impl Iterator<Item = &'static Call> {
-    CALLS.iter().chain(VM_CALLS)
+    CALLS.iter()
 }
 
 static FIRMWARE_IS_HVC: AtomicBool = AtomicBool::new(false);
