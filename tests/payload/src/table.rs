@@ -165,6 +165,21 @@ tests! {
     guests.all_slots("255 VMs at once, and not one more", calls: [VM_CREATE, VM_DESTROY], memory: 32 * MIB);
     guests.all_vcpus("a VM with 128 vCPUs", calls: [VCPU_CREATE, VCPU_RUN], memory: 8 * MIB);
     guests.ten_thousand_lives("10,000 VMs come and go, and no page is lost", calls: [VM_CREATE, VM_DESTROY], memory: 4 * MIB);
+    guests.populate("pages and blocks are put into VMs", calls: [VM_MAP], memory: 16 * MIB);
+    guests.conversion_in_place("share, claim, release, unshare: contents stay, and the host has access while it claims", calls: [CLAIM, RELEASE], memory: 4 * MIB);
+    guests.conversion_of_blocks("the same for blocks of 2 MiB and parts of them", calls: [CLAIM, RELEASE], memory: 16 * MIB);
+    guests.bounded_work("a call does 512 pages, or any number that are blocks, and says how many are done", calls: [CLAIM, RELEASE], memory: 32 * MIB);
+    guests.invalidations("conversions that need no TLB invalidation have none", calls: [CLAIM, RELEASE], memory: 16 * MIB);
+    guests.unshare_of_claimed_pages("the host is asked for what it has claimed, and releases it", calls: [RELEASE, VCPU_RUN], memory: 8 * MIB);
+    guests.refused_unshare("the host refuses to release: the guest is told, and nothing has changed", calls: [VCPU_RUN], memory: 4 * MIB);
+    guests.answers_that_do_not_belong("answers that do not belong to the exit are INVALID", calls: [VCPU_RUN], memory: 4 * MIB);
+    guests.relinquish("what a guest gives up is zeroed, and may be replaced", memory: 8 * MIB);
+    guests.force_reclaim_poisons("what is taken by force is zeroed, and never replaced", calls: [FORCE_RECLAIM], memory: 8 * MIB);
+    guests.force_reclaim_of_other_pages("shared pages and those of others cannot be taken by force", calls: [FORCE_RECLAIM], memory: 4 * MIB);
+    guests.reclaim_at_the_end("at the end private pages are zeroed and shared ones keep their contents", calls: [VM_RECLAIM], memory: 8 * MIB);
+    guests.nothing_is_left_behind("what VM, vCPUs and tables were made of comes back zeroed", calls: [VM_DESTROY], memory: 4 * MIB);
+    guests.share_of_an_absent_page("a page may be provided when the guest shares it", calls: [VM_MAP], memory: 4 * MIB);
+    guests.ordinary_vm_borrows("an ordinary VM borrows its pages, and the host keeps access", calls: [VM_MAP, VM_UNMAP], memory: 16 * MIB);
     guests.measurement("the measurement is that of contents, frames and order", calls: [VM_MAP, VM_SEAL], memory: 4 * MIB);
 
     bench.calls("every call succeeds on ranges of 1, 8 and 512 pages between the marks of the counter", memory: 8 * MIB);

@@ -61,6 +61,9 @@ snippets! {
     /// Loads two words with LDP, whose syndrome names no register: x0 = address. Returns them.
     load_pair: "ldp x0, x1, [x0]";
 
+    /// Stores two words with STP, whose syndrome names no register: x0 = address.
+    store_pair: "stp x1, x2, [x0]";
+
     /// Calls an address: x0.
     execute: "stp x29, x30, [sp, #-16]!", "blr x0", "ldp x29, x30, [sp], #16";
 

@@ -114,7 +114,7 @@ impl<'a> Guest<'a> {
     }
 
     /// Runs the vCPU once; returns what the run page says. The next run tries again, unless an answer says otherwise.
-    pub(crate) fn run_once(&mut self) -> Result<RunExit, Failure> {
+    pub(crate) fn run_once(&self) -> Result<RunExit, Failure> {
         let (status, _) = call("VCPU_RUN", [self.vm.handle, self.index]);
         check_eq!(status, ravelin_abi::Status::Success, "VCPU_RUN of vCPU {}", self.index);
         self.answer(Answer::Retry, 0);
