@@ -21,7 +21,12 @@ pub(crate) fn call<const N: usize>(name: &str, arguments: [u64; N]) -> Answer {
 
 /// Makes a call by its name, which must succeed; returns what is in x1.
 pub(crate) fn succeed<const N: usize>(name: &str, arguments: [u64; N]) -> Result<u64, Failure> {
-    match call(name, arguments) {
+    success(name, arguments, call(name, arguments))
+}
+
+/// Returns what is in x1 after a call that must have succeeded.
+pub(crate) fn success<const N: usize>(name: &str, arguments: [u64; N], answer: Answer) -> Result<u64, Failure> {
+    match answer {
         (Status::Success, [x1, ..]) => Ok(x1),
         (status, [x1, ..]) => {
             Err(Failure::new(format_args!("{name} {arguments:x?}: {} with {x1:#x} in x1", status.name())))

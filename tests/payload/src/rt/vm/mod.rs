@@ -33,6 +33,7 @@ mod guest;
 mod pages;
 
 pub(crate) use calls::{Answer as CallAnswer, Sizes, call, refused, succeed};
+use calls::success;
 pub(crate) use guest::{Conversion, Guest, GuestException, Reply, Stop};
 pub(crate) use pages::Pages;
 
@@ -184,7 +185,7 @@ impl<'a> Vm<'a> {
                     check!((1..=512).contains(&missing), "{name} lacks {missing} pages for tables");
                     self.donate_tables(missing)?;
                 }
-                _ => return succeed(name, arguments),
+                answer => return success(name, arguments, answer),
             }
         }
         Err(Failure::new(format_args!("{name} lacks pages for tables again and again")))
