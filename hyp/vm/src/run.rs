@@ -93,6 +93,7 @@ impl<O: ObjectMemory, G: Send + Sync> Vms<O, G, VcpuState> {
     ///
     /// Those of [`Vms::run`] and [`GuestCpu::leave_host`]; WRONG_STATE if the vCPU is off, or has ended; INVALID if the answer in
     /// the run page does not belong to the last exit. Nothing has changed.
+    #[inline(never)]
     pub fn run_vcpu<T: Transitions<Guest = G>, C: GuestCpu>(
         &self,
         transitions: &T,

@@ -32,8 +32,8 @@ pub(crate) mod code;
 mod guest;
 mod pages;
 
-pub(crate) use calls::{Answer as CallAnswer, Sizes, call, refused, succeed};
 use calls::success;
+pub(crate) use calls::{Answer as CallAnswer, Sizes, call, refused, succeed};
 pub(crate) use guest::{Conversion, Guest, GuestException, Reply, Stop};
 pub(crate) use pages::Pages;
 
