@@ -502,3 +502,8 @@ fn run_page_write(cpu: &impl GuestCpu, page: PhysAddr, offset: usize, bytes: &[u
         cpu.write_bytes(at, bytes);
     }
 }
+
+#[cfg(test)]
+mod fake_cpu;
+#[cfg(test)]
+mod tests;
