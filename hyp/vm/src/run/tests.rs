@@ -1197,6 +1197,36 @@ fn the_virtual_timer_comes_once() {
 }
 
 #[test]
+fn a_timer_that_is_edge_triggered_comes_once_for_each_edge() {
+    let world = World::new(VmKind::Pkvm);
+    world.enable(0, &[27]);
+    let private = Frame::Redistributor { vcpu: 0, frame: RedistributorFrame::Private };
+    assert!(world.gic(|gic| gic.mmio(0, private, 0xc04, Access::Write { size: 4, value: 1 << 23 })).is_ok());
+    world.open_interface();
+    for _ in 0..2 {
+        virtual_timer_fires(&world, 100);
+        world.cpu.then(|_, guest| {
+            assert_eq!(pending(guest.gic), [27]);
+            guest.gic.lrs[0] = 0;
+            Left::Interrupt
+        });
+        // It still asserts its interrupt, here and after it has been the host's.
+        let handled = |_: &FakeCpu, guest: &mut Entry<'_>| {
+            assert_eq!(guest.gic.used, 0);
+            Left::Interrupt
+        };
+        world.cpu.then(handled);
+        world.goes_on();
+        world.cpu.then(handled);
+        world.cpu.then(|_, guest| {
+            guest.context.cntv_ctl_el0 = 0;
+            Left::Interrupt
+        });
+        world.goes_on();
+    }
+}
+
+#[test]
 fn the_host_gets_its_timer_back() {
     let world = World::new(VmKind::Pkvm);
     world.enable(0, &[27]);
