@@ -174,7 +174,7 @@
 /* What the host says to it: `answer`. */
 #define RAVELIN_ANSWER_RETRY 0 /* Nothing: the guest tries again what made it exit. Always allowed, and what zeroed memory says. */
 #define RAVELIN_ANSWER_COMPLETE 1 /* It is done. */
-#define RAVELIN_ANSWER_ABORT 2 /* The guest gets an external abort. */
+#define RAVELIN_ANSWER_ABORT 2 /* The guest gets an external abort, or its call fails. */
 #define RAVELIN_ANSWER_REFUSE 3 /* The host keeps the pages that the guest wants back. The guest is told. */
 
 /* Offsets in the run page. */
@@ -236,7 +236,7 @@ struct ravelin_run_exit {
 
 /* What the host writes at RAVELIN_RUN_ENTRY. */
 struct ravelin_run_entry {
-	uint64_t answer; /* Answer, below. VCPU_RUN fails and changes nothing if it does not belong to the last exit. */
+	uint64_t answer; /* Answer, below, to an exit that has answers; after others it does not matter. VCPU_RUN fails and changes nothing if it is none of those of the last exit. */
 	uint64_t value; /* Value that is loaded, in its low `size` bytes. The others do not matter. */
 };
 

@@ -60,7 +60,7 @@ codes! {
         Retry = 0, "RETRY";
         /// It is done.
         Complete = 1, "COMPLETE";
-        /// The guest gets an external abort.
+        /// The guest gets an external abort, or its call fails.
         Abort = 2, "ABORT";
         /// The host keeps the pages that the guest wants back. The guest is told.
         Refuse = 3, "REFUSE";
@@ -151,7 +151,8 @@ words! {
 words! {
     /// What the host tells the hypervisor when it runs the vCPU.
     RunEntry {
-        /// Answer, below. VCPU_RUN fails and changes nothing if it does not belong to the last exit.
+        /// Answer, below, to an exit that has answers; after others it does not matter. VCPU_RUN fails and changes nothing if it is
+        /// none of those of the last exit.
         answer,
         /// Value that is loaded, in its low `size` bytes. The others do not matter.
         value,

@@ -121,14 +121,19 @@ impl<'a, V: Vcpus + ?Sized> Gic<'a, V> {
         Ok(self.update(0, intid, |interrupt| interrupt.set_line(level)))
     }
 
-    /// Moves the wire of a PPI for EL2, such as a timer's.
+    /// Moves the wire of a PPI for EL2, such as a timer's. If it is there already, nothing happens: of an edge-triggered PPI,
+    /// each change to `true` is an edge.
     ///
     /// # Errors
     ///
     /// `intid` is not that of a PPI.
     pub fn set_ppi_level(&mut self, vcpu: usize, intid: u32, level: bool) -> Result<VcpuSet, NotAllowed> {
         match u16::try_from(intid) {
-            Ok(intid @ FIRST_PPI..FIRST_SPI) => Ok(self.update(vcpu, intid, |interrupt| interrupt.set_line(level))),
+            Ok(intid @ FIRST_PPI..FIRST_SPI) => Ok(self.update(vcpu, intid, |interrupt| {
+                if interrupt.is(Flags::LINE) != level {
+                    interrupt.set_line(level);
+                }
+            })),
             _ => Err(NotAllowed),
         }
     }

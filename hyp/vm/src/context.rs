@@ -183,20 +183,20 @@ impl Context {
         self.sctlr_el1 & bit != 0
     }
 
-    /// Returns when the next of the two timers fires that are enabled and not masked: a value of the physical counter, past
-    /// if one is asserted already.
+    /// Returns when the next of the two timers fires that are enabled, not masked, and have not fired by `now`. Times are
+    /// values of the physical counter.
     #[must_use]
-    pub fn next_timer(&self) -> Option<u64> {
-        self.physical_timer().into_iter().chain(self.virtual_timer()).min()
+    pub fn next_timer(&self, now: u64) -> Option<u64> {
+        self.physical_timer().into_iter().chain(self.virtual_timer()).filter(|&deadline| deadline > now).min()
     }
 
-    /// Returns when the physical timer fires, as [`Context::next_timer`].
+    /// Returns when the physical timer fires if it is enabled and not masked, or when it has fired.
     #[must_use]
     pub fn physical_timer(&self) -> Option<u64> {
         armed(self.cntp_ctl_el0).then_some(self.cntp_cval_el0)
     }
 
-    /// Returns when the virtual timer fires, as [`Context::next_timer`].
+    /// Returns when the virtual timer fires, as [`Context::physical_timer`].
     #[must_use]
     pub fn virtual_timer(&self) -> Option<u64> {
         // The virtual counter is behind the physical one by the offset; a sum beyond 64 bits is never reached.
@@ -238,7 +238,7 @@ mod tests {
         assert_eq!(context.sctlr_el1 & (1 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 12 | 1 << 25 | 1 << 24), 0);
         let rest = Context { pc: 0, x: [0; 31], vmpidr_el2: 0, pstate: 0, sctlr_el1: 0, ..context };
         assert_eq!(rest, Context::default());
-        assert_eq!(context.next_timer(), None);
+        assert_eq!(context.next_timer(0), None);
     }
 
     #[test]
@@ -300,16 +300,16 @@ mod tests {
 
     #[test]
     fn the_next_timer_is_the_earlier_one_that_may_fire() {
+        let with = |physical, cntp_cval_el0, virtual_, cntv_cval_el0, cntvoff_el2| Context {
+            cntp_ctl_el0: physical,
+            cntp_cval_el0,
+            cntv_ctl_el0: virtual_,
+            cntv_cval_el0,
+            cntvoff_el2,
+            ..Context::default()
+        };
         let next = |physical, cntp_cval_el0, virtual_, cntv_cval_el0, cntvoff_el2| {
-            Context {
-                cntp_ctl_el0: physical,
-                cntp_cval_el0,
-                cntv_ctl_el0: virtual_,
-                cntv_cval_el0,
-                cntvoff_el2,
-                ..Context::default()
-            }
-            .next_timer()
+            with(physical, cntp_cval_el0, virtual_, cntv_cval_el0, cntvoff_el2).next_timer(0)
         };
         assert_eq!(next(0, 1, 2, 1, 0), None);
         assert_eq!(next(3, 1, 3, 1, 0), None, "masked");
@@ -318,5 +318,7 @@ mod tests {
         assert_eq!(next(1, 10, 1, 5, 7), Some(10));
         assert_eq!(next(0, 10, 5, 5, 7), Some(12), "ISTATUS does not matter");
         assert_eq!(next(0, 0, 1, u64::MAX, 7), Some(u64::MAX));
+        let both = with(1, 10, 1, 5, 7);
+        assert_eq!([9, 10, 11, 12].map(|now| both.next_timer(now)), [Some(10), Some(12), Some(12), None], "fired");
     }
 }

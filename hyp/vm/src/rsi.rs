@@ -100,10 +100,14 @@ pub fn call<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: &
     Some(Outcome::Done)
 }
 
-/// Tells the realm that the host does not release what it wants back: none of the range has changed.
+/// Tells the realm that the host does not do what its call needs. Nothing has changed. Of IPA_STATE_SET that is a result of
+/// its own; the other calls fail.
 pub fn refuse(context: &mut Context) {
     let [_, base, ..] = context.x;
-    context.set_results([SUCCESS, base, REJECT]);
+    match guest::function(context) {
+        IPA_STATE_SET => context.set_results([SUCCESS, base, REJECT]),
+        _ => fail(context),
+    }
 }
 
 /// Ends a HOST_CALL with the registers that the host has sent. The outcome is as that of the call.

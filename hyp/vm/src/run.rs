@@ -5,7 +5,7 @@
 
 use ravelin_abi::{Answer, RUN_CALL_REGISTERS, RunEntry, RunExit, RunPage, Status};
 use ravelin_memory::{PAGE_SIZE, PhysAddr, PhysRange};
-use ravelin_vgic::{Access, Frame, Gic, VcpuSet};
+use ravelin_vgic::{Access, Frame, Gic, VcpuSet, Vcpus};
 
 use crate::{
     Abort, Context, Entry, FirmwareCall, Guest, GuestCpu, GuestExit, GuestFeatures, Handle, IdRegisters, Left,
@@ -150,8 +150,10 @@ where
     T::Guest: Send + Sync,
 {
     fn run(&mut self, state: &mut VcpuState) -> Result<Report, Refusal> {
+        if state.open == Open::Ended {
+            return Err(Status::WrongState.into());
+        }
         match self.power.run() {
-            _ if state.open == Open::Ended => return Err(Status::WrongState.into()),
             Readiness::Off => return Err(Status::WrongState.into()),
             Readiness::Starts { pc, x0 } => {
                 state.reset(self.cpu, self.index, pc, x0);
@@ -234,16 +236,19 @@ where
     /// Enters the guest, with its interrupts.
     fn enter(&mut self, state: &mut VcpuState, loan: &mut Loan) -> Left {
         let (index, list_registers) = (self.index, self.cpu.list_registers());
-        let fires = self.set_timers(&state.context);
-        if loan.timer_held && !fires {
+        // Read once: a timer that has not fired for the interrupt controller yet has a deadline.
+        let now = self.cpu.counter();
+        if loan.timer_held && !has_passed(state.context.virtual_timer(), now) {
             self.cpu.release_virtual_timer();
             loan.timer_held = false;
         }
-        let prepared = self.vm.with_gic(|gic| gic.prepare_entry(index, list_registers)).flatten();
-        let mut interface = prepared.unwrap_or_default();
-        let memory = self.vm.guest().memory();
-        let (tree, geometry) = self.transitions.tree(memory);
-        let deadline = state.context.physical_timer().filter(|&deadline| deadline > self.cpu.counter());
+        let prepared = self.vm.with_gic(|gic| {
+            set_timers(gic, index, &state.context, now);
+            gic.prepare_entry(index, list_registers)
+        });
+        let mut interface = prepared.flatten().unwrap_or_default();
+        let (tree, geometry) = self.transitions.tree(self.vm.guest().memory());
+        let deadline = state.context.physical_timer().filter(|&deadline| deadline > now);
         let mut entry = Entry {
             context: &mut state.context,
             gic: &mut interface,
@@ -256,21 +261,6 @@ where
         let left = self.cpu.enter(self.host, &mut entry);
         self.gic(|gic| gic.after_exit(index, &interface));
         left
-    }
-
-    /// Brings the interrupts of the timers up to date. Returns whether the virtual one asserts its own.
-    fn set_timers(&mut self, context: &Context) -> bool {
-        let (index, now) = (self.index, self.cpu.counter());
-        let fires = |deadline: Option<u64>| deadline.is_some_and(|deadline| deadline <= now);
-        let (virtual_timer, physical_timer) = (fires(context.virtual_timer()), fires(context.physical_timer()));
-        self.gic(|gic| {
-            let mut wake = VcpuSet::EMPTY;
-            for (intid, level) in [(VIRTUAL_TIMER, virtual_timer), (PHYSICAL_TIMER, physical_timer)] {
-                wake.extend(gic.set_ppi_level(index, intid, level).unwrap_or_default());
-            }
-            wake
-        });
-        virtual_timer
     }
 
     /// Runs `f` on the interrupt controller. What it returns is to be woken; this vCPU is awake.
@@ -322,23 +312,25 @@ where
 
     /// Sorts out a physical interrupt: a timer of the guest, or the host's business.
     fn interrupted(&self, context: &Context, loan: &mut Loan) -> Option<Report> {
-        let fires = context.virtual_timer().is_some_and(|deadline| deadline <= self.cpu.counter());
-        if fires && !loan.timer_held {
+        if !loan.timer_held && has_passed(context.virtual_timer(), self.cpu.counter()) {
             loan.timer_held = self.cpu.hold_virtual_timer();
         }
         self.cpu.interrupt_pending().then_some(Report::Interrupted)
     }
 
     /// Waits for an interrupt, unless there is one.
-    fn wait(&mut self, context: &Context) -> Option<Report> {
-        self.set_timers(context);
-        let index = self.index;
-        let awake = self.vm.with_gic(|gic| gic.wakes(index)).unwrap_or(false);
-        (!awake).then(|| Report::Wait { deadline: context.next_timer() })
+    fn wait(&self, context: &Context) -> Option<Report> {
+        let (index, now) = (self.index, self.cpu.counter());
+        let awake = self.vm.with_gic(|gic| {
+            set_timers(gic, index, context, now);
+            gic.wakes(index)
+        });
+        // A timer that has fired and does not wake the guest is masked.
+        (awake != Some(true)).then(|| Report::Wait { deadline: context.next_timer(now) })
     }
 
     /// Performs a call. The program counter is at the instruction.
-    fn call(&mut self, state: &mut VcpuState, conduit: Conduit, immediate: u16) -> Option<Report> {
+    fn call(&self, state: &mut VcpuState, conduit: Conduit, immediate: u16) -> Option<Report> {
         let context = &mut state.context;
         if immediate != 0 {
             context.set_results([NOT_SUPPORTED]);
@@ -361,7 +353,7 @@ where
     }
 
     /// Performs a call of firmware's, whichever way it comes.
-    fn standard_call(&mut self, guest: &Guest<T::Guest>, context: &mut Context) -> Option<Report> {
+    fn standard_call(&self, guest: &Guest<T::Guest>, context: &mut Context) -> Option<Report> {
         if entropy_call(self.cpu, context) {
             return None;
         }
@@ -482,6 +474,19 @@ where
     }
 }
 
+/// Returns whether a timer has fired.
+fn has_passed(deadline: Option<u64>, now: u64) -> bool {
+    deadline.is_some_and(|deadline| deadline <= now)
+}
+
+/// Brings the wires of a vCPU's timers up to date.
+fn set_timers<V: Vcpus>(gic: &mut Gic<'_, V>, vcpu: usize, context: &Context, now: u64) {
+    for (intid, deadline) in [(VIRTUAL_TIMER, context.virtual_timer()), (PHYSICAL_TIMER, context.physical_timer())] {
+        // They concern this vCPU alone.
+        let _ = gic.set_ppi_level(vcpu, intid, has_passed(deadline, now));
+    }
+}
+
 /// Offset of a part of the run page from its start.
 fn part(page: PhysAddr, offset: usize) -> Option<PhysAddr> {
     page.checked_add(u64::try_from(offset).ok().filter(|&offset| offset < PAGE_SIZE)?)
@@ -498,3 +503,8 @@ fn run_page_write(cpu: &impl GuestCpu, page: PhysAddr, offset: usize, bytes: &[u
         cpu.write_bytes(at, bytes);
     }
 }
+
+#[cfg(test)]
+mod fake_cpu;
+#[cfg(test)]
+mod tests;

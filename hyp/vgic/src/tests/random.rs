@@ -139,7 +139,9 @@ impl Run {
                     (32.., None) => world.raise(it.intid, level),
                     _ => return,
                 }
-                it.raise(level);
+                if it.moves(level) {
+                    it.raise(level);
+                }
             }
             Op::Message(n, level) => {
                 let it = &mut reference.interrupts[n];
@@ -305,7 +307,7 @@ proptest! {
         for op in ops {
             let mut raises = Vec::new();
             match op {
-                Op::Raise(n, true) if run.reference.interrupts[n].intid >= 16 => raises.push(n),
+                Op::Raise(n, true) if run.reference.interrupts[n].moves(true) => raises.push(n),
                 Op::Sgi(from, to, n) => raises.extend(
                     (0..3).filter(|&cpu| to.map_or(cpu != from, |to| cpu == to)).map(|cpu| run.reference.find(cpu, PRIVATE[n])),
                 ),

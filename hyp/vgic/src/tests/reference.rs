@@ -46,6 +46,11 @@ impl Interrupt {
         self.latch || !self.edge && (self.line || self.message)
     }
 
+    /// Whether it does anything to move the wire there: SGIs have none, and that of a PPI may be there already.
+    pub(crate) fn moves(&self, level: bool) -> bool {
+        self.intid >= 32 || self.intid >= 16 && self.line != level
+    }
+
     pub(crate) fn raise(&mut self, level: bool) {
         self.line = level;
         self.latch |= level && self.edge;

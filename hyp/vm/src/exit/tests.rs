@@ -322,7 +322,7 @@ fn run_loop(context: &mut Context, syndrome: &Syndrome, backing: Backing, kind: 
     match GuestExit::decode(syndrome, context) {
         GuestExit::Wait => {
             context.skip_instruction();
-            Some((Report::Wait { deadline: context.next_timer() }, Pending::Nothing))
+            Some((Report::Wait { deadline: context.next_timer(0) }, Pending::Nothing))
         }
         GuestExit::Yield => {
             context.skip_instruction();
@@ -402,7 +402,7 @@ proptest! {
                     report.run_exit().value
                 }
                 Report::Wait { deadline } => {
-                    prop_assert_eq!(deadline, before.next_timer());
+                    prop_assert_eq!(deadline, before.next_timer(0));
                     report.run_exit().deadline
                 }
                 _ => 0,
