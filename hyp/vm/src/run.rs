@@ -314,7 +314,7 @@ where
         if !loan.timer_held && has_passed(context.virtual_timer(), self.cpu.counter()) {
             loan.timer_held = self.cpu.hold_virtual_timer();
         }
-        self.cpu.interrupt_pending().then_some(Report::Interrupted)
+        self.cpu.interrupt_pending(self.host).then_some(Report::Interrupted)
     }
 
     /// Waits for an interrupt, unless there is one.

@@ -1566,6 +1566,21 @@ fn an_interrupt_leaves_the_guest_however_busy_it_keeps_the_hypervisor() {
 }
 
 #[test]
+fn the_timer_of_the_host_takes_the_cpu_from_a_guest() {
+    let world = World::new(VmKind::Pkvm);
+    world.cpu.state().host_deadline = Some(1100);
+    for passed in [99, 1] {
+        world.cpu.then(move |cpu, _| {
+            cpu.state().now += passed;
+            Left::Interrupt
+        });
+    }
+    world.cpu.then(|_, _| unreachable!("the host comes first"));
+    assert_eq!(world.run(0), Ok(exit(ExitReason::Interrupted)));
+    assert_eq!(world.cpu.left_to_do(), 1);
+}
+
+#[test]
 fn spurious_interrupts_are_nobodys() {
     let world = World::new(VmKind::Pkvm);
     (0..3).for_each(|_| world.then(|_| Left::Interrupt));
