@@ -1028,7 +1028,7 @@ fn the_interrupt_controller_is_where_the_host_has_said() {
             guest.x[8] = 0xffff_ffff_0000_00f0;
             access(enable | bit, true, 2, 8)
         });
-        world.goes_on();
+        assert_eq!(world.goes_on().x[8], 0xffff_ffff_0000_00f0, "stays");
         assert_eq!((loaded(enable, 2), loaded(REDISTRIBUTORS + 0x1_0100, 2)), (0xf0, 0));
         // Behind it there are devices of the host.
         let behind = (REDISTRIBUTORS + CONFIGURED * 0x2_0000) | bit;
@@ -1120,6 +1120,22 @@ fn those_who_are_sent_an_sgi_are_woken() {
         assert_eq!(world.run(0), Ok(expected), "{value:#x}");
         assert_eq!(world.goes_on().pc, GUEST + 4);
     }
+}
+
+#[test]
+fn those_whose_interrupts_are_set_pending_are_woken() {
+    let world = World::new(VmKind::Pkvm);
+    world.enable(1, &[4]);
+    // GICR_ISPENDR0 of vCPU 1: SGIs 4 and 5, of which 5 is disabled.
+    for (value, expected) in [(1 << 5, exit(ExitReason::Interrupted)), (1 << 4, exit(ExitReason::Wake))] {
+        world.then(move |guest| {
+            guest.x[8] = value;
+            access(REDISTRIBUTORS + 0x3_0200, true, 2, 8)
+        });
+        let wake_low = u64::from(expected.reason == ExitReason::Wake.code()) << 1;
+        assert_eq!(world.run(0), Ok(RunExit { wake_low, ..expected }));
+    }
+    assert_eq!(world.goes_on().pc, GUEST + 8);
 }
 
 #[test]
