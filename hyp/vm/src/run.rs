@@ -503,7 +503,8 @@ fn run_page_write(cpu: &impl GuestCpu, page: PhysAddr, offset: usize, bytes: &[u
     }
 }
 
-#[cfg(test)]
+// Miri would take long over so many VMs.
+#[cfg(all(test, not(miri)))]
 mod fake_cpu;
-#[cfg(test)]
+#[cfg(all(test, not(miri)))]
 mod tests;

@@ -1097,10 +1097,6 @@ fn state_in_the_list_registers_of_another_vcpu_makes_it_exit() {
 
 #[test]
 fn those_who_are_sent_an_sgi_are_woken() {
-    let world = World::new(VmKind::Pkvm);
-    for vcpu in 0..EXISTING {
-        world.enable(vcpu as usize, &[1]);
-    }
     let wake = |wake_low| RunExit { wake_low, ..exit(ExitReason::Wake) };
     for (value, expected) in [
         (1 << 24 | 0b110, wake(0b110)),
@@ -1616,6 +1612,8 @@ fn what_a_guest_gives_up_is_the_hosts() {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(512) })]
+
     /// Whatever guests do and hosts answer, the CPU is the host's afterwards, and what is open is what the last exit said.
     #[test]
     fn nothing_upsets_the_loop(
@@ -1671,7 +1669,6 @@ proptest! {
                     prop_assert_eq!(world.state(0), before);
                 }
             }
-            // The host makes good what it can.
             world.cpu.state().timer_waits = false;
         }
     }
