@@ -1,0 +1,126 @@
+//! From the host to a guest: donation and lending.
+
+use core::ops::ControlFlow;
+
+use ravelin_memory::{BLOCK_SIZE, Ipa, IpaRange, PhysRange};
+use ravelin_pgtable::{Flush, Machine, Stage2Usage, TablePool};
+
+use super::{MAX_STEPS, look::Content};
+use crate::{
+    entry::{Entry, State},
+    guest::{Guest, GuestKind, GuestMemory, View, frame_number},
+    memory::{Inner, Memory},
+    reason::{GuestReason, HostFailure},
+};
+
+impl<P: TablePool> Memory<'_, P> {
+    /// Makes pages of the host a protected guest's own, at `at` and with their contents. One invalidation of the host's stage 2.
+    ///
+    /// # Errors
+    ///
+    /// See [`GuestReason`]: the host owns the pages alone, and the guest has nothing in the frames.
+    pub fn donate_to_guest<M: Machine>(
+        &self,
+        machine: &M,
+        guest: &GuestMemory,
+        range: PhysRange,
+        at: Ipa,
+    ) -> Result<(), HostFailure> {
+        self.lock().give(machine, guest, range, at, State::GUEST_OWNED)
+    }
+
+    /// Lends pages of the host to an ordinary guest, at `at`. The host keeps its access.
+    ///
+    /// # Errors
+    ///
+    /// As [`Memory::donate_to_guest`].
+    pub fn lend<M: Machine>(
+        &self,
+        machine: &M,
+        guest: &GuestMemory,
+        range: PhysRange,
+        at: Ipa,
+    ) -> Result<(), HostFailure> {
+        self.lock().give(machine, guest, range, at, State::HOST_LENT)
+    }
+}
+
+impl<P: TablePool> Inner<'_, P> {
+    /// Puts pages of the host into a guest's memory.
+    fn give<M: Machine>(
+        &mut self,
+        machine: &M,
+        guest: &GuestMemory,
+        range: PhysRange,
+        at: Ipa,
+        to: State,
+    ) -> Result<(), HostFailure> {
+        let failure = |reason, page| HostFailure { reason, page };
+        let refuse = |reason| Err(failure(reason, range.base()));
+        let mut tables = guest.lock();
+        if tables.dying || (guest.kind() == GuestKind::Ordinary) != (to == State::HOST_LENT) {
+            return refuse(GuestReason::Denied);
+        }
+        let frames = match IpaRange::new(at.raw(), range.pages()) {
+            Ok(frames) if frames.end() <= guest.end() => frames,
+            _ => return refuse(GuestReason::OutOfRange),
+        };
+        // The host's side.
+        let aligned = range.base().raw().wrapping_sub(at.raw()) & BLOCK_SIZE.wrapping_sub(1) == 0;
+        let mut left = MAX_STEPS;
+        let checked = self.table.visit(range, &mut |run, entry, steps| {
+            let reason = match entry {
+                None => GuestReason::NotRam,
+                Some(entry) if entry != Entry::new(State::HOST_OWNED, 0) => GuestReason::Denied,
+                Some(_) => match left.checked_sub(if aligned { steps } else { run.pages() }) {
+                    Some(rest) => {
+                        left = rest;
+                        return ControlFlow::Continue(());
+                    }
+                    None => GuestReason::TooLarge,
+                },
+            };
+            ControlFlow::Break(failure(reason, run.base()))
+        });
+        if let ControlFlow::Break(failure) = checked {
+            let page = if failure.reason == GuestReason::TooLarge { range.base() } else { failure.page };
+            return Err(HostFailure { page, ..failure });
+        }
+        // The guest's side.
+        for view in [Some(View::Private), guest.other(View::Private)].into_iter().flatten() {
+            let taken = self.look(machine, guest, &tables, frames, view, &mut |part, content, _| {
+                let reason = match content {
+                    Content::Absent => return ControlFlow::Continue(()),
+                    Content::Poisoned => GuestReason::Poisoned,
+                    Content::Pages(..) => GuestReason::Exists,
+                };
+                ControlFlow::Break((reason, part.base().raw().wrapping_sub(at.raw())))
+            });
+            if let ControlFlow::Break((reason, behind)) = taken {
+                return Err(failure(reason, range.base().checked_add(behind).unwrap_or(range.base())));
+            }
+        }
+        let needed = tables.tables.tables_to_map(machine, frames, range.base(), Stage2Usage::Memory);
+        if needed > tables.spare.available {
+            return refuse(GuestReason::NeedsTables(needed.saturating_sub(tables.spare.available)));
+        }
+        if !self.reserve_transient(machine) {
+            return refuse(GuestReason::NoMemory);
+        }
+        // Nothing fails from here on.
+        let mut flush = Flush::new();
+        if !to.host_access() {
+            flush = self.host.unmap(machine, &mut self.pool, range.identity_ipa(), flush);
+        }
+        let entry = Entry::of_guest(to, guest.slot(), frame_number(at));
+        flush = self.assign(machine, range, entry, flush);
+        self.flush_host(machine, flush);
+        // Guests start with their caches off, and a dirty line of the host's could overwrite what they write.
+        self.with_mapped(machine, core::iter::once(range), &mut |run| machine.clean(run));
+        let Guest { tables, spare, pages, .. } = &mut *tables;
+        let done = tables.map(machine, &mut spare.pool(machine), frames, range.base(), Stage2Usage::Memory);
+        debug_assert_eq!(done, Ok(()));
+        *pages = pages.saturating_add(range.pages());
+        Ok(())
+    }
+}

@@ -1,0 +1,279 @@
+//! What a guest has in its frames.
+
+use core::ops::ControlFlow;
+
+use arrayvec::ArrayVec;
+use ravelin_memory::{Ipa, IpaRange, PhysAddr, PhysRange};
+use ravelin_pgtable::{Found, Machine, TablePool};
+
+use super::{Change, MAX_RUNS, MAX_STEPS, address};
+use crate::{
+    entry::{Entry, State},
+    guest::{Guest, GuestMemory, View, first_pages},
+    memory::{Inner, Memory},
+    reason::{GuestFailure, GuestReason},
+};
+
+/// What a frame is to its guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuestPage {
+    /// There is no page.
+    Absent,
+    /// There was a page, which was taken by force.
+    Poisoned,
+    /// The page is the guest's alone.
+    Private,
+    /// The page is offered to the host, which has not claimed it.
+    Offered,
+    /// The host may access the page.
+    Claimed,
+    /// The page is the host's, which lends it.
+    Lent,
+}
+
+/// What there is in frames of a guest.
+#[derive(Clone, Copy)]
+pub(super) enum Content {
+    Absent,
+    Poisoned,
+    /// Contiguous pages, and the entry of the first of them.
+    Pages(PhysRange, Entry),
+}
+
+/// What a guest's stage 2 has at some addresses.
+#[derive(Clone, Copy)]
+pub(super) enum Place {
+    Absent,
+    Poisoned,
+    /// Contiguous pages, mapped by a block or by a page descriptor for each.
+    Pages {
+        pages: PhysRange,
+        by_page: bool,
+    },
+}
+
+/// Contiguous pages that leave a guest.
+#[derive(Clone, Copy)]
+pub(super) struct Run {
+    pub(super) pages: PhysRange,
+    pub(super) scrub: bool,
+}
+
+/// Looks at private memory and changes nothing.
+const LOOK: Change = Change {
+    view: View::Private,
+    from: &[State::GUEST_OWNED, State::HOST_LENT],
+    to: State::GUEST_OWNED,
+    by_page: true,
+};
+
+impl<P: TablePool> Memory<'_, P> {
+    /// Returns what `ipa`, in either half of a realm's address space, is to the guest.
+    #[must_use]
+    pub fn guest_page<M: Machine>(&self, machine: &M, guest: &GuestMemory, ipa: Ipa) -> GuestPage {
+        guest.frame(ipa).map_or(GuestPage::Absent, |frame| self.guest_run(machine, guest, IpaRange::single(frame)).0)
+    }
+
+    /// Returns what the first frame of `range` is to the guest, and how many frames from there on are known to be the same:
+    /// at least one. Frames without tables cost nothing, however many they are. Behind the last frame there is nothing.
+    #[must_use]
+    pub fn guest_run<M: Machine>(&self, machine: &M, guest: &GuestMemory, range: IpaRange) -> (GuestPage, u64) {
+        let Ok(range) = IpaRange::from_bounds(range.base().raw(), range.end().min(guest.end())) else {
+            return (GuestPage::Absent, range.pages());
+        };
+        let inner = self.lock();
+        let tables = guest.lock();
+        let (first, pages) = inner.run(machine, guest, &tables, range, View::Private);
+        match (first, guest.other(View::Private), first_pages(range, pages)) {
+            (GuestPage::Absent, Some(view), Some(frames)) => inner.run(machine, guest, &tables, frames, view),
+            _ => (first, pages),
+        }
+    }
+
+    /// Calls `f` with the pages in the first frames of `range`, which are private or lent, contiguous pages at a time, while
+    /// EL2 has them mapped for reading and writing at their physical addresses. Returns how many frames that was. The guest
+    /// may access them at the same time. `f` must not call methods of this.
+    ///
+    /// # Errors
+    ///
+    /// [`GuestReason::Absent`], [`GuestReason::Poisoned`], [`GuestReason::Denied`] for pages that are shared,
+    /// [`GuestReason::OutOfRange`], [`GuestReason::NoMemory`].
+    pub fn with_guest_pages<M: Machine>(
+        &self,
+        machine: &M,
+        guest: &GuestMemory,
+        range: IpaRange,
+        f: &mut dyn FnMut(PhysRange),
+    ) -> Result<u64, GuestFailure> {
+        let mut inner = self.lock();
+        let tables = guest.lock();
+        let plan = inner.plan(machine, guest, &tables, range, &LOOK)?;
+        let (runs, pages) = inner.runs(machine, guest, &tables, plan.frames, View::Private);
+        if !inner.reserve_transient(machine) {
+            return Err(GuestFailure { reason: GuestReason::NoMemory, ipa: range.base() });
+        }
+        inner.with_mapped(machine, runs.iter().map(|run| run.pages), f);
+        Ok(pages)
+    }
+
+    /// Returns slot and frame of the guest that owns the page of `addr` or has borrowed it.
+    #[must_use]
+    pub fn page_owner(&self, addr: PhysAddr) -> Option<(u8, Ipa)> {
+        let (slot, frame) = self.lock().table.entry(addr.page())?.guest()?;
+        Some((slot, address(frame)?))
+    }
+}
+
+impl<P: TablePool> Inner<'_, P> {
+    /// Calls `f` in ascending order with what there is in `frames`, until `f` breaks. The number is the steps that it takes to
+    /// change that.
+    pub(super) fn look<M: Machine, B>(
+        &self,
+        machine: &M,
+        guest: &GuestMemory,
+        tables: &Guest,
+        frames: IpaRange,
+        view: View,
+        f: &mut dyn FnMut(IpaRange, Content, u64) -> ControlFlow<B>,
+    ) -> ControlFlow<B> {
+        let mapped = guest.in_view(view, frames);
+        let offset = mapped.base().raw().wrapping_sub(frames.base().raw());
+        tables.visit(machine, mapped, &mut |part, found| {
+            let Ok(part) = IpaRange::new(part.base().raw().wrapping_sub(offset), part.pages()) else {
+                return ControlFlow::Continue(());
+            };
+            let (pages, by_page) = match found {
+                Place::Absent => return f(part, Content::Absent, 1),
+                Place::Poisoned => return f(part, Content::Poisoned, 1),
+                Place::Pages { pages, by_page } => (pages, by_page),
+            };
+            self.table.visit(pages, &mut |run, entry, steps| {
+                let behind = run.base().raw().wrapping_sub(pages.base().raw());
+                let steps = if by_page { run.pages() } else { steps };
+                match IpaRange::new(part.base().raw().wrapping_add(behind), run.pages()) {
+                    Ok(part) => f(part, Content::Pages(run, entry.unwrap_or(Entry::NOBODY)), steps),
+                    Err(_) => ControlFlow::Continue(()),
+                }
+            })
+        })
+    }
+
+    /// Returns what the first frame of `range` is in `view`, and how many frames are known to be the same.
+    fn run<M: Machine>(
+        &self,
+        machine: &M,
+        guest: &GuestMemory,
+        tables: &Guest,
+        range: IpaRange,
+        view: View,
+    ) -> (GuestPage, u64) {
+        let (mut first, mut pages, mut left) = (None, 0_u64, MAX_STEPS);
+        let _: ControlFlow<()> = self.look(machine, guest, tables, range, view, &mut |frames, content, steps| {
+            let page = match content {
+                Content::Absent => GuestPage::Absent,
+                Content::Poisoned => GuestPage::Poisoned,
+                Content::Pages(_, entry) => match entry.state() {
+                    State::GUEST_OWNED => GuestPage::Private,
+                    State::GUEST_OFFERED => GuestPage::Offered,
+                    State::GUEST_CLAIMED => GuestPage::Claimed,
+                    _ => GuestPage::Lent,
+                },
+            };
+            if *first.get_or_insert(page) != page || left == 0 {
+                return ControlFlow::Break(());
+            }
+            pages = pages.saturating_add(frames.pages());
+            left = left.saturating_sub(steps);
+            ControlFlow::Continue(())
+        });
+        (first.unwrap_or(GuestPage::Absent), pages.max(1))
+    }
+
+    /// Collects the pages in the first of `frames`, as far as they fit into one call. Returns them, and how many frames that is.
+    /// Frames without pages are passed over, a step for each descriptor.
+    pub(super) fn runs<M: Machine>(
+        &self,
+        machine: &M,
+        guest: &GuestMemory,
+        tables: &Guest,
+        frames: IpaRange,
+        view: View,
+    ) -> (ArrayVec<Run, MAX_RUNS>, u64) {
+        let mut runs = ArrayVec::<Run, MAX_RUNS>::new();
+        let (mut left, mut done) = (MAX_STEPS, 0_u64);
+        let _: ControlFlow<()> = self.look(machine, guest, tables, frames, view, &mut |part, content, _| {
+            let (passed, steps) = match content {
+                Content::Absent | Content::Poisoned => (part.pages(), 1),
+                Content::Pages(pages, entry) => {
+                    let scrub = entry.state() == State::GUEST_OWNED;
+                    let Ok(pages) = PhysRange::new(pages.base().raw(), pages.pages().min(left)) else {
+                        return ControlFlow::Break(());
+                    };
+                    let last =
+                        runs.last_mut().filter(|last| last.pages.end() == pages.base().raw() && last.scrub == scrub);
+                    match last {
+                        Some(last) => {
+                            last.pages = PhysRange::from_bounds(last.pages.base().raw(), pages.end()).unwrap_or(pages);
+                        }
+                        None => {
+                            if runs.try_push(Run { pages, scrub }).is_err() {
+                                return ControlFlow::Break(());
+                            }
+                        }
+                    }
+                    (pages.pages(), pages.pages())
+                }
+            };
+            done = done.saturating_add(passed);
+            left = left.saturating_sub(steps);
+            if left == 0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        (runs, done)
+    }
+}
+
+impl Guest {
+    /// Calls `f` in ascending order with parts of `range`, guest addresses, and what is there, until `f` breaks. Pages that
+    /// follow each other in both spaces go together, up to [`MAX_STEPS`] of them.
+    pub(super) fn visit<M: Machine, B>(
+        &self,
+        machine: &M,
+        range: IpaRange,
+        f: &mut dyn FnMut(IpaRange, Place) -> ControlFlow<B>,
+    ) -> ControlFlow<B> {
+        let mut run: Option<(IpaRange, PhysRange)> = None;
+        self.tables.visit(machine, range, &mut |part, found| {
+            let (place, page) = match found {
+                Found::Poisoned => (Place::Poisoned, None),
+                Found::Absent | Found::Leaf(None) => (Place::Absent, None),
+                Found::Leaf(Some(mapping)) => {
+                    let Ok(pages) = PhysRange::new(mapping.to.raw(), part.pages()) else {
+                        return ControlFlow::Continue(());
+                    };
+                    (Place::Pages { pages, by_page: false }, (part.pages() == 1).then_some(pages))
+                }
+            };
+            if let (Some((at, pages)), Some(page)) = (run, page)
+                && at.pages() < MAX_STEPS
+                && pages.end() == page.base().raw()
+                && let Ok(at) = IpaRange::from_bounds(at.base().raw(), part.end())
+                && let Ok(pages) = PhysRange::from_bounds(pages.base().raw(), page.end())
+            {
+                run = Some((at, pages));
+                return ControlFlow::Continue(());
+            }
+            if let Some((at, pages)) = run.take() {
+                f(at, Place::Pages { pages, by_page: true })?;
+            }
+            match page {
+                Some(page) => run = Some((part, page)),
+                None => f(part, place)?,
+            }
+            ControlFlow::Continue(())
+        })?;
+        match run {
+            Some((at, pages)) => f(at, Place::Pages { pages, by_page: true }),
+            None => ControlFlow::Continue(()),
+        }
+    }
+}

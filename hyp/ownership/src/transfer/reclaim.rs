@@ -1,0 +1,185 @@
+//! From a guest back to the host.
+
+use core::ops::ControlFlow;
+
+use ravelin_memory::{IpaRange, PhysRange};
+use ravelin_pgtable::{Flush, Machine, TablePool};
+
+use super::{Change, MAX_STEPS, address};
+use crate::{
+    entry::{Entry, State},
+    guest::{Guest, GuestMemory, View, first_pages},
+    memory::{Inner, Memory},
+    reason::{GuestFailure, GuestReason, HostFailure},
+};
+
+const UNLEND: Change = Change { view: View::Private, from: &[State::HOST_LENT], to: State::HOST_OWNED, by_page: false };
+const RELINQUISH: Change =
+    Change { view: View::Private, from: &[State::GUEST_OWNED], to: State::HOST_OWNED, by_page: true };
+
+impl<P: TablePool> Memory<'_, P> {
+    /// Ends what [`Memory::lend`] began. One invalidation of the guest's stage 2.
+    ///
+    /// # Errors
+    ///
+    /// [`GuestReason::Denied`] for a page that is not lent, [`GuestReason::Absent`], [`GuestReason::TooLarge`],
+    /// [`GuestReason::NeedsTables`] to cut a block.
+    pub fn unlend<M: Machine>(&self, machine: &M, guest: &GuestMemory, range: IpaRange) -> Result<(), GuestFailure> {
+        let mut inner = self.lock();
+        let mut tables = guest.lock();
+        let plan = inner.plan_all(machine, guest, &tables, range, &UNLEND)?;
+        tables.have_for_cut(machine, plan.frames)?;
+        inner.set_state(machine, guest, &tables, plan.frames, &UNLEND);
+        inner.unmap_guest(machine, &mut tables, plan.frames);
+        tables.pages = tables.pages.saturating_sub(plan.frames.pages());
+        Ok(())
+    }
+
+    /// Gives private pages of a guest to the host, scrubbed: the first pages of `range`. Returns how many. One invalidation of
+    /// the guest's stage 2.
+    ///
+    /// # Errors
+    ///
+    /// As [`Memory::guest_share`]; [`GuestReason::NeedsTables`] to cut a block; [`GuestReason::NoMemory`].
+    pub fn guest_relinquish<M: Machine>(
+        &self,
+        machine: &M,
+        guest: &GuestMemory,
+        range: IpaRange,
+    ) -> Result<u64, GuestFailure> {
+        let mut inner = self.lock();
+        let mut tables = guest.lock();
+        let plan = inner.plan(machine, guest, &tables, range, &RELINQUISH)?;
+        inner.empty(machine, guest, &mut tables, plan.frames, View::Private)
+    }
+
+    /// Takes private pages from a living guest and returns them to the host, scrubbed. Their frames are poisoned. One
+    /// invalidation of the guest's stage 2.
+    ///
+    /// # Errors
+    ///
+    /// [`GuestReason::Denied`] for a page that is not this guest's alone; [`GuestReason::TooLarge`];
+    /// [`GuestReason::NeedsTables`] to cut a block; [`GuestReason::NoMemory`].
+    pub fn force_reclaim<M: Machine>(
+        &self,
+        machine: &M,
+        guest: &GuestMemory,
+        range: PhysRange,
+    ) -> Result<(), HostFailure> {
+        self.lock().force_reclaim(machine, guest, range)
+    }
+
+    /// Returns pages of a dying guest to the host, scrubbed if they were private: those in the first frames of `range`. Returns
+    /// how many frames that is, without page or with. One invalidation of the guest's stage 2; for a realm two.
+    ///
+    /// # Errors
+    ///
+    /// [`GuestReason::Denied`] if the guest is not dying; [`GuestReason::OutOfRange`]; [`GuestReason::NeedsTables`] to cut a
+    /// block; [`GuestReason::NoMemory`].
+    pub fn reclaim<M: Machine>(&self, machine: &M, guest: &GuestMemory, range: IpaRange) -> Result<u64, GuestFailure> {
+        let mut inner = self.lock();
+        let mut tables = guest.lock();
+        let failure = |reason| GuestFailure { reason, ipa: range.base() };
+        if !tables.dying {
+            return Err(failure(GuestReason::Denied));
+        }
+        if range.end() > guest.end() {
+            return Err(failure(GuestReason::OutOfRange));
+        }
+        let done = inner.empty(machine, guest, &mut tables, range, View::Private)?;
+        match (guest.other(View::Private), first_pages(range, done)) {
+            (Some(view), Some(frames)) => inner.empty(machine, guest, &mut tables, frames, view),
+            _ => Ok(done),
+        }
+    }
+}
+
+impl<P: TablePool> Inner<'_, P> {
+    /// Returns the pages in the first of `frames` to the host, and how many frames that is. Private ones are scrubbed, once
+    /// the guest can no longer write to them.
+    pub(super) fn empty<M: Machine>(
+        &mut self,
+        machine: &M,
+        guest: &GuestMemory,
+        tables: &mut Guest,
+        frames: IpaRange,
+        view: View,
+    ) -> Result<u64, GuestFailure> {
+        let (runs, done) = self.runs(machine, guest, tables, frames, view);
+        let Some(frames) = first_pages(frames, done) else {
+            return Ok(0);
+        };
+        let mapped = guest.in_view(view, frames);
+        tables.have_for_cut(machine, mapped).map_err(|failure| GuestFailure { ipa: frames.base(), ..failure })?;
+        if !self.reserve_transient(machine) {
+            return Err(GuestFailure { reason: GuestReason::NoMemory, ipa: frames.base() });
+        }
+        self.unmap_guest(machine, tables, mapped);
+        let scrubbed = runs.iter().filter(|run| run.scrub).map(|run| run.pages);
+        self.with_mapped(machine, scrubbed, &mut |pages| machine.scrub(pages));
+        let mut flush = Flush::new();
+        for run in runs {
+            flush = self.assign(machine, run.pages, Entry::new(State::HOST_OWNED, 0), flush);
+            tables.pages = tables.pages.saturating_sub(run.pages.pages());
+        }
+        self.flush_host(machine, flush);
+        Ok(done)
+    }
+
+    fn force_reclaim<M: Machine>(
+        &mut self,
+        machine: &M,
+        guest: &GuestMemory,
+        range: PhysRange,
+    ) -> Result<(), HostFailure> {
+        let failure = |reason, page| HostFailure { reason, page };
+        let refuse = |reason| Err(failure(reason, range.base()));
+        let mut tables = guest.lock();
+        if range.pages() > MAX_STEPS {
+            return refuse(GuestReason::TooLarge);
+        }
+        if tables.dying {
+            return refuse(GuestReason::Denied);
+        }
+        let mut needed = 0_usize;
+        let frames_of = |entry: Option<Entry>, run: PhysRange| {
+            let entry = entry.filter(|entry| entry.state() == State::GUEST_OWNED)?;
+            let (_, frame) = entry.guest().filter(|&(slot, _)| slot == guest.slot())?;
+            IpaRange::new(address(frame)?.raw(), run.pages()).ok()
+        };
+        let checked = self.table.visit(range, &mut |run, entry, _| match frames_of(entry, run) {
+            Some(frames) => {
+                // A block of the guest's is contiguous memory, so it is cut by one run only.
+                needed = needed.saturating_add(tables.tables.tables_to_unmap(machine, frames, None));
+                ControlFlow::Continue(())
+            }
+            None => {
+                let reason = if entry.is_some() { GuestReason::Denied } else { GuestReason::NotRam };
+                ControlFlow::Break(failure(reason, run.base()))
+            }
+        });
+        if let ControlFlow::Break(failure) = checked {
+            return Err(failure);
+        }
+        if needed > tables.spare.available {
+            return refuse(GuestReason::NeedsTables(needed.saturating_sub(tables.spare.available)));
+        }
+        if !self.reserve_transient(machine) {
+            return refuse(GuestReason::NoMemory);
+        }
+        let mut flush = Flush::new();
+        let Guest { tables, spare, pages, .. } = &mut *tables;
+        let _: ControlFlow<()> = self.table.visit(range, &mut |run, entry, _| {
+            if let Some(frames) = frames_of(entry, run) {
+                flush = tables.poison(machine, &mut spare.pool(machine), frames, core::mem::take(&mut flush));
+            }
+            ControlFlow::Continue(())
+        });
+        self.flush_guest(machine, tables, &mut spare.pool(machine), flush);
+        self.with_mapped(machine, core::iter::once(range), &mut |run| machine.scrub(run));
+        let flush = self.assign(machine, range, Entry::new(State::HOST_OWNED, 0), Flush::new());
+        self.flush_host(machine, flush);
+        *pages = pages.saturating_sub(range.pages());
+        Ok(())
+    }
+}
