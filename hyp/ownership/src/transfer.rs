@@ -83,9 +83,13 @@ impl<P: TablePool> Inner<'_, P> {
             {
                 return ControlFlow::Break(Err(failure(refusal(change, entry.state()), frames)));
             }
+            let steps = if change.by_page { frames.pages() } else { steps };
+            if change.by_page && steps > left {
+                // The limit must not cut a block, which would take a table. What comes first always fits.
+                return ControlFlow::Break(Ok(()));
+            }
             claimed |= entry.state() == State::GUEST_CLAIMED;
             // A block that is one step fits, because at least one is left.
-            let steps = if change.by_page { frames.pages() } else { steps };
             let part = if steps <= left { frames.pages() } else { left };
             pages = pages.saturating_add(part);
             left = left.saturating_sub(steps);
@@ -194,12 +198,16 @@ impl<P: TablePool> Inner<'_, P> {
 impl Guest {
     /// Makes sure that there are tables to take `range`, guest addresses, out of blocks that it cuts.
     fn have_for_cut<M: Machine>(&self, machine: &M, range: IpaRange) -> Result<(), GuestFailure> {
-        let needed = self.tables.tables_to_unmap(machine, range, None);
-        if needed <= self.spare.available {
-            return Ok(());
+        let failure = |reason| GuestFailure { reason, ipa: range.base() };
+        self.have(self.tables.tables_to_unmap(machine, range, None)).map_err(failure)
+    }
+
+    /// Makes sure that there are `needed` pages for tables.
+    fn have(&self, needed: usize) -> Result<(), GuestReason> {
+        match needed.saturating_sub(self.spare.available) {
+            0 => Ok(()),
+            missing => Err(GuestReason::NeedsTables(missing)),
         }
-        let reason = GuestReason::NeedsTables(needed.saturating_sub(self.spare.available));
-        Err(GuestFailure { reason, ipa: range.base() })
     }
 }
 

@@ -757,3 +757,79 @@ fn transient_mappings_take_the_hosts_tables_if_they_must() {
     rig.check_guest(&guest);
     rig.destroy(guest, frames(RAM, 512));
 }
+
+#[test]
+fn the_limit_of_a_call_does_not_cut_blocks() {
+    // Tables for a page and a block, and none to cut that.
+    let block = RAM + 2 * MIB;
+    for dying in [false, true] {
+        with_rig(|rig| {
+            let guest = rig.guest(0, GuestKind::Pkvm, 2);
+            rig.give(&guest, GIB, 1, block - PAGE).unwrap();
+            rig.give(&guest, GIB + 2 * MIB, 512, block).unwrap();
+            let looked = rig.memory.with_guest_pages(&rig.machine, &guest, frames(block - PAGE, 513), &mut |_| ());
+            assert_eq!(looked, Ok(1));
+            let change = if dying { Reclaim } else { Relinquish };
+            if dying {
+                guest.kill();
+            }
+            assert_eq!(rig.change(change, &guest, block - PAGE, 513), Ok(1));
+            assert_eq!(rig.change(change, &guest, block, 512), Ok(512));
+            assert!(guest.is_empty());
+            rig.destroy(guest, frames(RAM, 1024));
+        });
+    }
+}
+
+#[test]
+fn a_reclaim_without_tables_changes_neither_half_of_a_realm() {
+    with_rig(|rig| {
+        let guest = rig.guest(0, GuestKind::Realm, 4);
+        rig.give(&guest, GIB, 2, RAM - 2 * PAGE).unwrap();
+        rig.give(&guest, GIB + 2 * MIB, 512, RAM).unwrap();
+        assert_eq!(rig.change(GuestShare, &guest, RAM, 512), Ok(512));
+        rig.give(&guest, GIB + 4 * MIB, 512, RAM + 2 * MIB).unwrap();
+        assert_eq!(guest.lock().spare.available, 0);
+        guest.kill();
+        let before = rig.everything();
+        // Of the two pages one, so that their table stays; of the block one.
+        let part = (RAM - PAGE, 2);
+        assert_eq!(rig.change(Reclaim, &guest, part.0, part.1), refused(GuestReason::NeedsTables(1), part.0));
+        assert!(rig.everything() == before, "a refused reclaim changed something");
+        rig.add_tables(&guest, 6, 1);
+        assert_eq!(rig.change(Reclaim, &guest, part.0, part.1), Ok(2));
+        rig.check_guest(&guest);
+        rig.destroy(guest, frames(RAM - 2 * PAGE, 2048));
+    });
+}
+
+#[test]
+fn poison_of_many_blocks_is_dropped_in_several_calls() {
+    with_rig(|rig| {
+        let guest = rig.guest(0, GuestKind::Pkvm, 16);
+        rig.memory.add_guest_tables(&rig.machine, &guest, range(GIB + 4 * MIB, 512)).unwrap();
+        rig.memory.add_guest_tables(&rig.machine, &guest, range(GIB + 6 * MIB, 100)).unwrap();
+        // A page in each, and the last of the address space; and a whole one.
+        let blocks = 600;
+        let last = (1 << 40) - PAGE;
+        for at in (0..blocks).map(|block| RAM + block * 2 * MIB + block % 512 * PAGE).chain([last]) {
+            let at = Ipa::new(at).unwrap();
+            rig.memory.donate_to_guest(&rig.machine, &guest, range(GIB, 1), at).unwrap();
+            rig.memory.force_reclaim(&rig.machine, &guest, range(GIB, 1)).unwrap();
+        }
+        rig.give(&guest, GIB + 2 * MIB, 512, RAM + 4 * GIB).unwrap();
+        rig.force(&guest, GIB + 2 * MIB, 512).unwrap();
+        guest.kill();
+        let release = || rig.memory.release_guest_tables(&rig.machine, &guest, 8);
+        let all = guest.table_pages();
+        let _ = rig.machine.take_log();
+        assert_eq!(release(), Ok(all - 8));
+        assert!(invalidations(&rig.machine.take_log()).len() <= 2, "one of the guest's stage 2, one of EL2");
+        rig.check_guest(&guest);
+        let in_use = guest.lock().spare.in_use;
+        assert!((80..120).contains(&in_use), "{in_use}");
+        assert_eq!(release(), Ok(all - 16));
+        assert_eq!(guest.lock().spare.in_use, 0);
+        rig.destroy(guest, frames(RAM, 1));
+    });
+}

@@ -101,9 +101,7 @@ impl<P: TablePool> Inner<'_, P> {
             }
         }
         let needed = tables.tables.tables_to_map(machine, frames, range.base(), Stage2Usage::Memory);
-        if needed > tables.spare.available {
-            return refuse(GuestReason::NeedsTables(needed.saturating_sub(tables.spare.available)));
-        }
+        tables.have(needed).or_else(refuse)?;
         if !self.reserve_transient(machine) {
             return refuse(GuestReason::NoMemory);
         }

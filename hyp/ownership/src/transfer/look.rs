@@ -190,7 +190,7 @@ impl<P: TablePool> Inner<'_, P> {
     }
 
     /// Collects the pages in the first of `frames`, as far as they fit into one call. Returns them, and how many frames that is.
-    /// Frames without pages are passed over, a step for each descriptor.
+    /// Frames without pages are passed over, a step for each descriptor. The limit does not cut blocks.
     pub(super) fn runs<M: Machine>(
         &self,
         machine: &M,
@@ -205,10 +205,10 @@ impl<P: TablePool> Inner<'_, P> {
             let (passed, steps) = match content {
                 Content::Absent | Content::Poisoned => (part.pages(), 1),
                 Content::Pages(pages, entry) => {
-                    let scrub = entry.state() == State::GUEST_OWNED;
-                    let Ok(pages) = PhysRange::new(pages.base().raw(), pages.pages().min(left)) else {
+                    if pages.pages() > left {
                         return ControlFlow::Break(());
-                    };
+                    }
+                    let scrub = entry.state() == State::GUEST_OWNED;
                     let last =
                         runs.last_mut().filter(|last| last.pages.end() == pages.base().raw() && last.scrub == scrub);
                     match last {

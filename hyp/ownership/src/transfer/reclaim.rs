@@ -86,11 +86,24 @@ impl<P: TablePool> Memory<'_, P> {
         if range.end() > guest.end() {
             return Err(failure(GuestReason::OutOfRange));
         }
-        let done = inner.empty(machine, guest, &mut tables, range, View::Private)?;
-        match (guest.other(View::Private), first_pages(range, done)) {
-            (Some(view), Some(frames)) => inner.empty(machine, guest, &mut tables, frames, view),
-            _ => Ok(done),
+        let views = || [Some(View::Private), guest.other(View::Private)].into_iter().flatten();
+        // As many frames as one call does in both halves of a realm.
+        let mut frames = range;
+        for view in views() {
+            let (_, done) = inner.runs(machine, guest, &tables, frames, view);
+            frames = first_pages(frames, done).unwrap_or(frames);
         }
+        let mut needed = 0_usize;
+        for view in views() {
+            let mapped = guest.in_view(view, frames);
+            needed = needed.saturating_add(tables.tables.tables_to_unmap(machine, mapped, None));
+        }
+        tables.have(needed).map_err(failure)?;
+        // So only the first of the two can fail.
+        for view in views() {
+            inner.empty(machine, guest, &mut tables, frames, view)?;
+        }
+        Ok(frames.pages())
     }
 }
 
@@ -161,9 +174,7 @@ impl<P: TablePool> Inner<'_, P> {
         if let ControlFlow::Break(failure) = checked {
             return Err(failure);
         }
-        if needed > tables.spare.available {
-            return refuse(GuestReason::NeedsTables(needed.saturating_sub(tables.spare.available)));
-        }
+        tables.have(needed).or_else(refuse)?;
         if !self.reserve_transient(machine) {
             return refuse(GuestReason::NoMemory);
         }

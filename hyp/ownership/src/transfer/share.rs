@@ -8,7 +8,7 @@ use crate::{
     entry::State,
     guest::{Guest, GuestMemory, View},
     memory::{Inner, Memory},
-    reason::{GuestFailure, GuestReason},
+    reason::GuestFailure,
 };
 
 /// What became of an unshare.
@@ -122,10 +122,7 @@ impl<P: TablePool> Inner<'_, P> {
         };
         let (from, to) = (guest.in_view(change.view, frames), guest.in_view(other, frames));
         let needed = tables.tables_to_move(machine, from, to);
-        if needed > tables.spare.available {
-            let reason = GuestReason::NeedsTables(needed.saturating_sub(tables.spare.available));
-            return Err(GuestFailure { reason, ipa: frames.base() });
-        }
+        tables.have(needed).map_err(|reason| GuestFailure { reason, ipa: frames.base() })?;
         self.set_state(machine, guest, tables, frames, change);
         tables.for_each_leaf_moved(machine, from, to, &mut |tables, part, pages| {
             let Guest { tables, spare, .. } = tables;

@@ -1,14 +1,16 @@
 //! What guests are made of: pages for their objects and tables.
 
+use core::ops::ControlFlow;
+
 use arrayvec::ArrayVec;
-use ravelin_memory::{PhysAddr, PhysRange};
-use ravelin_pgtable::{Flush, Geometry, Machine, TablePool};
+use ravelin_memory::{BLOCK_SIZE, IpaRange, PAGE_SIZE, PhysAddr, PhysRange};
+use ravelin_pgtable::{Flush, Found, Geometry, Machine, TablePool};
 
 use super::{MAX_RUNS, MAX_STEPS};
 use crate::{
     HOST_RESERVE,
     entry::{Entry, State},
-    guest::{Guest, GuestKind, GuestMemory},
+    guest::{Guest, GuestKind, GuestMemory, Spare},
     memory::{Failure, Inner, Memory, Reason},
     reason::{GuestReason, HostFailure},
     step::Step,
@@ -110,7 +112,7 @@ impl<P: TablePool> Memory<'_, P> {
         if !tables.dying || tables.pages != 0 {
             return Err(GuestReason::Busy);
         }
-        inner.drop_tables(machine, &mut tables);
+        inner.drop_poison(machine, &mut tables);
         let mut left = most.min(MAX_STEPS);
         while left != 0 && tables.spare.available != 0 {
             let returned = inner.return_spare(machine, &mut tables, left);
@@ -119,15 +121,30 @@ impl<P: TablePool> Memory<'_, P> {
             }
             left = left.saturating_sub(returned);
         }
-        Ok(u64::try_from(tables.spare.available).unwrap_or(u64::MAX))
+        let Spare { available, in_use, .. } = tables.spare;
+        Ok(u64::try_from(available.saturating_add(in_use)).unwrap_or(u64::MAX))
     }
 }
 
 impl<P: TablePool> Inner<'_, P> {
-    /// Takes what is left in the tables of a guest without pages, which is poison, out of them.
-    fn drop_tables<M: Machine>(&mut self, machine: &M, tables: &mut Guest) {
+    /// Takes poison, which is all that there is in the tables of a guest without pages, out of up to [`MAX_STEPS`] blocks of
+    /// its address space.
+    fn drop_poison<M: Machine>(&mut self, machine: &M, tables: &mut Guest) {
         let Guest { tables, spare, .. } = tables;
-        let flush = tables.unmap_all(machine, &mut spare.pool(machine), Flush::new());
+        let (mut from, end) = (0, tables.geometry().end());
+        let mut flush = Flush::new();
+        for _ in 0..MAX_STEPS {
+            let Ok(rest) = IpaRange::from_bounds(from, end) else { break };
+            let found = tables.visit(machine, rest, &mut |part, found| match found {
+                // A last-level table is not empty, so its poison need not be looked for.
+                Found::Absent if part.pages() != 1 => ControlFlow::Continue(()),
+                _ => ControlFlow::Break(part.base().align_down(BLOCK_SIZE)),
+            });
+            let ControlFlow::Break(base) = found else { break };
+            let Ok(block) = IpaRange::new(base.raw(), BLOCK_SIZE / PAGE_SIZE) else { break };
+            flush = tables.unmap(machine, &mut spare.pool(machine), block, flush);
+            from = block.end();
+        }
         self.flush_guest(machine, tables, &mut spare.pool(machine), flush);
     }
 
