@@ -30,10 +30,22 @@ type TestMemory<'a, 'm> = MachineMemory<'a, 'm, RecordingPool, TestMachine>;
 #[derive(Default)]
 struct TestMachine {
     inner: RecordingMachine,
-    written: Mutex<Vec<(PhysAddr, Vec<u8>)>>,
+    accesses: Mutex<Vec<Access>>,
+}
+
+/// What was done with the bytes of pages.
+#[derive(Debug, PartialEq, Eq)]
+enum Access {
+    Read(PhysAddr),
+    Write(PhysAddr, Vec<u8>),
+    Clean(PhysRange),
 }
 
 impl TestMachine {
+    fn access(&self, access: Access) {
+        self.accesses.lock().unwrap().push(access);
+    }
+
     fn assert_mapped(&self, at: PhysAddr) {
         let answers = self.inner.translate(Stage::El2, at.page().raw());
         assert!(answers.iter().all(|answer| answer.is_some_and(|leaf| leaf.to == at.page())), "{at} is not mapped");
@@ -43,12 +55,13 @@ impl TestMachine {
 impl PageAccess for TestMachine {
     fn read_bytes(&self, at: PhysAddr, bytes: &mut [u8]) {
         self.assert_mapped(at);
+        self.access(Access::Read(at));
         bytes.fill(self.inner.peek(at.page()) as u8);
     }
 
     fn write_bytes(&self, at: PhysAddr, bytes: &[u8]) {
         self.assert_mapped(at);
-        self.written.lock().unwrap().push((at, bytes.to_vec()));
+        self.access(Access::Write(at, bytes.to_vec()));
     }
 }
 
@@ -87,6 +100,7 @@ impl Machine for TestMachine {
 
     fn clean(&self, range: PhysRange) {
         self.inner.clean(range);
+        self.access(Access::Clean(range));
     }
 }
 
@@ -275,10 +289,13 @@ fn a_realm_there_and_back() {
         assert_eq!(world.call(handle, [0xc400_0198, GUEST, GUEST + 16 * PAGE_SIZE]).1, [0, GUEST + 16 * PAGE_SIZE, 1]);
 
         assert_eq!(world.call(handle, [0xc400_0196, GUEST + PAGE_SIZE]).1[0], 0);
-        let written = memory.machine.written.lock().unwrap();
+        // Its caches may be off.
         let config = PhysAddr::new(PAYLOAD + PAGE_SIZE).unwrap();
-        assert_eq!(written.last(), Some(&(config, vec![40, 0, 0, 0, 0, 0, 0, 0, 0])));
-        drop(written);
+        let clean = || Access::Clean(PhysRange::single(config));
+        let written = Access::Write(config, vec![40, 0, 0, 0, 0, 0, 0, 0, 0]);
+        assert!(memory.machine.accesses.lock().unwrap().ends_with(&[clean(), written, clean()]));
+        assert!(matches!(world.call(handle, [0xc400_0199, GUEST + PAGE_SIZE]).0, Some(Outcome::HostCall { .. })));
+        assert!(memory.machine.accesses.lock().unwrap().ends_with(&[clean(), Access::Read(config)]));
         world.call(handle, [SET, at, top, 0, 0]);
         world.end(handle, VmKind::Realm);
     });
