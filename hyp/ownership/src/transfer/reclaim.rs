@@ -91,7 +91,8 @@ impl<P: TablePool> Memory<'_, P> {
         let mut frames = range;
         for view in views() {
             let (_, done) = inner.runs(machine, guest, &tables, frames, view);
-            frames = first_pages(frames, done).unwrap_or(frames);
+            let Some(first) = first_pages(frames, done) else { return Ok(0) };
+            frames = first;
         }
         let mut needed = 0_usize;
         for view in views() {
@@ -101,7 +102,8 @@ impl<P: TablePool> Memory<'_, P> {
         tables.have(needed).map_err(failure)?;
         // So only the first of the two can fail.
         for view in views() {
-            inner.empty(machine, guest, &mut tables, frames, view)?;
+            let done = inner.empty(machine, guest, &mut tables, frames, view)?;
+            debug_assert_eq!(done, frames.pages());
         }
         Ok(frames.pages())
     }
