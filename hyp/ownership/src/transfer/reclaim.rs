@@ -110,8 +110,8 @@ impl<P: TablePool> Memory<'_, P> {
 }
 
 impl<P: TablePool> Inner<'_, P> {
-    /// Returns the pages in the first of `frames` to the host, and how many frames that is. Private ones are scrubbed, once
-    /// the guest can no longer write to them.
+    /// Returns the pages in the first of `frames` to the host, and how many frames that is. Once the guest can no longer write
+    /// to them, private ones are scrubbed, and others cleaned, so that the host sees what a guest without caches has written.
     pub(super) fn empty<M: Machine>(
         &mut self,
         machine: &M,
@@ -130,8 +130,11 @@ impl<P: TablePool> Inner<'_, P> {
             return Err(GuestFailure { reason: GuestReason::NoMemory, ipa: frames.base() });
         }
         self.unmap_guest(machine, tables, mapped);
-        let scrubbed = runs.iter().filter(|run| run.scrub).map(|run| run.pages);
-        self.with_mapped(machine, scrubbed, &mut |pages| machine.scrub(pages));
+        let mut scrub = runs.iter().map(|run| run.scrub);
+        self.with_mapped(machine, runs.iter().map(|run| run.pages), &mut |pages| match scrub.next() {
+            Some(false) => machine.clean(pages),
+            _ => machine.scrub(pages),
+        });
         let mut flush = Flush::new();
         for run in runs {
             flush = self.assign(machine, run.pages, Entry::new(State::HOST_OWNED, 0), flush);
