@@ -188,6 +188,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "takes Miri too long")]
     fn only_exact_numbers_are_calls() {
         for call in CALLS {
             let number = u64::from(call.number);

@@ -5,7 +5,7 @@ use core::ops::ControlFlow;
 use ravelin_memory::{IpaRange, PhysRange};
 use ravelin_pgtable::{Flush, Machine, TablePool};
 
-use super::{Change, MAX_STEPS, address, look::Runs};
+use super::{Change, MAX_STEPS, address};
 use crate::{
     entry::{Entry, State},
     guest::{Guest, GuestMemory, View, first_pages},
@@ -90,8 +90,9 @@ impl<P: TablePool> Memory<'_, P> {
         // As many frames as one call does in both halves of a realm.
         let mut frames = range;
         for view in views() {
-            let done = inner.runs(machine, guest, &tables, frames, view, &mut Runs::new());
-            frames = first_pages(frames, done).unwrap_or(frames);
+            let (_, done) = inner.runs(machine, guest, &tables, frames, view);
+            let Some(first) = first_pages(frames, done) else { return Ok(0) };
+            frames = first;
         }
         let mut needed = 0_usize;
         for view in views() {
@@ -101,15 +102,16 @@ impl<P: TablePool> Memory<'_, P> {
         tables.have(needed).map_err(failure)?;
         // So only the first of the two can fail.
         for view in views() {
-            inner.empty(machine, guest, &mut tables, frames, view)?;
+            let done = inner.empty(machine, guest, &mut tables, frames, view)?;
+            debug_assert_eq!(done, frames.pages());
         }
         Ok(frames.pages())
     }
 }
 
 impl<P: TablePool> Inner<'_, P> {
-    /// Returns the pages in the first of `frames` to the host, and how many frames that is. Private ones are scrubbed, once
-    /// the guest can no longer write to them.
+    /// Returns the pages in the first of `frames` to the host, and how many frames that is. Once the guest can no longer write
+    /// to them, private ones are scrubbed, and others cleaned, so that the host sees what a guest without caches has written.
     pub(super) fn empty<M: Machine>(
         &mut self,
         machine: &M,
@@ -118,8 +120,7 @@ impl<P: TablePool> Inner<'_, P> {
         frames: IpaRange,
         view: View,
     ) -> Result<u64, GuestFailure> {
-        let mut runs = Runs::new();
-        let done = self.runs(machine, guest, tables, frames, view, &mut runs);
+        let (runs, done) = self.runs(machine, guest, tables, frames, view);
         let Some(frames) = first_pages(frames, done) else {
             return Ok(0);
         };
@@ -129,10 +130,13 @@ impl<P: TablePool> Inner<'_, P> {
             return Err(GuestFailure { reason: GuestReason::NoMemory, ipa: frames.base() });
         }
         self.unmap_guest(machine, tables, mapped);
-        let scrubbed = runs.iter().filter(|run| run.scrub).map(|run| run.pages);
-        self.with_mapped(machine, scrubbed, &mut |pages| machine.scrub(pages));
+        let mut scrub = runs.iter().map(|run| run.scrub);
+        self.with_mapped(machine, runs.iter().map(|run| run.pages), &mut |pages| match scrub.next() {
+            Some(false) => machine.clean(pages),
+            _ => machine.scrub(pages),
+        });
         let mut flush = Flush::new();
-        for run in &runs {
+        for run in runs {
             flush = self.assign(machine, run.pages, Entry::new(State::HOST_OWNED, 0), flush);
             tables.pages = tables.pages.saturating_sub(run.pages.pages());
         }

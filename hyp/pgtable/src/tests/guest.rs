@@ -125,6 +125,7 @@ fn nothing_is_mapped_where_poison_is() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn a_part_of_a_block_is_poisoned_without_its_neighbours() {
     let (mut rig, mut guest) = guest();
     rig.give(&mut guest, pages(GIB, 1024), 8 * GIB);
@@ -138,6 +139,7 @@ fn a_part_of_a_block_is_poisoned_without_its_neighbours() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn a_whole_block_is_poisoned_by_one_descriptor() {
     let (mut rig, mut guest) = guest();
     rig.give(&mut guest, pages(GIB, 512), 8 * GIB);
