@@ -30,7 +30,7 @@ pub use share::Unshare;
 pub const MAX_STEPS: u64 = 512;
 
 /// Runs of contiguous pages that one call scrubs at most.
-const MAX_RUNS: usize = 64;
+const MAX_RUNS: usize = 32;
 
 /// A change of state of frames that a guest has.
 struct Change {

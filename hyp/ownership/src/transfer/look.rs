@@ -59,6 +59,9 @@ pub(super) struct Run {
     pub(super) scrub: bool,
 }
 
+/// What one call scrubs. On the stack of a CPU, which is short.
+pub(super) type Runs = ArrayVec<Run, MAX_RUNS>;
+
 /// Looks at private memory and changes nothing.
 const LOOK: Change = Change {
     view: View::Private,
@@ -108,7 +111,8 @@ impl<P: TablePool> Memory<'_, P> {
         let mut inner = self.lock();
         let tables = guest.lock();
         let plan = inner.plan(machine, guest, &tables, range, &LOOK)?;
-        let (runs, pages) = inner.runs(machine, guest, &tables, plan.frames, View::Private);
+        let mut runs = Runs::new();
+        let pages = inner.runs(machine, guest, &tables, plan.frames, View::Private, &mut runs);
         if !inner.reserve_transient(machine) {
             return Err(GuestFailure { reason: GuestReason::NoMemory, ipa: range.base() });
         }
@@ -195,7 +199,7 @@ impl<P: TablePool> Inner<'_, P> {
         (first.unwrap_or(GuestPage::Absent), pages.max(1))
     }
 
-    /// Collects the pages in the first of `frames`, as far as they fit into one call. Returns them, and how many frames that is.
+    /// Collects in `runs` the pages in the first of `frames`, as far as they fit into one call. Returns how many frames that is.
     /// Frames without pages are passed over, a step for each descriptor. The limit does not cut blocks.
     pub(super) fn runs<M: Machine>(
         &self,
@@ -204,8 +208,8 @@ impl<P: TablePool> Inner<'_, P> {
         tables: &Guest,
         frames: IpaRange,
         view: View,
-    ) -> (ArrayVec<Run, MAX_RUNS>, u64) {
-        let mut runs = ArrayVec::<Run, MAX_RUNS>::new();
+        runs: &mut Runs,
+    ) -> u64 {
         let (mut left, mut done) = (MAX_STEPS, 0_u64);
         let _: ControlFlow<()> = self.look(machine, guest, tables, frames, view, &mut |part, content, _| {
             let (passed, steps) = match content {
@@ -234,7 +238,7 @@ impl<P: TablePool> Inner<'_, P> {
             left = left.saturating_sub(steps);
             if left == 0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         });
-        (runs, done)
+        done
     }
 }
 

@@ -5,7 +5,7 @@ use core::ops::ControlFlow;
 use ravelin_memory::{IpaRange, PhysRange};
 use ravelin_pgtable::{Flush, Machine, TablePool};
 
-use super::{Change, MAX_STEPS, address};
+use super::{Change, MAX_STEPS, address, look::Runs};
 use crate::{
     entry::{Entry, State},
     guest::{Guest, GuestMemory, View, first_pages},
@@ -90,7 +90,7 @@ impl<P: TablePool> Memory<'_, P> {
         // As many frames as one call does in both halves of a realm.
         let mut frames = range;
         for view in views() {
-            let (_, done) = inner.runs(machine, guest, &tables, frames, view);
+            let done = inner.runs(machine, guest, &tables, frames, view, &mut Runs::new());
             let Some(first) = first_pages(frames, done) else { return Ok(0) };
             frames = first;
         }
@@ -120,7 +120,8 @@ impl<P: TablePool> Inner<'_, P> {
         frames: IpaRange,
         view: View,
     ) -> Result<u64, GuestFailure> {
-        let (runs, done) = self.runs(machine, guest, tables, frames, view);
+        let mut runs = Runs::new();
+        let done = self.runs(machine, guest, tables, frames, view, &mut runs);
         let Some(frames) = first_pages(frames, done) else {
             return Ok(0);
         };
@@ -136,7 +137,7 @@ impl<P: TablePool> Inner<'_, P> {
             _ => machine.scrub(pages),
         });
         let mut flush = Flush::new();
-        for run in runs {
+        for run in &runs {
             flush = self.assign(machine, run.pages, Entry::new(State::HOST_OWNED, 0), flush);
             tables.pages = tables.pages.saturating_sub(run.pages.pages());
         }
