@@ -129,7 +129,7 @@ mod tests {
     fn frames_are_aligned_and_apart() {
         assert!(GicFrames::new(0x800_0000, 0x801_0000, 128).is_some());
         for (distributor, redistributors) in
-            [(0x800_1000, 0x80a_0000), (0x800_0000, 0x80a_8000), (0x803_0000, 0x800_0000), (u64::MAX & !0xffff, 0)]
+            [(0x800_1000, 0x80a_0000), (0x800_0000, 0x80a_8000), (0x803_0000, 0x800_0000), (!0xffff, 0)]
         {
             assert_eq!(GicFrames::new(distributor, redistributors, 2), None, "{distributor:#x} {redistributors:#x}");
         }

@@ -93,6 +93,7 @@ impl<O: ObjectMemory, G: Send + Sync> Vms<O, G, VcpuState> {
     ///
     /// Those of [`Vms::run`] and [`GuestCpu::leave_host`]; WRONG_STATE if the vCPU is off, or has ended; INVALID if the answer in
     /// the run page does not belong to the last exit. Nothing has changed.
+    #[inline(never)]
     pub fn run_vcpu<T: Transitions<Guest = G>, C: GuestCpu>(
         &self,
         transitions: &T,
@@ -231,6 +232,7 @@ where
     }
 
     /// Enters the guest, with its interrupts.
+    #[inline(never)]
     fn enter(&mut self, state: &mut VcpuState, loan: &mut Loan) -> Left {
         let (index, list_registers) = (self.index, self.cpu.list_registers());
         let fires = self.set_timers(&state.context);
@@ -422,6 +424,7 @@ where
         done
     }
 
+    #[inline(never)]
     fn sysreg(&mut self, state: &mut VcpuState, access: SysregAccess, features: PstateFeatures) {
         let index = self.index;
         match access.emulate(&mut state.context, &state.ids, self.cpu.counter()) {
@@ -433,6 +436,7 @@ where
         state.context.skip_instruction();
     }
 
+    #[inline(never)]
     fn abort(&mut self, state: &mut VcpuState, abort: Abort, features: PstateFeatures) -> Option<Report> {
         let context = &mut state.context;
         let guest = self.vm.guest();
@@ -457,6 +461,7 @@ where
     }
 
     /// Accesses the interrupt controller. Returns whether there is such a register.
+    #[inline(never)]
     fn gic_access(&mut self, context: &mut Context, access: MmioAccess, frame: Frame, offset: u64) -> bool {
         let size = access.bytes;
         let wanted =

@@ -158,6 +158,8 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vm<O, G, V> {
 const ALIVE: &[Stage] = &[Stage::Created, Stage::Sealed];
 
 /// All VMs.
+///
+/// What needs much of the stack is not inlined, so that no call needs the stack of all of them.
 pub struct Vms<O: ObjectMemory, G: Send + Sync, V: Send + Sync> {
     objects: O,
     table: Table<O::Box<Vm<O, G, V>>>,
@@ -182,6 +184,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     ///
     /// INVALID unless there are as many pages as [`Vms::sizes`] says; UNALIGNED; those of [`Transitions::keep`]; LIMIT if
     /// there are 255 VMs.
+    #[inline(never)]
     pub fn create<T: Transitions<Guest = G>>(
         &self,
         transitions: &T,
@@ -271,6 +274,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     /// WRONG_STATE if it is dying; OVERFLOW if the guest has no memory there; EXISTS if its interrupt controller is there;
     /// TOO_LARGE if too many pages had to be measured; BUSY while other pages are; those of [`Transitions::map`]. If a page cannot be read, which takes that EL2 runs out of
     /// tables, it is mapped but the VM cannot be sealed any more.
+    #[inline(never)]
     pub fn map<T: Transitions<Guest = G>>(
         &self,
         transitions: &T,
@@ -330,6 +334,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     /// WRONG_STATE if it is sealed already, or dying, or could not be measured; OVERFLOW if the guest has no memory there;
     /// INVALID if the frames of the interrupt controller are no multiples of their size, or overlap each other, EXISTS if they overlap
     /// pages of the guest; ABSENT without a vCPU 0; BUSY while anything else is done with the VM.
+    #[inline(never)]
     pub fn seal<T: Transitions<Guest = G>>(
         &self,
         transitions: &T,
@@ -476,6 +481,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     ///
     /// WRONG_STATE unless it is dying; BUSY while it has memory, or anything else is done with it; those of
     /// [`Transitions::return_tables`].
+    #[inline(never)]
     pub fn destroy<T: Transitions<Guest = G>>(&self, transitions: &T, handle: Handle) -> Result<u64, Refusal> {
         self.table.alone(handle, |entry| {
             let vm = entry.as_mut().ok_or(Status::BadHandle)?;
