@@ -116,7 +116,7 @@ impl<'a, P: TablePool, F: Firmware, O: ObjectMemory> Host<'a, P, F, O> {
         let memory = self.memory;
         match call {
             HostCall::Uid => set_results(registers, VENDOR_UID.map(u64::from)),
-            HostCall::Revision => set_results(registers, [VERSION_MAJOR, VERSION_MINOR].map(u64::from)),
+            HostCall::Revision => set_results(registers, [VERSION_MAJOR.into(), VERSION_MINOR.into()]),
             HostCall::Features => {
                 set_results(registers, [SUCCESS, CALL_BITMAP, MAX_RANGE_PAGES, MAX_TAKE_BACK_PAGES]);
             }
@@ -141,7 +141,9 @@ impl<'a, P: TablePool, F: Firmware, O: ObjectMemory> Host<'a, P, F, O> {
         Ok(())
     }
 
-    /// Writes the statistics to a shared page and returns their size.
+    /// Writes the statistics to a shared page and returns their size. Out of line, so that the other calls do not pay for its
+    /// stack.
+    #[inline(never)]
     fn write_statistics<M: Machine + MappedMemory>(&self, machine: &M, page: PhysRange) -> Result<u64, Refusal> {
         let _ours_stays = self.unpin.lock();
         self.memory.pin(machine, page)?;
