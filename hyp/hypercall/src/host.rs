@@ -141,7 +141,9 @@ impl<'a, P: TablePool, F: Firmware, O: ObjectMemory> Host<'a, P, F, O> {
         Ok(())
     }
 
-    /// Writes the statistics to a shared page and returns their size.
+    /// Writes the statistics to a shared page and returns their size. Out of line, so that the other calls do not pay for its
+    /// stack.
+    #[inline(never)]
     fn write_statistics<M: Machine + MappedMemory>(&self, machine: &M, page: PhysRange) -> Result<u64, Refusal> {
         let _ours_stays = self.unpin.lock();
         self.memory.pin(machine, page)?;
