@@ -13,18 +13,18 @@ use crate::{Context, EntropySource, IdRegisters, PageAccess, PstateFeatures, Syn
 /// return to the host.
 pub trait GuestCpu: EntropySource + PageAccess {
     /// The host's registers while its CPU runs a guest.
-    type Host;
+    type Host: Default;
 
-    /// Takes the host's registers out of the CPU.
+    /// Takes the host's registers out of the CPU and to a place that the caller has, because they are many.
     ///
     /// # Errors
     ///
     /// BUSY if the host is in a state that cannot be switched (streaming SVE mode); NOT_SUPPORTED if guests cannot run on this
     /// CPU because it is not like the one that the machine has started on. Nothing has changed.
-    fn leave_host(&self) -> Result<Self::Host, Status>;
+    fn leave_host(&self, host: &mut Self::Host) -> Result<(), Status>;
 
     /// Puts the host's registers back, all but those that a call returns results in.
-    fn return_to_host(&self, host: Self::Host);
+    fn return_to_host(&self, host: &Self::Host);
 
     /// Runs a guest until it comes to EL2. What the CPU has cached for other vCPUs of the same VM is not used.
     fn enter(&self, host: &Self::Host, guest: &mut Entry<'_>) -> Left;

@@ -105,11 +105,12 @@ impl<O: ObjectMemory, G: Send + Sync> Vms<O, G, VcpuState> {
             let index = vcpu.index();
             let run_page = vcpu.run_page();
             let power = vm.power(index).ok_or(Status::Absent)?;
-            let host = cpu.leave_host()?;
+            let mut host = C::Host::default();
+            cpu.leave_host(&mut host)?;
             let mut run = Run { transitions, cpu, vm, power, host: &host, index, run_page, wake: VcpuSet::EMPTY };
             let report = run.run(&mut vcpu.state);
             let wake = run.wake;
-            cpu.return_to_host(host);
+            cpu.return_to_host(&host);
             let [wake_low, wake_high] = wake.words();
             run_page_write(
                 cpu,

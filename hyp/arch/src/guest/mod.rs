@@ -45,7 +45,7 @@ const TIMER_ENABLE: u64 = 1;
 impl GuestCpu for Hardware {
     type Host = HostState;
 
-    fn leave_host(&self) -> Result<HostState, Status> {
+    fn leave_host(&self, host: &mut HostState) -> Result<(), Status> {
         if read_sysreg!("midr_el1") != self.guests.midr {
             return Err(Status::NotSupported);
         }
@@ -53,11 +53,12 @@ impl GuestCpu for Hardware {
         if self.guests.features.sme && read_sysreg!("s3_3_c4_c2_2") & 1 != 0 {
             return Err(Status::Busy);
         }
-        Ok(world::leave_host(self.guests.features))
+        world::leave_host(host, self.guests.features);
+        Ok(())
     }
 
-    fn return_to_host(&self, host: HostState) {
-        world::return_to_host(&host, self.guests.features);
+    fn return_to_host(&self, host: &HostState) {
+        world::return_to_host(host, self.guests.features);
     }
 
     fn enter(&self, host: &HostState, guest: &mut Entry<'_>) -> Left {

@@ -61,7 +61,7 @@ const CNTHCTL_COUNTER: u64 = 1;
 const MPAM_TRAPS: u64 = 1 << 48 | 1 << 49 | 1 << 58;
 
 /// What the host has in the registers that a guest's run changes.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct HostState {
     /// EL1 and EL0; of the general-purpose registers nothing.
     registers: Context,
@@ -135,28 +135,25 @@ macro_rules! read_if {
 }
 
 /// Takes the host out of the CPU.
-pub(super) fn leave_host(features: Features) -> HostState {
-    let mut host = HostState {
-        registers: Context::default(),
-        elr: read_sysreg!("elr_el2"),
-        spsr: read_sysreg!("spsr_el2"),
-        hcr: read_sysreg!("hcr_el2"),
-        hcrx: read_if!(features.hcx, "s3_4_c1_c2_2"),
-        cptr: read_sysreg!("cptr_el2"),
-        mdcr: read_sysreg!("mdcr_el2"),
-        cnthctl: read_sysreg!("cnthctl_el2"),
-        vtcr: read_sysreg!("vtcr_el2"),
-        vttbr: read_sysreg!("vttbr_el2"),
-        icc_sre: read_sysreg!("s3_0_c12_c12_5"),
-        icc_sre_el2: read_sysreg!("s3_4_c12_c9_5"),
-        mdscr: read_sysreg!("mdscr_el1"),
-        pmcr: read_if!(features.pmu, "pmcr_el0"),
-        pmscr: read_if!(features.spe, "s3_0_c9_c9_0"),
-        trfcr: read_if!(features.trace_filter, "s3_0_c1_c2_1"),
-        brbcr: read_if!(features.brbe, "s2_1_c9_c0_0"),
-        mpam2: read_if!(features.mpam, "s3_4_c10_c5_0"),
-        fine_grained: FineGrained::default(),
-    };
+#[inline(never)]
+pub(super) fn leave_host(host: &mut HostState, features: Features) {
+    host.elr = read_sysreg!("elr_el2");
+    host.spsr = read_sysreg!("spsr_el2");
+    host.hcr = read_sysreg!("hcr_el2");
+    host.hcrx = read_if!(features.hcx, "s3_4_c1_c2_2");
+    host.cptr = read_sysreg!("cptr_el2");
+    host.mdcr = read_sysreg!("mdcr_el2");
+    host.cnthctl = read_sysreg!("cnthctl_el2");
+    host.vtcr = read_sysreg!("vtcr_el2");
+    host.vttbr = read_sysreg!("vttbr_el2");
+    host.icc_sre = read_sysreg!("s3_0_c12_c12_5");
+    host.icc_sre_el2 = read_sysreg!("s3_4_c12_c9_5");
+    host.mdscr = read_sysreg!("mdscr_el1");
+    host.pmcr = read_if!(features.pmu, "pmcr_el0");
+    host.pmscr = read_if!(features.spe, "s3_0_c9_c9_0");
+    host.trfcr = read_if!(features.trace_filter, "s3_0_c1_c2_1");
+    host.brbcr = read_if!(features.brbe, "s2_1_c9_c0_0");
+    host.mpam2 = read_if!(features.mpam, "s3_4_c10_c5_0");
     fine_grained!(features, save, host.fine_grained);
     stop_observation(features);
     el1::save(&mut host.registers, features);
@@ -198,7 +195,6 @@ pub(super) fn leave_host(features: Features) -> HostState {
     const SYSTEM_REGISTERS: u64 = 0b111;
     write_lower_sysreg!("s3_0_c12_c12_5", SYSTEM_REGISTERS);
     write_lower_sysreg!("s3_4_c12_c9_5", host.icc_sre_el2 & !(1 << 3));
-    host
 }
 
 /// Keeps the host's debugger, counters and profilers from watching a guest.
@@ -236,6 +232,7 @@ pub(super) fn enter_guest(guest: &Entry<'_>, features: Features) {
 }
 
 /// Puts the host back into the CPU.
+#[inline(never)]
 pub(super) fn return_to_host(host: &HostState, features: Features) {
     write_lower_sysreg!("vtcr_el2", host.vtcr);
     write_lower_sysreg!("vttbr_el2", host.vttbr);

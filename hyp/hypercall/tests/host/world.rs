@@ -102,11 +102,11 @@ impl EntropySource for TestMachine {
 impl GuestCpu for TestMachine {
     type Host = ();
 
-    fn leave_host(&self) -> Result<(), Status> {
+    fn leave_host(&self, (): &mut ()) -> Result<(), Status> {
         Ok(())
     }
 
-    fn return_to_host(&self, (): ()) {}
+    fn return_to_host(&self, (): &()) {}
 
     fn enter(&self, (): &(), guest: &mut Entry<'_>) -> Left {
         const HVC: u64 = 0x16 << 26;

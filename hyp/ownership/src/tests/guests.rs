@@ -693,7 +693,7 @@ fn scattered_pages_come_back_in_several_calls() {
             rig.give(&guest, GIB + 2 * page * PAGE, 1, RAM + page * PAGE).unwrap();
         }
         let _ = rig.machine.take_log();
-        assert_eq!(rig.change(Relinquish, &guest, RAM, 100), Ok(64));
+        assert_eq!(rig.change(Relinquish, &guest, RAM, 100), Ok(32));
         let log = rig.machine.take_log();
         assert_eq!(invalidations(&log).len(), 2, "one for the guest, one for EL2");
         rig.check_guest(&guest);
@@ -778,7 +778,7 @@ fn transient_mappings_take_the_hosts_tables_if_they_must() {
         rig.touch(page);
     }
     assert!(rig.memory.counts().evictions > 0);
-    assert_eq!(rig.change(Relinquish, &guest, RAM, 200), Ok(64));
+    assert_eq!(rig.change(Relinquish, &guest, RAM, 200), Ok(32));
     rig.check_guest(&guest);
     rig.destroy(guest, frames(RAM, 512));
 }

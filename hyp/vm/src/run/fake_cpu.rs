@@ -14,6 +14,7 @@ use ravelin_vgic::{ListRegisters, ich};
 use crate::{Context, EntropySource, Entry, GuestCpu, IdRegisters, Left, PageAccess, PstateFeatures, Vectors};
 
 /// Registers that the host has in the CPU, less what a guest runs with. Not to be copied: it is taken out once and put back once.
+#[derive(Default)]
 pub(super) struct Host(u64);
 
 /// What a guest was entered with.
@@ -147,7 +148,7 @@ impl State {
 impl GuestCpu for FakeCpu {
     type Host = Host;
 
-    fn leave_host(&self) -> Result<Host, Status> {
+    fn leave_host(&self, host: &mut Host) -> Result<(), Status> {
         let mut state = self.state();
         assert_eq!(state.away, None);
         if let Some(status) = state.refuses {
@@ -155,10 +156,11 @@ impl GuestCpu for FakeCpu {
         }
         state.times_away += 1;
         state.away = Some(state.times_away);
-        Ok(Host(state.times_away))
+        *host = Host(state.times_away);
+        Ok(())
     }
 
-    fn return_to_host(&self, Host(number): Host) {
+    fn return_to_host(&self, &Host(number): &Host) {
         let mut state = self.state();
         assert_eq!(state.away, Some(number));
         assert_eq!((state.vectors, state.timer_held), (None, false), "the guest still has them");

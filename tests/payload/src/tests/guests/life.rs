@@ -194,7 +194,7 @@ pub(crate) fn bad_arguments() -> Outcome {
     vcpu(0, metadata + 1, sizes.vcpu, run_page, Unaligned)?;
     vcpu(0, metadata, sizes.vcpu, run_page + 8, Unaligned)?;
     vcpu(0, metadata, sizes.vcpu, 0, NotRam)?;
-    vcpu(0, 0, sizes.vcpu, run_page, NotRam)?;
+    vcpu(0, 0, sizes.vcpu, run_page, Invalid)?;
     vcpu(0, metadata, sizes.vcpu, metadata, Denied)?;
     vcpu(0, metadata, sizes.vcpu, u64::MAX << 12, Overflow)?;
     succeed("VCPU_CREATE", [vm.handle, 0, metadata, sizes.vcpu, run_page])?;
