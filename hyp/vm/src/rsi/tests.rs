@@ -231,7 +231,7 @@ fn calls_to_the_host() {
 proptest! {
     #![proptest_config(ProptestConfig {
         failure_persistence: None,
-        ..ProptestConfig::with_cases(if cfg!(miri) { 4 } else { 512 })
+        ..ProptestConfig::with_cases(if cfg!(miri) { 1 } else { 512 })
     })]
 
     /// Whatever a realm sends: nothing panics, states never reach further than the range, and pages are never lost.
