@@ -65,6 +65,7 @@ fn the_rest_is_not_supported() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn the_configuration() {
     let test = TestGuest::new(VmKind::Realm, 2);
     test.memory.lock().written.extend((GUEST..GUEST + 0x2000).map(|address| (address, 0xee)));
@@ -103,6 +104,7 @@ fn states_there_and_back() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn long_ranges_are_done_in_parts() {
     let test = TestGuest::new(VmKind::Realm, 1000);
     let top = GUEST + 1000 * 0x1000;
@@ -199,6 +201,7 @@ fn measurements() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn calls_to_the_host() {
     let test = TestGuest::new(VmKind::Realm, 1);
     let at = GUEST + 0x300;
@@ -236,6 +239,7 @@ proptest! {
 
     /// Whatever a realm sends: nothing panics, states never reach further than the range, and pages are never lost.
     #[test]
+    #[cfg_attr(miri, ignore = "takes Miri too long")]
     fn any_call(
         calls in prop::collection::vec(
             (
