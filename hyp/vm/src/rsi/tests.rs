@@ -143,6 +143,7 @@ fn what_the_host_has_to_do() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn wrong_bounds() {
     let test = TestGuest::new(VmKind::Realm, 1);
     for [base, top] in [
