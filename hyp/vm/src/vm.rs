@@ -628,5 +628,6 @@ impl Sizes {
     }
 }
 
-#[cfg(test)]
+// Miri would take long over the measurements.
+#[cfg(all(test, not(miri)))]
 mod tests;

@@ -117,11 +117,13 @@ proptest! {
     })]
 
     #[test]
+    #[cfg_attr(miri, ignore = "takes Miri too long")]
     fn stage2_follows_the_model(actions in vec(action(), 1..if cfg!(miri) { 3 } else { 14 })) {
         run::<Stage2>(Geometry::stage2(40).unwrap(), actions);
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "takes Miri too long")]
     fn el2_follows_the_model(actions in vec(action(), 1..if cfg!(miri) { 3 } else { 14 })) {
         run::<El2>(Geometry::EL2, actions);
     }

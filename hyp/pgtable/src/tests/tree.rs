@@ -66,6 +66,7 @@ fn concatenated_roots_meet() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn two_level_tables_work() {
     let mut rig = stage2(32);
     rig.identity(pages(GIB, GIB / PAGE + 1));
@@ -85,6 +86,7 @@ fn the_end_of_the_space_is_respected() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn a_cut_block_keeps_the_rest() {
     let mut rig = stage2(40);
     rig.identity(pages(GIB, GIB / PAGE));

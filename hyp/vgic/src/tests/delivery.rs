@@ -87,6 +87,7 @@ fn a_higher_priority_preempts() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn more_than_fit_come_in_order_of_priority() {
     for lrs in [1, 2, 4, 16] {
         for edge in [false, true] {

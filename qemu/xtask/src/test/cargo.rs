@@ -32,7 +32,7 @@ const MIRI_FULL: [&str; 1] = ["ravelin-platform"];
 /// What Miri is never asked for, and why.
 const MIRI_NEVER: [(&str, &str); 2] = [
     ("ravelin-ownership: models, transitions and guests", "their checks walk all of memory: hours"),
-    ("ravelin-vm: machine_memory", "the same"),
+    ("ravelin-vm: vm, run and machine_memory", "whole lives of VMs, with measurements and tables: hours"),
 ];
 
 /// What Miri may take for a crate: several times what it does take, and hours for all there is.
