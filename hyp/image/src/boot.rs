@@ -346,7 +346,7 @@ fn redistributors(platform: &Platform<'_>) -> ArrayVec<PhysRange, MAX_REDISTRIBU
     platform.gic.redistributors.iter().map(cut).collect()
 }
 
-/// Returns where the CPU's part of the carve-out begins: two pages of stack, then its page.
+/// Returns where the CPU's part of the carve-out begins: its stack, then its page.
 fn cpu_block(layout: &Layout, index: usize) -> u64 {
     layout.cpus.base().raw() + index as u64 * CPU_BLOCK_SIZE
 }

@@ -44,8 +44,9 @@ pub trait GuestCpu: EntropySource + PageAccess {
     /// Returns the value of the physical counter (CNTPCT_EL0).
     fn counter(&self) -> u64;
 
-    /// Returns whether an interrupt waits for the host.
-    fn interrupt_pending(&self) -> bool;
+    /// Returns whether an interrupt waits for the host. That of its virtual timer, which is not in the CPU while the guest's is,
+    /// waits since the timer's deadline.
+    fn interrupt_pending(&self, host: &Self::Host) -> bool;
 
     /// Activates the interrupt of the virtual timer, which is the guest's, if it is the one that waits. While it is active,
     /// it does not come again, though the timer asserts it.

@@ -103,9 +103,10 @@ impl GuestCpu for Hardware {
         read_sysreg!("cntpct_el0")
     }
 
-    fn interrupt_pending(&self) -> bool {
+    fn interrupt_pending(&self, host: &HostState) -> bool {
         const IRQ_OR_FIQ: u64 = 0b11 << 6;
         read_sysreg!("isr_el1") & IRQ_OR_FIQ != 0
+            || host.virtual_timer().is_some_and(|deadline| deadline <= self.counter())
     }
 
     fn hold_virtual_timer(&self) -> bool {

@@ -56,6 +56,8 @@ pub(super) struct State {
     pub(super) timer_waits: bool,
     /// Another one is, for the host.
     pub(super) host_waits: bool,
+    /// When the host's virtual timer fires.
+    pub(super) host_deadline: Option<u64>,
     pub(super) now: u64,
     /// How far the counter goes each time that it is read.
     pub(super) pace: u64,
@@ -86,6 +88,7 @@ impl FakeCpu {
             timer_held: false,
             timer_waits: false,
             host_waits: false,
+            host_deadline: None,
             now: 1000,
             pace: 0,
             ids,
@@ -217,9 +220,10 @@ impl GuestCpu for FakeCpu {
         state.now
     }
 
-    fn interrupt_pending(&self) -> bool {
+    fn interrupt_pending(&self, &Host(number): &Host) -> bool {
         let state = self.state();
-        state.host_waits || state.timer_waits
+        assert_eq!(state.away, Some(number));
+        state.host_waits || state.timer_waits || state.host_deadline.is_some_and(|deadline| deadline <= state.now)
     }
 
     fn hold_virtual_timer(&self) -> bool {

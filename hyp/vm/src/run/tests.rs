@@ -1028,7 +1028,7 @@ fn the_interrupt_controller_is_where_the_host_has_said() {
             guest.x[8] = 0xffff_ffff_0000_00f0;
             access(enable | bit, true, 2, 8)
         });
-        world.goes_on();
+        assert_eq!(world.goes_on().x[8], 0xffff_ffff_0000_00f0, "stays");
         assert_eq!((loaded(enable, 2), loaded(REDISTRIBUTORS + 0x1_0100, 2)), (0xf0, 0));
         // Behind it there are devices of the host.
         let behind = (REDISTRIBUTORS + CONFIGURED * 0x2_0000) | bit;
@@ -1097,10 +1097,6 @@ fn state_in_the_list_registers_of_another_vcpu_makes_it_exit() {
 
 #[test]
 fn those_who_are_sent_an_sgi_are_woken() {
-    let world = World::new(VmKind::Pkvm);
-    for vcpu in 0..EXISTING {
-        world.enable(vcpu as usize, &[1]);
-    }
     let wake = |wake_low| RunExit { wake_low, ..exit(ExitReason::Wake) };
     for (value, expected) in [
         (1 << 24 | 0b110, wake(0b110)),
@@ -1120,6 +1116,22 @@ fn those_who_are_sent_an_sgi_are_woken() {
         assert_eq!(world.run(0), Ok(expected), "{value:#x}");
         assert_eq!(world.goes_on().pc, GUEST + 4);
     }
+}
+
+#[test]
+fn those_whose_interrupts_are_set_pending_are_woken() {
+    let world = World::new(VmKind::Pkvm);
+    world.enable(1, &[4]);
+    // GICR_ISPENDR0 of vCPU 1: SGIs 4 and 5, of which 5 is disabled.
+    for (value, expected) in [(1 << 5, exit(ExitReason::Interrupted)), (1 << 4, exit(ExitReason::Wake))] {
+        world.then(move |guest| {
+            guest.x[8] = value;
+            access(REDISTRIBUTORS + 0x3_0200, true, 2, 8)
+        });
+        let wake_low = u64::from(expected.reason == ExitReason::Wake.code()) << 1;
+        assert_eq!(world.run(0), Ok(RunExit { wake_low, ..expected }));
+    }
+    assert_eq!(world.goes_on().pc, GUEST + 8);
 }
 
 #[test]
@@ -1566,6 +1578,21 @@ fn an_interrupt_leaves_the_guest_however_busy_it_keeps_the_hypervisor() {
 }
 
 #[test]
+fn the_timer_of_the_host_takes_the_cpu_from_a_guest() {
+    let world = World::new(VmKind::Pkvm);
+    world.cpu.state().host_deadline = Some(1100);
+    for passed in [99, 1] {
+        world.cpu.then(move |cpu, _| {
+            cpu.state().now += passed;
+            Left::Interrupt
+        });
+    }
+    world.cpu.then(|_, _| unreachable!("the host comes first"));
+    assert_eq!(world.run(0), Ok(exit(ExitReason::Interrupted)));
+    assert_eq!(world.cpu.left_to_do(), 1);
+}
+
+#[test]
 fn spurious_interrupts_are_nobodys() {
     let world = World::new(VmKind::Pkvm);
     (0..3).for_each(|_| world.then(|_| Left::Interrupt));
@@ -1585,6 +1612,8 @@ fn what_a_guest_gives_up_is_the_hosts() {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(512) })]
+
     /// Whatever guests do and hosts answer, the CPU is the host's afterwards, and what is open is what the last exit said.
     #[test]
     fn nothing_upsets_the_loop(
@@ -1640,7 +1669,6 @@ proptest! {
                     prop_assert_eq!(world.state(0), before);
                 }
             }
-            // The host makes good what it can.
             world.cpu.state().timer_waits = false;
         }
     }

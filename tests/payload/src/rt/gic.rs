@@ -72,7 +72,8 @@ pub(crate) fn take() -> u64 {
 
 /// Lets this CPU's virtual timer fire in `ticks` of the counter.
 pub(crate) fn arm_timer(ticks: u64) {
-    write_register!("cntv_tval_el0", ticks);
+    // The other way to set it is good for 31 bits, a few seconds.
+    write_register!("cntv_cval_el0", read_register!("cntvct_el0") + ticks);
     write_register!("cntv_ctl_el0", 1);
 }
 
