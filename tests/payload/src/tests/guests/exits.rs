@@ -460,7 +460,6 @@ pub(crate) fn host_registers_are_kept() -> Outcome {
         "ctr_el0",
         "s3_3_c4_c4_0",
         "s3_3_c4_c4_1",
-        "nzcv",
         "daif"
     ];
     for &kind in VmKind::ALL {
