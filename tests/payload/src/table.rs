@@ -181,6 +181,19 @@ tests! {
     guests.share_of_an_absent_page("a page may be provided when the guest shares it", calls: [VM_MAP], memory: 4 * MIB);
     guests.ordinary_vm_borrows("an ordinary VM borrows its pages, and the host keeps access", calls: [VM_MAP, VM_UNMAP], memory: 16 * MIB);
     guests.measurement("the measurement is that of contents, frames and order", calls: [VM_MAP, VM_SEAL], memory: 4 * MIB);
+    guests.device_accesses("loads and stores of all widths, signs and registers exit to the host", calls: [VCPU_RUN], memory: 4 * MIB);
+    guests.device_accesses_by_sp("the same with SP as the base register", calls: [VCPU_RUN], memory: 4 * MIB);
+    guests.device_accesses_without_syndrome("accesses to devices that the CPU does not describe are an abort in the guest", calls: [VCPU_RUN], memory: 4 * MIB);
+    guests.answers_to_accesses("the host lets an access fail, or be tried again", calls: [VCPU_RUN], memory: 4 * MIB);
+    guests.nothing_leaks("exits show no register of the guest but the one that they are about", calls: [VCPU_RUN], memory: 4 * MIB);
+    guests.waiting("a guest that waits says until when", calls: [VCPU_RUN], memory: 4 * MIB);
+    guests.endless_loop_and_host_timer("the host's timer gets through to a guest that never stops", calls: [VCPU_RUN], memory: 4 * MIB);
+    guests.endless_loop_and_interrupt_of_another_cpu("so does an interrupt of another CPU", calls: [VCPU_RUN], cpus: 2, memory: 4 * MIB);
+    guests.host_timer_is_kept("the host's virtual timer is as it was after a guest has run", calls: [VCPU_RUN], memory: 4 * MIB);
+    guests.host_registers_are_kept("so are its system registers", calls: [VCPU_RUN], memory: 4 * MIB);
+    guests.one_vcpu_on_two_cpus("a vCPU that runs is BUSY, and so is its VM for what would end it", calls: [VCPU_RUN, VM_TEARDOWN], cpus: 2, memory: 4 * MIB);
+    guests.run_page_changes_all_the_time("the host changes the run page while the hypervisor reads it", calls: [VCPU_RUN], cpus: 2, memory: 4 * MIB);
+    guests.run_page_stays("the run page cannot be taken from under the hypervisor", calls: [VCPU_CREATE], memory: 4 * MIB);
 
     bench.calls("every call succeeds on ranges of 1, 8 and 512 pages between the marks of the counter", memory: 8 * MIB);
 

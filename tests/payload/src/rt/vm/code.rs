@@ -75,10 +75,4 @@ snippets! {
 
     /// Waits for an interrupt.
     wfi: "wfi";
-
-    /// Waits for an event.
-    wfe: "wfe";
-
-    /// Does nothing, for ever.
-    spin: "4: b 4b";
 }

@@ -139,7 +139,10 @@ impl<'a> Guest<'a> {
                 return Err(Failure::new(format_args!("vCPU {} gets nowhere: {exit:x?}", self.index)));
             }
             match ExitReason::from_code(exit.reason) {
-                Some(ExitReason::Interrupted | ExitReason::Yield) => {}
+                Some(ExitReason::Interrupted) => {
+                    let _ = gic::take();
+                }
+                Some(ExitReason::Yield) => {}
                 Some(ExitReason::Wake | ExitReason::Shared | ExitReason::Relinquished) => {
                     let _ = self.told.try_push(exit);
                 }
@@ -148,7 +151,7 @@ impl<'a> Guest<'a> {
                     self.vm.donate_tables(exit.pages)?;
                 }
                 Some(ExitReason::Mmio) if exit.address & !0xfff == self.vm.shared(DEVICE) && exit.size == 8 => {
-                    if self.device(&exit)? {
+                    if self.play(&exit)? {
                         self.idle = true;
                         break Stop::Done(self.reply);
                     }
@@ -164,8 +167,8 @@ impl<'a> Guest<'a> {
         Ok(stop)
     }
 
-    /// Plays the device. Returns whether the guest waits for a command.
-    fn device(&mut self, exit: &RunExit) -> Result<bool, Failure> {
+    /// Plays the device, for an exit that is an access to it. Returns whether the guest waits for a command.
+    pub(crate) fn play(&mut self, exit: &RunExit) -> Result<bool, Failure> {
         let offset = exit.address & 0xfff;
         let index = |base: u64| (offset - base) as usize / 8;
         if exit.flags & RUN_FLAG_WRITE == 0 {

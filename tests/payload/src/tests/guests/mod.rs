@@ -1,12 +1,18 @@
 //! Guests: the payload is their host.
 
 mod convert;
+mod exits;
 mod life;
 
 pub(crate) use convert::{
     answers_that_do_not_belong, bounded_work, conversion_in_place, conversion_of_blocks, force_reclaim_of_other_pages,
     force_reclaim_poisons, invalidations, nothing_is_left_behind, ordinary_vm_borrows, populate, reclaim_at_the_end,
     refused_unshare, relinquish, share_of_an_absent_page, unshare_of_claimed_pages,
+};
+pub(crate) use exits::{
+    answers_to_accesses, device_accesses, device_accesses_by_sp, device_accesses_without_syndrome,
+    endless_loop_and_host_timer, endless_loop_and_interrupt_of_another_cpu, host_registers_are_kept,
+    host_timer_is_kept, nothing_leaks, one_vcpu_on_two_cpus, run_page_changes_all_the_time, run_page_stays, waiting,
 };
 pub(crate) use life::{
     all_slots, all_vcpus, bad_arguments, handles, life_cycle, measurement, runs_to_its_end, steps_out_of_order,
