@@ -204,6 +204,7 @@ fn priority_mask_holds_back() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn sgis_go_from_each_to_each() {
     let vcpus = 20;
     let mut world = World::new(vcpus, 4);
