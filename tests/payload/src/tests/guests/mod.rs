@@ -1,9 +1,15 @@
 //! Guests: the payload is their host.
 
+mod attacks;
 mod convert;
 mod exits;
 mod life;
 
+pub(crate) use attacks::{
+    conversions_race, flood_of_spis, guest_converts_what_it_may_not, guest_maintains_caches_and_tlbs,
+    guest_touches_what_is_not_its_own, host_claims_and_releases_what_it_may_not, host_gives_twice, host_maps_over,
+    host_speaks_for_the_guest, host_touches_what_it_gave, lives_race,
+};
 pub(crate) use convert::{
     answers_that_do_not_belong, bounded_work, conversion_in_place, conversion_of_blocks, force_reclaim_of_other_pages,
     force_reclaim_poisons, invalidations, nothing_is_left_behind, ordinary_vm_borrows, populate, reclaim_at_the_end,
