@@ -238,13 +238,22 @@ pub(crate) struct Rule {
     pub(crate) request: fn(&Parsed<'_>) -> HostCall,
 }
 
-static RULES: [Rule; CALLS.len()] = {
-    let [first, ..] = CALLS else { unreachable!() };
-    let mut rules = [Rule::of(first); _];
-    let (mut to, mut from): (&mut [Rule], _) = (&mut rules, CALLS);
-    while let ([rule, rules @ ..], [call, calls @ ..]) = (to, from) {
-        *rule = Rule::of(call);
-        (to, from) = (rules, calls);
+/// How many places [`RULES`] has.
+const PLACES: usize = 64;
+
+/// The rules, each in the place of its number.
+static RULES: [Option<Rule>; PLACES] = {
+    let mut rules = [None; PLACES];
+    let (mut empty, mut place): (&mut [_], u8) = (&mut rules, 0);
+    while let [rule, others @ ..] = empty {
+        let mut calls = CALLS;
+        while let [call, more @ ..] = calls {
+            if Rule::place(call.number) == place {
+                *rule = Some(Rule::of(call));
+            }
+            calls = more;
+        }
+        (empty, place) = (others, place.wrapping_add(1));
     }
     rules
 };
@@ -254,9 +263,16 @@ impl Rule {
         Self { number: call.number, arguments: call.arguments, request: call.request }
     }
 
+    /// Returns in which place the rule of a number would be: no two calls of 32 or of 64 bits have the same five lowest bits.
+    const fn place(number: u32) -> u8 {
+        let [low, .., high] = number.to_le_bytes();
+        low & 0x1f | (high & 0x40) >> 1
+    }
+
     /// Returns the rule of the call that has this number, if there is one.
     pub(crate) fn find(number: u32) -> Option<&'static Self> {
-        RULES.get(RULES.binary_search_by_key(&number, |rule| rule.number).ok()?)
+        let rule = RULES.get(usize::from(Self::place(number)))?.as_ref()?;
+        (rule.number == number).then_some(rule)
     }
 }
 

@@ -152,6 +152,8 @@ impl Current {
         if before == wanted {
             return Self { before: None };
         }
+        // Walks that began at EL1 may go on until then (Arm ARM DDI 0487, R_LFHQG).
+        maintain!("dsb nsh");
         write_lower_sysreg!("vttbr_el2", wanted);
         maintain!("isb");
         Self { before: Some(before) }

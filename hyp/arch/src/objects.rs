@@ -76,8 +76,11 @@ impl ObjectMemory for Objects {
     ) -> Placed<[T]> {
         let place = room::<T>(pages, count);
         for index in 0..count {
-            // SAFETY: As in `place`, for each of them.
-            unsafe { place.add(index).write(make(index)) };
+            let value = make(index);
+            // SAFETY: There is room for `count` values.
+            let place = unsafe { place.add(index) };
+            // SAFETY: As in `place`.
+            unsafe { place.write(value) };
         }
         Placed(NonNull::slice_from_raw_parts(place, count))
     }

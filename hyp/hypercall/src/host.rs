@@ -116,7 +116,7 @@ impl<'a, P: TablePool, F: Firmware, O: ObjectMemory> Host<'a, P, F, O> {
         let memory = self.memory;
         match call {
             HostCall::Uid => set_results(registers, VENDOR_UID.map(u64::from)),
-            HostCall::Revision => set_results(registers, [VERSION_MAJOR, VERSION_MINOR].map(u64::from)),
+            HostCall::Revision => set_results(registers, [VERSION_MAJOR.into(), VERSION_MINOR.into()]),
             HostCall::Features => {
                 set_results(registers, [SUCCESS, CALL_BITMAP, MAX_RANGE_PAGES, MAX_TAKE_BACK_PAGES]);
             }

@@ -24,8 +24,12 @@ use crate::{console, panic, pool::Pool};
 static MEMORY: Once<Memory<'static, Pool>> = Once::new();
 static HYPERVISOR: Once<Hypervisor> = Once::new();
 static REDISTRIBUTORS: Once<ArrayVec<PhysRange, MAX_REDISTRIBUTOR_REGIONS>> = Once::new();
-/// SAFETY: The pages are those that the ownership table says the hypervisor keeps for a VM; EL2 maps them until they go back.
-static VMS: HostedVms<Objects> = HostedVms::new(unsafe { Objects::new() });
+static VMS: HostedVms<Objects> = {
+    // SAFETY: The pages are those that the ownership table says the hypervisor keeps for a VM; EL2 maps them until they go
+    // back.
+    let objects = unsafe { Objects::new() };
+    HostedVms::new(objects)
+};
 
 /// What every CPU needs to serve the host.
 struct Hypervisor {

@@ -67,6 +67,7 @@ mod tests {
         #![proptest_config(crate::tests::config())]
 
         #[test]
+        #[cfg_attr(miri, ignore = "takes Miri too long")]
         fn behaves_as_a_set(steps in prop::collection::vec((any::<bool>(), 0..INTIDS), 0..300), from in 0_u16..INTIDS) {
             let (mut queue, mut model) = (Queue::default(), BTreeSet::new());
             for (insert, intid) in steps {

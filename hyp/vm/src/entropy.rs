@@ -144,6 +144,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "takes Miri too long")]
     fn as_many_bits_as_asked_for() {
         let source = Source::new(true, u32::MAX);
         for (function, width) in [(0x8400_0053, 32), (0xc400_0053, 64)] {

@@ -374,6 +374,7 @@ mod tests {
 
     proptest! {
         #[test]
+        #[cfg_attr(miri, ignore = "takes Miri too long")]
         fn each_field_is_the_lesser_one(a: u64, b: u64) {
             let signed = SIGNED.id_aa64pfr0_el1;
             let result = least(a, b, signed);

@@ -178,23 +178,16 @@ impl<P: TablePool, M: Machine + PageAccess> Transitions for MachineMemory<'_, '_
     }
 
     fn write_guest(&self, guest: &GuestMemory, at: Ipa, bytes: &[u8]) -> Result<(), GuestFailure> {
-        self.on_page(guest, at, &mut |at| {
-            self.machine.write_bytes(at, bytes);
-            self.machine.clean(PhysRange::single(at.page()));
-        })
+        self.on_page(guest, at, &mut |at| self.machine.write_bytes(at, bytes))
     }
 }
 
 impl<P: TablePool, M: Machine> MachineMemory<'_, '_, P, M> {
     /// Calls `f` with where the private page of a guest is that has `at`, while it is mapped.
-    ///
-    /// The guest's caches may be off. Then what EL2 has cached of the page is out of date, and would be written back with
-    /// what EL2 writes beside it.
     fn on_page(&self, guest: &GuestMemory, at: Ipa, f: &mut dyn FnMut(PhysAddr)) -> Result<(), GuestFailure> {
         let offset = at.raw() & PAGE_SIZE.wrapping_sub(1);
         self.memory.with_guest_pages(self.machine, guest, IpaRange::single(at), &mut |run| {
             if let Some(at) = run.base().checked_add(offset) {
-                self.machine.clean(run);
                 f(at);
             }
         })?;

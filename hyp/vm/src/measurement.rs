@@ -130,6 +130,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "takes Miri too long")]
     fn a_verifier_can_compute_it() {
         let mut bytes = Vec::new();
         for (frame, byte) in [(0x8_0000_u64, 7), (0x8_0001, 9)] {
@@ -144,6 +145,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "takes Miri too long")]
     fn pieces_do_not_matter() {
         let contents = std::array::from_fn(|index| (index % 251) as u8);
         let measured = |piece| {
@@ -156,6 +158,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "takes Miri too long")]
     fn everything_matters() {
         let original = pages(&[(0x1000, 1), (0x2000, 2)]).seal(&SEALED);
         let mut one_bit = Measurement::new();
@@ -182,6 +185,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "takes Miri too long")]
     fn the_guest_extends_its_own() {
         let mut measurements = Measurements::new([7; 32]);
         assert_eq!(measurements.get(0), Some([7; 32]));

@@ -235,6 +235,7 @@ where
     }
 
     /// Enters the guest, with its interrupts.
+    #[inline(never)]
     fn enter(&mut self, state: &mut VcpuState, loan: &mut Loan) -> Left {
         let (index, list_registers) = (self.index, self.cpu.list_registers());
         // Read once: a timer that has not fired for the interrupt controller yet has a deadline.
@@ -416,6 +417,7 @@ where
         done
     }
 
+    #[inline(never)]
     fn sysreg(&mut self, state: &mut VcpuState, access: SysregAccess, features: PstateFeatures) {
         let index = self.index;
         match access.emulate(&mut state.context, &state.ids, self.cpu.counter()) {
@@ -427,6 +429,7 @@ where
         state.context.skip_instruction();
     }
 
+    #[inline(never)]
     fn abort(&mut self, state: &mut VcpuState, abort: Abort, features: PstateFeatures) -> Option<Report> {
         let context = &mut state.context;
         let guest = self.vm.guest();
@@ -451,6 +454,7 @@ where
     }
 
     /// Accesses the interrupt controller. Returns whether there is such a register.
+    #[inline(never)]
     fn gic_access(&mut self, context: &mut Context, access: MmioAccess, frame: Frame, offset: u64) -> bool {
         let size = access.bytes;
         let wanted =

@@ -345,6 +345,7 @@ mod tests {
     proptest! {
         /// Whatever traps changes no more than its own register and the timer's two.
         #[test]
+        #[cfg_attr(miri, ignore = "takes Miri too long")]
         fn an_access_changes_one_register(iss in 0_u64..1 << 25, x: [u64; 31], now: u64) {
             let before = Context { x, cntp_cval_el0: 1, cntp_ctl_el0: 1, ..Context::reset(8, 0, 9) };
             let access = SysregAccess::decode(0x18 << 26 | iss);

@@ -158,6 +158,8 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vm<O, G, V> {
 const ALIVE: &[Stage] = &[Stage::Created, Stage::Sealed];
 
 /// All VMs.
+///
+/// What needs much of the stack is not inlined, so that no call needs the stack of all of them.
 pub struct Vms<O: ObjectMemory, G: Send + Sync, V: Send + Sync> {
     objects: O,
     table: Table<O::Box<Vm<O, G, V>>>,
@@ -626,5 +628,6 @@ impl Sizes {
     }
 }
 
-#[cfg(test)]
+// Miri would take long over the measurements.
+#[cfg(all(test, not(miri)))]
 mod tests;

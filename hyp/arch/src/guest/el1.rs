@@ -86,6 +86,8 @@ macro_rules! load {
 /// speculatively while registers of two owners are in the CPU (as errata of Cortex-A57, A72 and A76 and their kin ask: 1319367,
 /// 1319537, 1165522).
 pub(super) fn save(context: &mut Context, features: Features) {
+    // Walks that began at EL1 may go on at EL2 until then, and must not see registers change (Arm ARM DDI 0487, R_LFHQG).
+    maintain!("dsb nsh");
     registers!(save, context, features);
     save!(context, sctlr_el1: "sctlr_el1");
     save!(context, tcr_el1: "tcr_el1");

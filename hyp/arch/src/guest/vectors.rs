@@ -56,18 +56,16 @@ pub(super) fn load_host(area: PhysRange, sve: bool) {
 fn switch(from: u64, to: u64, sve: bool) {
     write_lower_sysreg!("cptr_el2", if sve { CPTR_SVE } else { CPTR_SIMD });
     maintain!("isb");
+    let (save, load): (Transfer, Transfer) = if sve { (sve_save, sve_load) } else { (simd_save, simd_load) };
     // SAFETY: The halves of the area, which is EL2's and has room for both, are mapped at their physical addresses and
     // multiples of 16. No Rust code at EL2 uses these registers.
-    unsafe {
-        if sve {
-            sve_save(from);
-            sve_load(to);
-        } else {
-            simd_save(from);
-            simd_load(to);
-        }
-    }
+    unsafe { save(from) };
+    // SAFETY: As above.
+    unsafe { load(to) };
 }
+
+/// Moves all vector registers to or from an area.
+type Transfer = unsafe extern "C" fn(u64);
 
 /// Zeroes the guest's half.
 pub(super) fn clear_guest(area: PhysRange) {

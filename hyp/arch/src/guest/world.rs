@@ -171,7 +171,7 @@ pub(super) fn leave_host(host: &mut HostState, features: Features) {
     }
     // Bits that enable are off, bits that trap too: of what the former cover, guests see nPIRE0 (57), nPIR (58), nPOR_EL0 (59)
     // and nPOR_EL1 (60).
-    let guest = u64::from(features.s1pie) * (0b11 << 57) | u64::from(features.s1poe) * (0b11 << 59);
+    let guest = (u64::from(features.s1pie) * (0b11 << 57)) | (u64::from(features.s1poe) * (0b11 << 59));
     let guest = FineGrained([guest, guest, 0, 0, 0], [0; 5]);
     fine_grained!(features, load, guest);
 

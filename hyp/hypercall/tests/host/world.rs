@@ -148,7 +148,7 @@ impl GuestCpu for TestMachine {
         1
     }
 
-    fn interrupt_pending(&self) -> bool {
+    fn interrupt_pending(&self, _host: &Self::Host) -> bool {
         true
     }
 

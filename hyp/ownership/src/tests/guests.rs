@@ -666,6 +666,25 @@ fn a_dead_guest_leaves_nothing_behind() {
 }
 
 #[test]
+fn what_a_dead_guest_has_shared_is_clean() {
+    with_page(GuestKind::Pkvm, |rig, guest| {
+        assert_eq!(rig.change(GuestShare, guest, RAM + PAGE, 2), Ok(2));
+        guest.kill();
+        let _ = rig.machine.take_log();
+        assert_eq!(rig.change(Reclaim, guest, RAM, 4), Ok(4));
+        let log = rig.machine.take_log();
+        let place = |wanted: Op| log.iter().position(|&op| op == wanted).unwrap();
+        let gone = place(Op::InvalidateStage2(guest.vttbr().vmid, frames(RAM, 4), false));
+        assert!(gone < place(Op::Scrub(range(GIB, 1))));
+        assert!(gone < place(Op::Clean(range(GIB + PAGE, 2))));
+        assert!(gone < place(Op::Scrub(range(GIB + 3 * PAGE, 1))));
+        let of_el2 = log.iter().filter(|op| matches!(op, Op::InvalidateEl2(_)));
+        assert_eq!(of_el2.count(), 1, "for all of them together");
+        assert_eq!([0, 1, 2, 3].map(|page| rig.machine.peek(addr(GIB + page * PAGE))), [0, 8, 9, 0]);
+    });
+}
+
+#[test]
 fn scattered_pages_come_back_in_several_calls() {
     with_rig(|rig| {
         let guest = rig.guest(0, GuestKind::Pkvm, 16);
@@ -708,8 +727,14 @@ fn el2_maps_guest_pages_only_while_it_reads_them() {
         let mut seen = Vec::new();
         let done = rig.memory.with_guest_pages(&rig.machine, guest, frames(RAM + PAGE, 3), &mut |pages| {
             assert!(pages.iter().all(|page| rig.el2_reaches(page.raw())));
+            assert_eq!(
+                rig.machine.take_log().last(),
+                Some(&Op::Clean(pages)),
+                "of what the guest wrote beside its caches"
+            );
             seen.push(pages);
         });
+        assert_eq!(rig.machine.take_log().first(), Some(&Op::Clean(range(GIB + PAGE, 3))));
         assert_eq!((done, seen), (Ok(3), vec![range(GIB + PAGE, 3)]));
         assert!(!rig.el2_reaches(GIB + PAGE));
         rig.change(GuestShare, guest, RAM, 1).unwrap();

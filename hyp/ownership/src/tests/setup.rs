@@ -40,6 +40,7 @@ fn contradictions_are_refused() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn the_host_has_all_but_the_carve_out() {
     let layout = small();
     let mut store = Store::for_ram(&layout.ram);
@@ -66,6 +67,7 @@ fn the_host_has_all_but_the_carve_out() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn regions_that_share_a_block_keep_apart() {
     let layout = Layout {
         ram: vec![range(GIB, 100), range(GIB + 200 * PAGE, 512), range(GIB + 712 * PAGE, 100)],

@@ -116,7 +116,13 @@ impl<P: TablePool> Memory<'_, P> {
         if !inner.reserve_transient(machine) {
             return Err(GuestFailure { reason: GuestReason::NoMemory, ipa: range.base() });
         }
-        inner.with_mapped(machine, runs.iter().map(|run| run.pages), f);
+        // The guest's caches may be off. Then what is cached of the pages may be out of date before, and hides what the guest
+        // or EL2 has written after.
+        inner.with_mapped(machine, runs.iter().map(|run| run.pages), &mut |run| {
+            machine.clean(run);
+            f(run);
+            machine.clean(run);
+        });
         Ok(pages)
     }
 

@@ -91,7 +91,8 @@ impl<P: TablePool> Memory<'_, P> {
         let mut frames = range;
         for view in views() {
             let done = inner.runs(machine, guest, &tables, frames, view, &mut Runs::new());
-            frames = first_pages(frames, done).unwrap_or(frames);
+            let Some(first) = first_pages(frames, done) else { return Ok(0) };
+            frames = first;
         }
         let mut needed = 0_usize;
         for view in views() {
@@ -101,15 +102,16 @@ impl<P: TablePool> Memory<'_, P> {
         tables.have(needed).map_err(failure)?;
         // So only the first of the two can fail.
         for view in views() {
-            inner.empty(machine, guest, &mut tables, frames, view)?;
+            let done = inner.empty(machine, guest, &mut tables, frames, view)?;
+            debug_assert_eq!(done, frames.pages());
         }
         Ok(frames.pages())
     }
 }
 
 impl<P: TablePool> Inner<'_, P> {
-    /// Returns the pages in the first of `frames` to the host, and how many frames that is. Private ones are scrubbed, once
-    /// the guest can no longer write to them.
+    /// Returns the pages in the first of `frames` to the host, and how many frames that is. Once the guest can no longer write
+    /// to them, private ones are scrubbed, and others cleaned, so that the host sees what a guest without caches has written.
     pub(super) fn empty<M: Machine>(
         &mut self,
         machine: &M,
@@ -129,8 +131,11 @@ impl<P: TablePool> Inner<'_, P> {
             return Err(GuestFailure { reason: GuestReason::NoMemory, ipa: frames.base() });
         }
         self.unmap_guest(machine, tables, mapped);
-        let scrubbed = runs.iter().filter(|run| run.scrub).map(|run| run.pages);
-        self.with_mapped(machine, scrubbed, &mut |pages| machine.scrub(pages));
+        let mut scrub = runs.iter().map(|run| run.scrub);
+        self.with_mapped(machine, runs.iter().map(|run| run.pages), &mut |pages| match scrub.next() {
+            Some(false) => machine.clean(pages),
+            _ => machine.scrub(pages),
+        });
         let mut flush = Flush::new();
         for run in &runs {
             flush = self.assign(machine, run.pages, Entry::new(State::HOST_OWNED, 0), flush);

@@ -61,6 +61,7 @@ fn found(rig: &Rig<Stage2>, guest: &PageTable<Stage2>, range: IpaRange) -> Vec<(
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn maintenance_is_for_the_trees_own_vmid() {
     let (mut rig, mut guest) = guest();
     rig.give(&mut guest, pages(GIB, 1), GIB);
@@ -83,6 +84,7 @@ fn maintenance_for_another_vmid_is_none() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn blocks_are_of_level_2_at_most() {
     let (mut rig, mut guest) = guest();
     let gigabyte = pages(4 * GIB, GIB / PAGE);
@@ -109,6 +111,7 @@ fn a_visit_passes_over_what_has_no_tables() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn nothing_is_mapped_where_poison_is() {
     let (mut rig, mut guest) = guest();
     rig.give(&mut guest, pages(GIB, 4), 8 * GIB);
@@ -125,6 +128,7 @@ fn nothing_is_mapped_where_poison_is() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn a_part_of_a_block_is_poisoned_without_its_neighbours() {
     let (mut rig, mut guest) = guest();
     rig.give(&mut guest, pages(GIB, 1024), 8 * GIB);
@@ -138,6 +142,7 @@ fn a_part_of_a_block_is_poisoned_without_its_neighbours() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn a_whole_block_is_poisoned_by_one_descriptor() {
     let (mut rig, mut guest) = guest();
     rig.give(&mut guest, pages(GIB, 512), 8 * GIB);

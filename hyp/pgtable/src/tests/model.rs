@@ -111,18 +111,20 @@ fn run<R: Staged>(geometry: Geometry, actions: Vec<Action>) {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: if cfg!(miri) { 2 } else { 128 },
+        cases: if cfg!(miri) { 1 } else { 128 },
         failure_persistence: None,
         ..ProptestConfig::default()
     })]
 
     #[test]
-    fn stage2_follows_the_model(actions in vec(action(), 1..if cfg!(miri) { 4 } else { 14 })) {
+    #[cfg_attr(miri, ignore = "takes Miri too long")]
+    fn stage2_follows_the_model(actions in vec(action(), 1..if cfg!(miri) { 3 } else { 14 })) {
         run::<Stage2>(Geometry::stage2(40).unwrap(), actions);
     }
 
     #[test]
-    fn el2_follows_the_model(actions in vec(action(), 1..if cfg!(miri) { 4 } else { 14 })) {
+    #[cfg_attr(miri, ignore = "takes Miri too long")]
+    fn el2_follows_the_model(actions in vec(action(), 1..if cfg!(miri) { 3 } else { 14 })) {
         run::<El2>(Geometry::EL2, actions);
     }
 }

@@ -81,6 +81,7 @@ fn a_missing_invalidation_of_a_page() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 #[should_panic(expected = "missing flush")]
 fn a_missing_invalidation_of_a_cut_block() {
     unmap_with(Omit::Invalidate, pages(GIB, 512), pages(GIB, 1));

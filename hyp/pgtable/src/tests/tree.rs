@@ -20,6 +20,7 @@ fn the_largest_blocks_are_used() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn the_alignment_of_both_sides_limits_the_block() {
     let mut rig = el2();
     rig.map(pages(2 * GIB, GIB / PAGE), 2 * MIB, El2Usage::Data).unwrap();
@@ -42,6 +43,7 @@ fn level_zero_has_no_blocks() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn mapping_again_writes_nothing() {
     let mut rig = stage2(40);
     let range = pages(GIB - 2 * MIB, 514);
@@ -64,6 +66,7 @@ fn concatenated_roots_meet() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn two_level_tables_work() {
     let mut rig = stage2(32);
     rig.identity(pages(GIB, GIB / PAGE + 1));
@@ -83,6 +86,7 @@ fn the_end_of_the_space_is_respected() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn a_cut_block_keeps_the_rest() {
     let mut rig = stage2(40);
     rig.identity(pages(GIB, GIB / PAGE));
@@ -102,6 +106,7 @@ fn a_cut_block_keeps_the_rest() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn a_range_across_blocks_needs_four_tables_at_most() {
     let mut rig = stage2(40);
     rig.identity(pages(GIB, 2 * GIB / PAGE));
@@ -142,6 +147,7 @@ fn emptied_tables_go_back() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn several_holes_in_one_block_share_table_and_invalidation() {
     let mut rig = el2();
     rig.identity(pages(GIB, GIB / PAGE));
@@ -184,6 +190,7 @@ fn without_tables_a_cut_block_is_dropped_whole() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn everything_goes_with_one_invalidation() {
     let mut rig = stage2(48);
     rig.identity(pages(GIB, 1000));
@@ -215,6 +222,7 @@ fn another_mapping_replaces_the_old_one() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn leaves_are_visited_in_order() {
     let mut rig = stage2(40);
     rig.identity(pages(GIB, 513));

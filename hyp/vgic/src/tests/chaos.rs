@@ -71,6 +71,7 @@ proptest! {
     #![proptest_config(super::config())]
 
     #[test]
+    #[cfg_attr(miri, ignore = "takes Miri too long")]
     fn nothing_panics(spis in prop::sample::select(vec![32_usize, 96, 992]), ops in prop::collection::vec(op(), 1..200)) {
         let mut world = World::reset(3, spis, 4);
         for intid in 32..1020 {
@@ -128,6 +129,7 @@ proptest! {
 
     /// Storage with any contents, as after a mistake of the caller's, can do no more than deliver nonsense.
     #[test]
+    #[cfg_attr(miri, ignore = "takes Miri too long")]
     fn garbage_does_not_panic(bytes in prop::collection::vec(any::<u8>(), 64), ops in prop::collection::vec(op(), 1..60)) {
         let mut world = World::reset(3, 64, 4);
         world.scramble(&bytes);

@@ -54,6 +54,7 @@ fn an_edge_during_its_handler_comes_after_it() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn a_higher_priority_preempts() {
     for lrs in [1, 2, 4] {
         let mut world = World::new(1, lrs);
@@ -86,6 +87,7 @@ fn a_higher_priority_preempts() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn more_than_fit_come_in_order_of_priority() {
     for lrs in [1, 2, 4, 16] {
         for edge in [false, true] {
@@ -116,6 +118,7 @@ fn more_than_fit_come_in_order_of_priority() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn more_active_than_fit_end_in_order() {
     for lrs in [1, 2, 4] {
         let mut world = World::new(1, lrs);
@@ -137,6 +140,7 @@ fn more_active_than_fit_end_in_order() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn in_eoi_mode_1_deactivation_comes_in_any_order() {
     for lrs in [1, 2, 4] {
         let mut world = World::new(2, lrs);
@@ -382,6 +386,7 @@ fn turning_the_distributor_off_waits_for_other_vcpus() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn a_group_that_the_guest_has_off_does_not_block_the_other() {
     let mut world = World::new(1, 2);
     for intid in 40..44 {

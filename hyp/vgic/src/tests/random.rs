@@ -267,6 +267,7 @@ proptest! {
 
     /// If kicks are instantaneous, list registers cannot be told from the reference.
     #[test]
+    #[cfg_attr(miri, ignore = "takes Miri too long")]
     fn a_guest_sees_a_gic(
         lrs in prop::sample::select(vec![1_usize, 2, 3, 4, 16]),
         split in any::<bool>(),
@@ -291,6 +292,7 @@ proptest! {
 
     /// If they take their time, an edge may be taken once more than needed, but none is lost.
     #[test]
+    #[cfg_attr(miri, ignore = "takes Miri too long")]
     fn late_kicks_lose_nothing(
         lrs in prop::sample::select(vec![1_usize, 2, 4]),
         split in any::<bool>(),

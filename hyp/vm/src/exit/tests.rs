@@ -369,6 +369,7 @@ proptest! {
     /// The one thing in the page that comes from a register is what a store stores, or the next timer of a guest that
     /// waits. Not the faulting virtual address, not the syndrome.
     #[test]
+    #[cfg_attr(miri, ignore = "takes Miri too long")]
     fn no_secret_gets_into_the_page(
         esr in esr(),
         offset in 0_u64..0x1000,
@@ -420,6 +421,7 @@ proptest! {
     /// What the host answers changes the register that was to be loaded, or has the guest take an external abort, or
     /// changes nothing at all.
     #[test]
+    #[cfg_attr(miri, ignore = "takes Miri too long")]
     fn an_answer_changes_one_register(
         esr in esr(),
         hpfar: u64,
@@ -456,6 +458,7 @@ proptest! {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn the_test_for_leaks_finds_one() {
     let registers = secrets();
     for register in registers.x.into_iter().chain([registers.far_el1, registers.por_el0, registers.apgakeyhi_el1]) {

@@ -115,6 +115,7 @@ fn absent_pages_and_tables_are_waited_for() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn long_ranges_are_done_in_parts() {
     let test = TestGuest::new(VmKind::Pkvm, 1000);
     let shared = outcome(&test, [0xc600_0003, GUEST, 1000, 0]);
@@ -189,7 +190,7 @@ fn devices() {
 proptest! {
     #![proptest_config(ProptestConfig {
         failure_persistence: None,
-        ..ProptestConfig::with_cases(if cfg!(miri) { 4 } else { 512 })
+        ..ProptestConfig::with_cases(if cfg!(miri) { 1 } else { 512 })
     })]
 
     /// Whatever a guest sends: results have a known form, and pages are never lost.

@@ -295,7 +295,7 @@ fn a_realm_there_and_back() {
         let written = Access::Write(config, vec![40, 0, 0, 0, 0, 0, 0, 0, 0]);
         assert!(memory.machine.accesses.lock().unwrap().ends_with(&[clean(), written, clean()]));
         assert!(matches!(world.call(handle, [0xc400_0199, GUEST + PAGE_SIZE]).0, Some(Outcome::HostCall { .. })));
-        assert!(memory.machine.accesses.lock().unwrap().ends_with(&[clean(), Access::Read(config)]));
+        assert!(memory.machine.accesses.lock().unwrap().ends_with(&[clean(), Access::Read(config), clean()]));
         world.call(handle, [SET, at, top, 0, 0]);
         world.end(handle, VmKind::Realm);
     });

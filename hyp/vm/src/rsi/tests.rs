@@ -65,6 +65,7 @@ fn the_rest_is_not_supported() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn the_configuration() {
     let test = TestGuest::new(VmKind::Realm, 2);
     test.memory.lock().written.extend((GUEST..GUEST + 0x2000).map(|address| (address, 0xee)));
@@ -103,6 +104,7 @@ fn states_there_and_back() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn long_ranges_are_done_in_parts() {
     let test = TestGuest::new(VmKind::Realm, 1000);
     let top = GUEST + 1000 * 0x1000;
@@ -141,6 +143,7 @@ fn what_the_host_has_to_do() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn wrong_bounds() {
     let test = TestGuest::new(VmKind::Realm, 1);
     for [base, top] in [
@@ -199,6 +202,7 @@ fn measurements() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
 fn calls_to_the_host() {
     let test = TestGuest::new(VmKind::Realm, 1);
     let at = GUEST + 0x300;
@@ -231,11 +235,12 @@ fn calls_to_the_host() {
 proptest! {
     #![proptest_config(ProptestConfig {
         failure_persistence: None,
-        ..ProptestConfig::with_cases(if cfg!(miri) { 4 } else { 512 })
+        ..ProptestConfig::with_cases(if cfg!(miri) { 1 } else { 512 })
     })]
 
     /// Whatever a realm sends: nothing panics, states never reach further than the range, and pages are never lost.
     #[test]
+    #[cfg_attr(miri, ignore = "takes Miri too long")]
     fn any_call(
         calls in prop::collection::vec(
             (

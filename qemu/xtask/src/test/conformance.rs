@@ -25,5 +25,5 @@ fn runner(arguments: &[&str], full: bool, report: &mut Report) -> Result<()> {
     if full {
         runner.arg("--full");
     }
-    cargo::libtest(&mut runner, report)
+    cargo::libtest(&mut runner, process::LIMIT, report)
 }
