@@ -194,6 +194,31 @@ tests! {
     guests.one_vcpu_on_two_cpus("a vCPU that runs is BUSY, and so is its VM for what would end it", calls: [VCPU_RUN, VM_TEARDOWN], cpus: 2, memory: 4 * MIB);
     guests.run_page_changes_all_the_time("the host changes the run page while the hypervisor reads it", calls: [VCPU_RUN], cpus: 2, memory: 4 * MIB);
     guests.run_page_stays("the run page cannot be taken from under the hypervisor", calls: [VCPU_CREATE], memory: 4 * MIB);
+    guests.host_touches_what_it_gave("every access of the host to what is a VM's is aborted", calls: [VM_MAP], memory: 4 * MIB);
+    guests.host_gives_twice("the host gives one page twice: to two VMs, two frames, the hypervisor", calls: [VM_MAP, DONATE, SHARE, VM_DONATE_TABLES, VCPU_CREATE, VM_CREATE], memory: 8 * MIB);
+    guests.host_maps_over("the host puts pages over private, shared and poisoned ones and the interrupt controller", calls: [VM_MAP], memory: 8 * MIB);
+    guests.host_claims_and_releases_what_it_may_not("claims of what is not offered, releases of what is not claimed", calls: [CLAIM, RELEASE], memory: 8 * MIB);
+    guests.host_speaks_for_the_guest("the host cannot make calls in the guest's place", memory: 4 * MIB);
+    guests.guest_converts_what_it_may_not("a guest converts devices, nothing, foreign and overflowing ranges, and twice", memory: 4 * MIB);
+    guests.guest_maintains_caches_and_tlbs("maintenance by set and way, of other address spaces and of EL2", memory: 8 * MIB);
+    guests.guest_touches_what_is_not_its_own("a guest reaches for memory of others", memory: 4 * MIB);
+    guests.conversions_race("the host claims and releases while the guest shares and takes back", calls: [CLAIM, RELEASE], cpus: 2, memory: 4 * MIB);
+    guests.lives_race("CPUs end a VM and use it at once", calls: [VM_TEARDOWN], memory: 4 * MIB);
+    guests.flood_of_spis("SPIs without end, and those that are not the host's", calls: [SPI], memory: 4 * MIB);
+    guests.psci_discovery("PSCI and SMCCC say what there is, and the rest is NOT_SUPPORTED", calls: [VCPU_RUN], memory: 4 * MIB);
+    guests.calls_with_immediates("HVC and SMC with an immediate are no calls", calls: [VCPU_RUN], memory: 4 * MIB);
+    guests.vcpus_on_and_off("vCPUs are turned on and off by their guest", calls: [VCPU_RUN], memory: 4 * MIB);
+    guests.vcpus_start_out_of_reset("a vCPU starts with nothing of another one's", calls: [VCPU_RUN], memory: 4 * MIB);
+    guests.suspend("CPU_SUSPEND waits for an interrupt", calls: [VCPU_RUN], memory: 4 * MIB);
+    guests.pkvm_discovery("pKVM's hypercalls, with their numbers and results", calls: [VCPU_RUN], memory: 4 * MIB);
+    guests.realm_services("the Realm Services Interface: version, configuration, states, measurements", calls: [VCPU_RUN], memory: 4 * MIB);
+    guests.realm_calls_its_host("a realm calls its host", calls: [VCPU_RUN], memory: 4 * MIB);
+    guests.entropy("random numbers differ, if there are any", calls: [VCPU_RUN], memory: 4 * MIB);
+    guests.stale_after_force_reclaim("what is taken by force is gone for vCPUs that use it", calls: [FORCE_RECLAIM], cpus: 2, memory: 16 * MIB);
+    guests.stale_after_relinquish("so is what another vCPU gives up", cpus: 2, memory: 16 * MIB);
+    guests.stale_after_unmap("so is what the host takes back from an ordinary VM", calls: [VM_UNMAP], cpus: 2, memory: 16 * MIB);
+    guests.stale_after_a_realm_converts("so is the address that a realm's page has left", cpus: 2, memory: 16 * MIB);
+    guests.stale_after_the_host_gives_and_releases("so is what the host gives or releases for its CPUs that use it", calls: [VM_MAP, RELEASE], cpus: 2, memory: 16 * MIB);
 
     bench.calls("every call succeeds on ranges of 1, 8 and 512 pages between the marks of the counter", memory: 8 * MIB);
 

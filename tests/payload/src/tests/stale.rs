@@ -48,9 +48,9 @@ impl Watch {
         while !self.stop.load(Ordering::Acquire) {
             let gone = self.gone.load(Ordering::Acquire);
             let outcome = match probe(access, page) {
-                Ok(_) if gone => {
-                    Err(Failure::new(format_args!("CPU {cpu}: {access:?} of {page:#x} works after the donation")))
-                }
+                Ok(_) if gone => Err(Failure::new(format_args!(
+                    "CPU {cpu}: {access:?} of {page:#x} works after it has changed hands"
+                ))),
                 Err(fault) if fault.status() != ALIGNMENT || fault.far != page => {
                     Err(Failure::new(format_args!("CPU {cpu}: {access:?} of {page:#x}: {fault:x?}")))
                 }
@@ -79,11 +79,17 @@ impl Watch {
 
 /// Donates `pages` from `address` on while the other CPUs touch `page`, which is one of them.
 fn donate_under_watch(access: Access, page: u64, address: u64, pages: u64) -> Outcome {
+    lose_under_watch(access, page, || Op::Donate.succeeds(address, pages))?;
+    take_back(address, pages)
+}
+
+/// Lets the other CPUs touch `page` while `transition` takes it from the host.
+pub(crate) fn lose_under_watch(access: Access, page: u64, transition: impl FnOnce() -> Outcome) -> Outcome {
     let others = other_cpus();
     let watch = Watch::new();
     let result = cpu::run_on(&others, &|cpu| watch.spin(cpu, access, page), || {
         watch.wait_for(&others, &watch.warm);
-        let result = Op::Donate.succeeds(address, pages);
+        let result = transition();
         watch.gone.store(true, Ordering::Release);
         if result.is_ok() {
             watch.wait_for(&others, &watch.after);
@@ -93,8 +99,7 @@ fn donate_under_watch(access: Access, page: u64, address: u64, pages: u64) -> Ou
     });
     result?;
     watch.failure.into_inner()?;
-    is_denied(Access::Read, page)?;
-    take_back(address, pages)
+    is_denied(Access::Read, page).map(drop)
 }
 
 pub(crate) fn other_cpu() -> Outcome {

@@ -320,14 +320,6 @@ impl<'a> Guest<'a> {
         Ok(())
     }
 
-    /// Checks that pages are zero.
-    pub(crate) fn is_zero(&mut self, address: u64, count: u64) -> Outcome {
-        self.begin(Command::FindNonzero, &[address, count])?;
-        let [at, value, ..] = self.finish()?.x;
-        check!(at == 0, "the guest finds {value:#x} at {at:#x}, which is not zero");
-        Ok(())
-    }
-
     /// Turns on another vCPU, whose block is in place.
     pub(crate) fn turn_on(&mut self, vcpu: u64) -> Outcome {
         const CPU_ON: u64 = 0xC400_0003;
@@ -342,7 +334,7 @@ impl<'a> Guest<'a> {
     /// The arguments of a call that converts pages, for the guest's kind: to shared, or to private.
     pub(crate) fn conversion(&self, at: u64, count: u64, share: bool) -> [u64; 5] {
         match self.vm.kind {
-            VmKind::Realm => [0xC400_0197, at, at + count * PAGE, u64::from(!share), 0],
+            VmKind::Realm => [0xC400_0197, at, at.wrapping_add(count.wrapping_mul(PAGE)), u64::from(!share), 0],
             _ => [if share { 0xC600_0003 } else { 0xC600_0004 }, at, count, 0, 0],
         }
     }

@@ -33,8 +33,8 @@ mod guest;
 mod pages;
 
 use calls::success;
-pub(crate) use calls::{Answer as CallAnswer, Sizes, call, refused, succeed};
-pub(crate) use guest::{Conversion, Guest, GuestException, Reply, Stop};
+pub(crate) use calls::{Sizes, call, refused, succeed};
+pub(crate) use guest::{Conversion, Guest, Stop};
 pub(crate) use pages::Pages;
 
 /// Bits of guest addresses in the VMs of tests. In a realm the last one marks what is shared.

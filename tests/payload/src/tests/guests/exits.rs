@@ -135,9 +135,6 @@ code::snippets! {
 
     /// Cleans a cache line: x0 = address.
     clean_line: "dc cvac, x0";
-
-    /// Loads a word: x0 = address, which may be at any byte. Returns it.
-    load_anywhere: "ldr x0, [x0]";
 }
 
 /// The stack pointer as the base register.

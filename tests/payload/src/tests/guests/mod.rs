@@ -1,9 +1,21 @@
 //! Guests: the payload is their host.
 
+mod attacks;
+mod calls;
 mod convert;
 mod exits;
 mod life;
+mod stale;
 
+pub(crate) use attacks::{
+    conversions_race, flood_of_spis, guest_converts_what_it_may_not, guest_maintains_caches_and_tlbs,
+    guest_touches_what_is_not_its_own, host_claims_and_releases_what_it_may_not, host_gives_twice, host_maps_over,
+    host_speaks_for_the_guest, host_touches_what_it_gave, lives_race,
+};
+pub(crate) use calls::{
+    calls_with_immediates, entropy, pkvm_discovery, psci_discovery, realm_calls_its_host, realm_services, suspend,
+    vcpus_on_and_off, vcpus_start_out_of_reset,
+};
 pub(crate) use convert::{
     answers_that_do_not_belong, bounded_work, conversion_in_place, conversion_of_blocks, force_reclaim_of_other_pages,
     force_reclaim_poisons, invalidations, nothing_is_left_behind, ordinary_vm_borrows, populate, reclaim_at_the_end,
@@ -17,4 +29,8 @@ pub(crate) use exits::{
 pub(crate) use life::{
     all_slots, all_vcpus, bad_arguments, handles, life_cycle, measurement, runs_to_its_end, steps_out_of_order,
     ten_thousand_lives,
+};
+pub(crate) use stale::{
+    stale_after_a_realm_converts, stale_after_force_reclaim, stale_after_relinquish,
+    stale_after_the_host_gives_and_releases, stale_after_unmap,
 };
