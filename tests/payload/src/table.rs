@@ -221,5 +221,6 @@ tests! {
     guests.stale_after_the_host_gives_and_releases("so is what the host gives or releases for its CPUs that use it", calls: [VM_MAP, RELEASE], cpus: 2, memory: 16 * MIB);
 
     bench.calls("every call succeeds on ranges of 1, 8 and 512 pages between the marks of the counter", memory: 8 * MIB);
+    bench.guests("exits and conversions of guests between the marks of the counter", memory: 64 * MIB);
 
 }
