@@ -5,11 +5,11 @@
 
 use ravelin_abi::{Answer, RUN_CALL_REGISTERS, RunEntry, RunExit, RunPage, Status};
 use ravelin_memory::{PAGE_SIZE, PhysAddr, PhysRange};
-use ravelin_vgic::{Access, Frame, Gic, VcpuSet, Vcpus};
+use ravelin_vgic::{Access, Frame, Gic, ListRegisters, VcpuSet, Vcpus};
 
 use crate::{
-    Abort, Context, Entry, FirmwareCall, Guest, GuestCpu, GuestExit, GuestFeatures, Handle, IdRegisters, Left,
-    MmioAccess, ObjectMemory, Outcome, Pending, Power, PstateFeatures, Readiness, Refusal, Report, SysregAccess,
+    Abort, Context, Entry, FirmwareCall, GuestCpu, GuestExit, GuestFeatures, Handle, IdRegisters, Left, MmioAccess,
+    ObjectMemory, Outcome, Pending, Power, PstateFeatures, Readiness, Refusal, Report, Syndrome, SysregAccess,
     SysregAction, Transitions, Vectors, Vm, Vms, entropy_call, firmware_call, gic::VcpuGics, guest_call, mpidr, rsi,
 };
 
@@ -139,6 +139,14 @@ where
     wake: VcpuSet,
 }
 
+/// What has become of an exit.
+enum Exit {
+    /// It has been handled. The guest goes on if there is nothing to report.
+    Handled(Option<Report>),
+    /// It has yet to be.
+    Unhandled(Left),
+}
+
 /// What the guest has of the CPU beside its registers, until the host gets it back.
 struct Loan {
     vectors: Vectors,
@@ -171,8 +179,11 @@ where
             if !self.wake.is_empty() {
                 break Report::Wake;
             }
-            let left = self.enter(state, &mut loan);
-            if let Some(report) = self.handle(state, left, &mut loan) {
+            let report = match self.enter(state, &mut loan) {
+                Exit::Unhandled(left) => self.handle(state, left, &mut loan),
+                Exit::Handled(report) => report,
+            };
+            if let Some(report) = report {
                 break report;
             }
         };
@@ -214,7 +225,7 @@ where
                 (Some(Answer::Complete), Missing::Results) => {
                     state.open = Open::Nothing;
                     let outcome = self.complete_host_call(state);
-                    return Ok(self.conclude(state, conduit, outcome));
+                    return Ok(self.conclude(&mut state.open, &mut state.context, conduit, outcome));
                 }
                 _ => return Err(Status::Invalid.into()),
             },
@@ -236,7 +247,7 @@ where
 
     /// Enters the guest, with its interrupts.
     #[inline(never)]
-    fn enter(&mut self, state: &mut VcpuState, loan: &mut Loan) -> Left {
+    fn enter(&mut self, state: &mut VcpuState, loan: &mut Loan) -> Exit {
         let (index, list_registers) = (self.index, self.cpu.list_registers());
         // Read once: a timer that has not fired for the interrupt controller yet has a deadline.
         let now = self.cpu.counter();
@@ -244,11 +255,11 @@ where
             self.cpu.release_virtual_timer();
             loan.timer_held = false;
         }
-        let prepared = self.vm.with_gic(|gic| {
+        let mut interface = ListRegisters::default();
+        self.vm.with_gic(|gic| {
             set_timers(gic, index, &state.context, now);
-            gic.prepare_entry(index, list_registers)
+            gic.prepare_entry(index, list_registers, &mut interface)
         });
-        let mut interface = prepared.flatten().unwrap_or_default();
         let (tree, geometry) = self.transitions.tree(self.vm.guest().memory());
         let deadline = state.context.physical_timer().filter(|&deadline| deadline > now);
         let mut entry = Entry {
@@ -260,9 +271,50 @@ where
             vectors: loan.vectors,
             deadline,
         };
-        let left = self.cpu.enter(self.host, &mut entry);
+        let (open, ids, timer_held) = (&mut state.open, &state.ids, loan.timer_held);
+        let mut handled = None;
+        let left = self.cpu.enter(self.host, &mut entry, |syndrome, context| {
+            let Some(report) = self.handle_at_once(open, context, ids, syndrome) else { return false };
+            // A timer's interrupt that is held has to be looked after.
+            let goes_on = report.is_none() && !timer_held;
+            if !goes_on {
+                handled = Some(report);
+            }
+            goes_on
+        });
         self.gic(|gic| gic.after_exit(index, &interface));
-        left
+        handled.map_or(Exit::Unhandled(left), Exit::Handled)
+    }
+
+    /// Handles an exit that concerns no other registers than those that [`GuestCpu::enter`] has in the context then: a call that
+    /// is about memory, or a look at an ID register. Returns the report, if there is one; `None` if it is another exit.
+    fn handle_at_once(
+        &self,
+        open: &mut Open,
+        context: &mut Context,
+        ids: &IdRegisters,
+        syndrome: &Syndrome,
+    ) -> Option<Option<Report>> {
+        let conduit = match GuestExit::decode(syndrome, context) {
+            GuestExit::Sysreg(access) => {
+                let (register, value) = access.id_value(ids)?;
+                context.set_register(register, value);
+                context.skip_instruction();
+                return Some(None);
+            }
+            GuestExit::Hvc(0) => Conduit::Hvc,
+            GuestExit::Smc(0) => Conduit::Smc,
+            _ => return None,
+        };
+        let outcome = match conduit {
+            Conduit::Hvc => guest_call::call(self.transitions, self.vm.guest(), context)?,
+            Conduit::Smc => rsi::call(self.transitions, self.vm.guest(), context)?,
+        };
+        if let Conduit::Hvc = conduit {
+            // As if it had not been executed, like SMC.
+            context.pc = context.pc.wrapping_sub(4);
+        }
+        Some(self.conclude(open, context, conduit, outcome))
     }
 
     /// Runs `f` on the interrupt controller. What it returns is to be woken; this vCPU is awake.
@@ -291,9 +343,9 @@ where
             GuestExit::Hvc(immediate) => {
                 // As if it had not been executed, like SMC.
                 state.context.pc = state.context.pc.wrapping_sub(4);
-                self.call(state, Conduit::Hvc, immediate)
+                self.call(&mut state.context, immediate)
             }
-            GuestExit::Smc(immediate) => self.call(state, Conduit::Smc, immediate),
+            GuestExit::Smc(immediate) => self.call(&mut state.context, immediate),
             GuestExit::Sysreg(access) => {
                 self.sysreg(state, access, features);
                 None
@@ -331,37 +383,26 @@ where
         (awake != Some(true)).then(|| Report::Wait { deadline: context.next_timer(now) })
     }
 
-    /// Performs a call. The program counter is at the instruction.
-    fn call(&self, state: &mut VcpuState, conduit: Conduit, immediate: u16) -> Option<Report> {
-        let context = &mut state.context;
+    /// Performs a call that is not about memory. The program counter is at the instruction.
+    fn call(&self, context: &mut Context, immediate: u16) -> Option<Report> {
         if immediate != 0 {
             context.set_results([NOT_SUPPORTED]);
             context.skip_instruction();
             return None;
         }
-        let guest = self.vm.guest();
-        let outcome = match conduit {
-            Conduit::Hvc => guest_call::call(self.transitions, guest, context),
-            Conduit::Smc => rsi::call(self.transitions, guest, context),
-        };
-        match outcome {
-            Some(outcome) => self.conclude(state, conduit, outcome),
-            None => {
-                let report = self.standard_call(guest, &mut state.context);
-                state.context.skip_instruction();
-                report
-            }
-        }
+        let report = self.standard_call(context);
+        context.skip_instruction();
+        report
     }
 
     /// Performs a call of firmware's, whichever way it comes.
-    fn standard_call(&self, guest: &Guest<T::Guest>, context: &mut Context) -> Option<Report> {
+    fn standard_call(&self, context: &mut Context) -> Option<Report> {
         if entropy_call(self.cpu, context) {
             return None;
         }
         let [x0, x1, x2, x3, ..] = context.x;
         let vcpus = |vcpu| self.vm.power(vcpu);
-        let Some(call) = firmware_call([x0, x1, x2, x3], self.power, vcpus, guest.memory_bits()) else {
+        let Some(call) = firmware_call([x0, x1, x2, x3], self.power, vcpus, self.vm.guest().memory_bits()) else {
             context.set_results([NOT_SUPPORTED]);
             return None;
         };
@@ -385,8 +426,8 @@ where
     }
 
     /// Ends a call, or leaves it open.
-    fn conclude(&self, state: &mut VcpuState, conduit: Conduit, outcome: Outcome) -> Option<Report> {
-        let mut open = |missing| state.open = Open::Call(conduit, missing);
+    fn conclude(&self, open: &mut Open, context: &mut Context, conduit: Conduit, outcome: Outcome) -> Option<Report> {
+        let mut open = |missing| *open = Open::Call(conduit, missing);
         let done = match outcome {
             Outcome::Done => None,
             Outcome::Shared(range) => Some(Report::Shared(range)),
@@ -413,7 +454,7 @@ where
                 return Some(Report::HostCall { immediate });
             }
         };
-        state.context.skip_instruction();
+        context.skip_instruction();
         done
     }
 

@@ -61,25 +61,38 @@ impl GuestCpu for Hardware {
         world::return_to_host(host, self.guests.features);
     }
 
-    fn enter(&self, host: &HostState, guest: &mut Entry<'_>) -> Left {
+    fn enter(
+        &self,
+        host: &HostState,
+        guest: &mut Entry<'_>,
+        mut handles: impl FnMut(&Syndrome, &mut Context) -> bool,
+    ) -> Left {
         world::enter_guest(guest, self.guests.features);
         forget_other_vcpus(guest);
         arm(host.virtual_timer().into_iter().chain(guest.deadline).min());
-        gic::load(guest.gic);
+        gic::load(guest.gic, self.guests.active_priorities);
         el1::load(guest.context, self.guests.features);
-        // SAFETY: The context is the vCPU's alone. All that the guest can do is bounded by the registers of EL2 that have just
-        // been set; the assembly keeps what Rust expects to be kept.
-        let why = unsafe { guest_run(guest.context) };
-        let syndrome =
-            Syndrome { esr: read_sysreg!("esr_el2"), far: read_sysreg!("far_el2"), hpfar: read_sysreg!("hpfar_el2") };
+        let left = loop {
+            // SAFETY: The context is the vCPU's alone. All that the guest can do is bounded by the registers of EL2 that have
+            // just been set; the assembly keeps what Rust expects to be kept.
+            let why = unsafe { guest_run(guest.context) };
+            match why {
+                0 => {
+                    let (esr, far, hpfar) =
+                        (read_sysreg!("esr_el2"), read_sysreg!("far_el2"), read_sysreg!("hpfar_el2"));
+                    let syndrome = Syndrome { esr, far, hpfar };
+                    if !handles(&syndrome, guest.context) {
+                        break Left::Synchronous(syndrome);
+                    }
+                }
+                1 | 2 => break Left::Interrupt,
+                _ => break Left::Error,
+            }
+        };
         el1::save(guest.context, self.guests.features);
-        gic::save(guest.gic);
+        gic::save(guest.gic, self.guests.active_priorities);
         arm(None);
-        match why {
-            0 => Left::Synchronous(syndrome),
-            1 | 2 => Left::Interrupt,
-            _ => Left::Error,
-        }
+        left
     }
 
     fn area_pages(&self) -> u64 {
@@ -118,11 +131,11 @@ impl GuestCpu for Hardware {
     }
 
     fn list_registers(&self) -> usize {
-        gic::list_registers()
+        self.guests.list_registers
     }
 
     fn pstate_features(&self) -> PstateFeatures {
-        pstate_features()
+        self.guests.pstate
     }
 
     fn id_registers(&self) -> IdRegisters {
@@ -189,26 +202,46 @@ fn random() -> Option<u64> {
 impl PageAccess for Hardware {
     fn read_bytes(&self, at: PhysAddr, bytes: &mut [u8]) {
         let source = ptr::with_exposed_provenance::<u8>(at.raw() as usize);
-        for (offset, byte) in bytes.iter_mut().enumerate() {
-            // Volatile, because others may write there at the same time; no Rust object lives there.
-            // SAFETY: The caller has the page mapped, and the offset stays within it.
+        // Volatile, because others may write there at the same time; no Rust object lives there.
+        let mut done = 0;
+        if source.cast::<u64>().is_aligned() {
+            for word in bytes.as_chunks_mut().0 {
+                // SAFETY: The caller has the page mapped, and the offset stays within it. It is a multiple of 8.
+                *word = unsafe { source.wrapping_add(done).cast::<u64>().read_volatile() }.to_ne_bytes();
+                done += size_of_val(word);
+            }
+        }
+        for (offset, byte) in bytes.iter_mut().enumerate().skip(done) {
+            // SAFETY: As above.
             *byte = unsafe { source.wrapping_add(offset).read_volatile() };
         }
     }
 
     fn write_bytes(&self, at: PhysAddr, bytes: &[u8]) {
         let target = ptr::with_exposed_provenance_mut::<u8>(at.raw() as usize);
-        for (offset, &byte) in bytes.iter().enumerate() {
-            // SAFETY: As in `read_bytes`; the page is mapped writable.
+        let mut done = 0;
+        if target.cast::<u64>().is_aligned() {
+            for word in bytes.as_chunks().0 {
+                // SAFETY: As in `read_bytes`; the page is mapped writable.
+                unsafe { target.wrapping_add(done).cast::<u64>().write_volatile(u64::from_ne_bytes(*word)) };
+                done += size_of_val(word);
+            }
+        }
+        for (offset, &byte) in bytes.iter().enumerate().skip(done) {
+            // SAFETY: As above.
             unsafe { target.wrapping_add(offset).write_volatile(byte) };
         }
     }
 }
 
-/// What running guests needs to know of the machine. By default there are none.
+/// What running guests needs to know of the machine, read once. By default there are none.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Guests {
     features: Features,
+    pstate: PstateFeatures,
+    list_registers: usize,
+    /// Registers of active priorities for each group.
+    active_priorities: u64,
     /// Whether firmware has true random numbers.
     firmware_entropy: bool,
     /// What the CPU is; guests do not run on others.
@@ -220,6 +253,14 @@ pub(crate) struct Guests {
 impl Guests {
     pub(crate) fn new(redistributors: &'static [PhysRange]) -> Self {
         let midr = read_sysreg!("midr_el1");
-        Self { features: Features::read(), firmware_entropy: firmware::has_entropy(), midr, redistributors }
+        Self {
+            features: Features::read(),
+            pstate: pstate_features(),
+            list_registers: gic::list_registers(),
+            active_priorities: gic::active_priority_registers(),
+            firmware_entropy: firmware::has_entropy(),
+            midr,
+            redistributors,
+        }
     }
 }

@@ -61,6 +61,12 @@ const EL1H: u64 = 0x3c5;
 /// ICH_VMCR_EL2 with both groups enabled and no priority masked.
 const VMCR_OPEN: u64 = 0xff00_0003;
 
+/// What a vCPU's CPU interface holds when it enters.
+fn prepare(gic: &mut Gic<'_, VcpuGics<Heap>>, vcpu: usize) -> Option<ListRegisters> {
+    let mut entry = ListRegisters::default();
+    gic.prepare_entry(vcpu, 4, &mut entry).map(|()| entry)
+}
+
 type TestVms = Vms<Heap, FakeGuest, VcpuState>;
 
 struct World {
@@ -114,7 +120,7 @@ impl World {
         same(RunPage::CALL + CALL_SIZE, 4096);
         if usize::try_from(index).is_ok_and(|index| index < EXISTING as usize) {
             self.gic(|gic| {
-                let entry = gic.prepare_entry(index as usize, 4).expect("it does not run");
+                let entry = prepare(gic, index as usize).expect("it does not run");
                 let _ = gic.after_exit(index as usize, &entry);
             });
         }
@@ -1079,7 +1085,7 @@ fn state_in_the_list_registers_of_another_vcpu_makes_it_exit() {
         wfe()
     });
     assert_eq!(world.run(1), Ok(exit(ExitReason::Yield)));
-    let elsewhere = world.gic(|gic| gic.prepare_entry(1, 4)).unwrap();
+    let elsewhere = world.gic(|gic| prepare(gic, 1)).unwrap();
     assert_eq!(elsewhere.used, 1);
 
     // Its pending state, GICR_ISPENDR0.
