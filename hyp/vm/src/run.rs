@@ -21,9 +21,6 @@ const PHYSICAL_TIMER: u32 = 30;
 /// SMCCC's NOT_SUPPORTED.
 const NOT_SUPPORTED: u64 = u64::MAX;
 
-/// Bytes of the registers of a call to the host.
-const CALL_SIZE: usize = 8 * RUN_CALL_REGISTERS;
-
 /// What a vCPU is while it does not run.
 #[derive(Clone, Debug)]
 pub struct VcpuState {
@@ -112,12 +109,8 @@ impl<O: ObjectMemory, G: Send + Sync> Vms<O, G, VcpuState> {
             let wake = run.wake;
             cpu.return_to_host(&host);
             let [wake_low, wake_high] = wake.words();
-            run_page_write(
-                cpu,
-                run_page,
-                RunPage::EXIT,
-                &RunExit { wake_low, wake_high, ..report?.run_exit() }.to_bytes(),
-            );
+            let exit = RunExit { wake_low, wake_high, ..report?.run_exit() };
+            run_page_write(cpu, run_page, RunPage::EXIT, &exit.to_words());
             Ok(())
         })
     }
@@ -205,9 +198,9 @@ where
             // Whatever the host says.
             return Ok(None);
         }
-        let mut bytes = [0; RunEntry::SIZE];
-        run_page_read(self.cpu, self.run_page, RunPage::ENTRY, &mut bytes);
-        let entry = RunEntry::from_bytes(&bytes);
+        let mut words = [0; RunEntry::WORDS];
+        run_page_read(self.cpu, self.run_page, RunPage::ENTRY, &mut words);
+        let entry = RunEntry::from_words(&words);
         let features = self.cpu.pstate_features();
         match state.open {
             Open::Access(mut pending) => {
@@ -236,12 +229,8 @@ where
     }
 
     fn complete_host_call(&self, state: &mut VcpuState) -> Outcome {
-        let mut bytes = [0; CALL_SIZE];
-        run_page_read(self.cpu, self.run_page, RunPage::RESULTS, &mut bytes);
         let mut registers = [0; RUN_CALL_REGISTERS];
-        for (register, word) in registers.iter_mut().zip(bytes.as_chunks().0) {
-            *register = u64::from_le_bytes(*word);
-        }
+        run_page_read(self.cpu, self.run_page, RunPage::RESULTS, &mut registers);
         rsi::complete_host_call(self.transitions, self.vm.guest(), &mut state.context, &registers)
     }
 
@@ -446,11 +435,7 @@ where
             }
             Outcome::HostCall { immediate, registers } => {
                 open(Missing::Results);
-                let mut bytes = [0; CALL_SIZE];
-                for (chunk, register) in bytes.chunks_exact_mut(8).zip(registers) {
-                    chunk.copy_from_slice(&register.to_le_bytes());
-                }
-                run_page_write(self.cpu, self.run_page, RunPage::CALL, &bytes);
+                run_page_write(self.cpu, self.run_page, RunPage::CALL, &registers);
                 return Some(Report::HostCall { immediate });
             }
         };
@@ -538,15 +523,15 @@ fn part(page: PhysAddr, offset: usize) -> Option<PhysAddr> {
     page.checked_add(u64::try_from(offset).ok().filter(|&offset| offset < PAGE_SIZE)?)
 }
 
-fn run_page_read(cpu: &impl GuestCpu, page: PhysAddr, offset: usize, bytes: &mut [u8]) {
+fn run_page_read(cpu: &impl GuestCpu, page: PhysAddr, offset: usize, words: &mut [u64]) {
     if let Some(at) = part(page, offset) {
-        cpu.read_bytes(at, bytes);
+        cpu.read_words(at, words);
     }
 }
 
-fn run_page_write(cpu: &impl GuestCpu, page: PhysAddr, offset: usize, bytes: &[u8]) {
+fn run_page_write(cpu: &impl GuestCpu, page: PhysAddr, offset: usize, words: &[u64]) {
     if let Some(at) = part(page, offset) {
-        cpu.write_bytes(at, bytes);
+        cpu.write_words(at, words);
     }
 }
 

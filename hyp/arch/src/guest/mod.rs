@@ -202,34 +202,36 @@ fn random() -> Option<u64> {
 impl PageAccess for Hardware {
     fn read_bytes(&self, at: PhysAddr, bytes: &mut [u8]) {
         let source = ptr::with_exposed_provenance::<u8>(at.raw() as usize);
-        // Volatile, because others may write there at the same time; no Rust object lives there.
-        let mut done = 0;
-        if source.cast::<u64>().is_aligned() {
-            for word in bytes.as_chunks_mut().0 {
-                // SAFETY: The caller has the page mapped, and the offset stays within it. It is a multiple of 8.
-                *word = unsafe { source.wrapping_add(done).cast::<u64>().read_volatile() }.to_ne_bytes();
-                done += size_of_val(word);
-            }
-        }
-        for (offset, byte) in bytes.iter_mut().enumerate().skip(done) {
-            // SAFETY: As above.
+        for (offset, byte) in bytes.iter_mut().enumerate() {
+            // Volatile, because others may write there at the same time; no Rust object lives there.
+            // SAFETY: The caller has the page mapped, and the offset stays within it.
             *byte = unsafe { source.wrapping_add(offset).read_volatile() };
         }
     }
 
     fn write_bytes(&self, at: PhysAddr, bytes: &[u8]) {
         let target = ptr::with_exposed_provenance_mut::<u8>(at.raw() as usize);
-        let mut done = 0;
-        if target.cast::<u64>().is_aligned() {
-            for word in bytes.as_chunks().0 {
-                // SAFETY: As in `read_bytes`; the page is mapped writable.
-                unsafe { target.wrapping_add(done).cast::<u64>().write_volatile(u64::from_ne_bytes(*word)) };
-                done += size_of_val(word);
-            }
-        }
-        for (offset, &byte) in bytes.iter().enumerate().skip(done) {
-            // SAFETY: As above.
+        for (offset, &byte) in bytes.iter().enumerate() {
+            // SAFETY: As in `read_bytes`; the page is mapped writable.
             unsafe { target.wrapping_add(offset).write_volatile(byte) };
+        }
+    }
+
+    fn read_words(&self, at: PhysAddr, words: &mut [u64]) {
+        assert!(at.is_aligned(8));
+        let source = ptr::with_exposed_provenance::<u64>(at.raw() as usize);
+        for (index, word) in words.iter_mut().enumerate() {
+            // SAFETY: As in `read_bytes`, and aligned.
+            *word = unsafe { source.wrapping_add(index).read_volatile() };
+        }
+    }
+
+    fn write_words(&self, at: PhysAddr, words: &[u64]) {
+        assert!(at.is_aligned(8));
+        let target = ptr::with_exposed_provenance_mut::<u64>(at.raw() as usize);
+        for (index, &word) in words.iter().enumerate() {
+            // SAFETY: As in `read_words`; the page is mapped writable.
+            unsafe { target.wrapping_add(index).write_volatile(word) };
         }
     }
 }

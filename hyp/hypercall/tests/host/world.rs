@@ -87,6 +87,20 @@ impl PageAccess for TestMachine {
         let mut pages = self.bytes.lock().unwrap();
         pages.entry(at.page().raw()).or_insert([0; _])[offset..offset + bytes.len()].copy_from_slice(bytes);
     }
+
+    fn read_words(&self, at: PhysAddr, words: &mut [u64]) {
+        assert!(at.is_aligned(8));
+        let mut bytes = vec![0; size_of_val(words)];
+        self.read_bytes(at, &mut bytes);
+        for (word, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
+            *word = u64::from_le_bytes(*bytes);
+        }
+    }
+
+    fn write_words(&self, at: PhysAddr, words: &[u64]) {
+        assert!(at.is_aligned(8));
+        self.write_bytes(at, &words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>());
+    }
 }
 
 impl EntropySource for TestMachine {

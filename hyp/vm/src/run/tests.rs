@@ -15,6 +15,9 @@ use crate::{
     fake::{Fake, FakeGuest, GuestState, Heap, Owner},
 };
 
+/// Bytes of the registers of a call to the host.
+const CALL_SIZE: usize = 8 * RUN_CALL_REGISTERS;
+
 const METADATA: u64 = 0x4000_0000;
 const VCPUS: u64 = 0x4100_0000;
 const RUN_PAGES: u64 = 0x4200_0000;
