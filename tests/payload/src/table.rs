@@ -231,6 +231,11 @@ tests! {
     guests.stale_after_unmap("so is what the host takes back from an ordinary VM", calls: [VM_UNMAP], cpus: 2, memory: 16 * MIB);
     guests.stale_after_a_realm_converts("so is the address that a realm's page has left", cpus: 2, memory: 16 * MIB);
     guests.stale_after_the_host_gives_and_releases("so is what the host gives or releases for its CPUs that use it", calls: [VM_MAP, RELEASE], cpus: 2, memory: 16 * MIB);
+    guests.vms_do_not_see_each_other("VMs have other memory at the same address, on one CPU and on several", calls: [VCPU_RUN], memory: 8 * MIB);
+    guests.nothing_is_left_in_the_tlb("a VM in the place of one that is gone has none of its translations", calls: [VM_DESTROY], memory: 8 * MIB);
+    guests.vcpus_on_all_cpus("vCPUs run at once, and go from CPU to CPU", calls: [VCPU_RUN, CLAIM, RELEASE], memory: 8 * MIB);
+    guests.vcpus_have_their_own_translations("vCPUs with other tables under one ASID do not mix them up", calls: [VCPU_RUN], memory: 8 * MIB);
+    guests.gigabyte("2^18 pages in one call each", calls: [VM_MAP, CLAIM, RELEASE], memory: GIB);
 
     bench.calls("every call succeeds on ranges of 1, 8 and 512 pages between the marks of the counter", memory: 8 * MIB);
     bench.guests("exits and conversions of guests between the marks of the counter", memory: 64 * MIB);

@@ -203,6 +203,11 @@ impl Platform {
 
     /// Finds `size` bytes of free RAM that start at a multiple of `align`, the highest there are.
     pub(crate) fn free(&self, size: u64, align: u64) -> Option<Region> {
+        self.free_beside(size, align, None)
+    }
+
+    /// The same, outside of a region that is taken already.
+    pub(crate) fn free_beside(&self, size: u64, align: u64, beside: Option<Region>) -> Option<Region> {
         self.ram.iter().rev().find_map(|ram| {
             let mut start = ram.end.checked_sub(size)? / align * align;
             loop {
@@ -210,7 +215,14 @@ impl Platform {
                 if start < ram.start {
                     return None;
                 }
-                match self.taken.iter().filter(|taken| taken.overlaps(candidate)).map(|taken| taken.start).min() {
+                match self
+                    .taken
+                    .iter()
+                    .chain(&beside)
+                    .filter(|taken| taken.overlaps(candidate))
+                    .map(|taken| taken.start)
+                    .min()
+                {
                     None => return Some(candidate),
                     Some(below) => start = below.checked_sub(size)? / align * align,
                 }

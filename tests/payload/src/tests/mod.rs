@@ -288,6 +288,10 @@ pub(crate) fn on_all_cpus(body: impl Fn(usize) -> Outcome + Sync) -> Outcome {
 /// next test.
 pub(crate) fn restore() -> Outcome {
     let [_, shared, _, donated] = page_counts()?;
+    let it = statistics()?;
+    let of_vms =
+        it.vm_pages + it.host_lent_pages + it.guest_private_pages + it.guest_offered_pages + it.guest_claimed_pages;
+    check_eq!(of_vms, 0, "pages left with VMs");
     if (shared, donated) == (1, 0) {
         return Ok(());
     }

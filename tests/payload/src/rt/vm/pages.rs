@@ -3,7 +3,10 @@
 use spin::Mutex;
 
 use crate::{
-    rt::memory::PAGE,
+    rt::{
+        memory::PAGE,
+        platform::{Region, platform},
+    },
     tests::{Failure, OWNED, Outcome, arena, check_eq, state},
 };
 
@@ -19,6 +22,15 @@ impl Pages {
     pub(crate) fn new(size: u64) -> Self {
         let start = arena(size);
         Self { start, next: Mutex::new(start), end: start + size }
+    }
+
+    /// Some memory outside of an arena that the test uses otherwise.
+    pub(crate) fn beside(arena: u64, arena_size: u64, size: u64) -> Result<Self, Failure> {
+        let arena = Region { start: arena, end: arena + arena_size };
+        match platform().free_beside(size, PAGE, Some(arena)) {
+            Some(Region { start, end }) => Ok(Self { start, next: Mutex::new(start), end }),
+            None => Err(Failure::new(format_args!("there is no more than the arena"))),
+        }
     }
 
     /// Takes contiguous pages that start at a multiple of `align` pages.

@@ -229,6 +229,7 @@ code::snippets! {
         ".arch_extension simd",
         "dup v0.2d, x2", "dup v1.2d, x2", "dup v15.2d, x2", "dup v31.2d, x2",
         "str x0, [x1]",
+        "dup v0.2d, x2", "dup v8.2d, x2", "dup v31.2d, x2",
         "wfi",
         "mov x30, x16";
 }

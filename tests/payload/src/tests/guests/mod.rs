@@ -10,6 +10,7 @@ mod interrupts;
 mod life;
 mod stale;
 mod world;
+mod worlds;
 
 pub(crate) use attacks::{
     conversions_race, flood_of_spis, guest_converts_what_it_may_not, guest_maintains_caches_and_tlbs,
@@ -43,3 +44,7 @@ pub(crate) use stale::{
     stale_after_the_host_gives_and_releases, stale_after_unmap,
 };
 pub(crate) use world::{registers_are_kept, vector_lengths, vectors_stay_apart};
+pub(crate) use worlds::{
+    gigabyte, nothing_is_left_in_the_tlb, vcpus_have_their_own_translations, vcpus_on_all_cpus,
+    vms_do_not_see_each_other,
+};
