@@ -6,6 +6,7 @@ mod convert;
 mod exits;
 mod life;
 mod stale;
+mod stress;
 mod worlds;
 
 pub(crate) use attacks::{
@@ -35,6 +36,7 @@ pub(crate) use stale::{
     stale_after_a_realm_converts, stale_after_force_reclaim, stale_after_relinquish,
     stale_after_the_host_gives_and_releases, stale_after_unmap,
 };
+pub(crate) use stress::random_calls;
 pub(crate) use worlds::{
     gigabyte, nothing_is_left_in_the_tlb, vcpus_have_their_own_translations, vcpus_on_all_cpus,
     vms_do_not_see_each_other,
