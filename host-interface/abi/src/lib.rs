@@ -1,7 +1,7 @@
 //! What the host and Ravelin agree on: hypercall numbers, typed arguments, status codes and layouts of shared pages.
 //!
 //! [`CALLS`] is the one table of host hypercalls. The parser of requests ([`HostCall::parse`]), the C header ([`CHeader`]) and
-//! the reference ([`Reference`]) are made from it. [`VM_CALLS`], about VMs, will be part of it when they are offered.
+//! the reference ([`Reference`]) are made from it.
 //!
 //! A host makes a call with `HVC #0` at EL1: x0 holds the function identifier, x1 to x6 the arguments, x0 to x3 the
 //! results. All other registers keep their values; after NOT_SUPPORTED, all but x0 do. The numbers lie in the range that

@@ -93,15 +93,31 @@ macro_rules! words {
             /// Size in bytes.
             pub const SIZE: usize = size_of::<Self>();
 
+            /// Size in words of 64 bits.
+            pub const WORDS: usize = Self::SIZE / 8;
+
             /// Names and descriptions of the fields.
             const FIELDS: &[(&str, &str)] = &[$((stringify!($field), concat!($($doc),+).trim_ascii_start())),+];
+
+            /// Returns the words that go into the page, in little-endian order.
+            #[must_use]
+            pub const fn to_words(&self) -> [u64; Self::WORDS] {
+                [$(self.$field),+]
+            }
+
+            /// Returns what words of the page say.
+            #[must_use]
+            pub const fn from_words(words: &[u64; Self::WORDS]) -> Self {
+                let [$($field),+] = *words;
+                Self { $($field),+ }
+            }
 
             /// Returns the bytes that go into the page.
             #[must_use]
             pub fn to_bytes(&self) -> [u8; Self::SIZE] {
                 let mut bytes = [0; Self::SIZE];
-                for (chunk, word) in bytes.chunks_exact_mut(8).zip([$(self.$field),+]) {
-                    chunk.copy_from_slice(&word.to_le_bytes());
+                for (chunk, word) in bytes.as_chunks_mut().0.iter_mut().zip(self.to_words()) {
+                    *chunk = word.to_le_bytes();
                 }
                 bytes
             }
@@ -109,11 +125,11 @@ macro_rules! words {
             /// Returns what bytes of the page say.
             #[must_use]
             pub fn from_bytes(bytes: &[u8; Self::SIZE]) -> Self {
-                let mut words = Self::default();
-                for (word, chunk) in [$(&mut words.$field),+].into_iter().zip(bytes.as_chunks().0) {
+                let mut words = [0; Self::WORDS];
+                for (word, chunk) in words.iter_mut().zip(bytes.as_chunks().0) {
                     *word = u64::from_le_bytes(*chunk);
                 }
-                words
+                Self::from_words(&words)
             }
         }
 

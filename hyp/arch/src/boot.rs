@@ -11,6 +11,7 @@ use crate::{
 
 global_asm!(include_str!("../asm/boot.S"));
 global_asm!(include_str!("../asm/vectors.S"));
+global_asm!(include_str!("../asm/memory.S"));
 
 /// SCTLR_EL2 of the running hypervisor: RES1 bits, M, C, SA (stack alignment), I and WXN (nothing writable executes).
 const SCTLR_EL2: u64 = 0x30c5_0830 | (1 << 0) | (1 << 2) | (1 << 3) | (1 << 12) | (1 << 19);

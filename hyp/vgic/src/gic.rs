@@ -129,11 +129,12 @@ impl<'a, V: Vcpus + ?Sized> Gic<'a, V> {
     /// `intid` is not that of a PPI.
     pub fn set_ppi_level(&mut self, vcpu: usize, intid: u32, level: bool) -> Result<VcpuSet, NotAllowed> {
         match u16::try_from(intid) {
-            Ok(intid @ FIRST_PPI..FIRST_SPI) => Ok(self.update(vcpu, intid, |interrupt| {
-                if interrupt.is(Flags::LINE) != level {
-                    interrupt.set_line(level);
+            Ok(intid @ FIRST_PPI..FIRST_SPI) => match self.interrupt(vcpu, intid) {
+                Some(interrupt) if interrupt.is(Flags::LINE) != level => {
+                    Ok(self.update(vcpu, intid, |interrupt| interrupt.set_line(level)))
                 }
-            })),
+                _ => Ok(VcpuSet::EMPTY),
+            },
             _ => Err(NotAllowed),
         }
     }

@@ -102,24 +102,20 @@ impl VcpuGic {
 }
 
 impl<V: Vcpus + ?Sized> Gic<'_, V> {
-    /// Returns what a vCPU's virtual CPU interface holds when it enters, on a CPU that has `list_registers` of them
-    /// (ICH_VTR_EL2.ListRegs + 1), 1 to 16. From now on the vCPU runs.
+    /// Fills in what a vCPU's virtual CPU interface holds when it enters, on a CPU that has `list_registers` of them
+    /// (ICH_VTR_EL2.ListRegs + 1), 1 to 16. From now on the vCPU runs. `entry` is what [`ListRegisters::default`] says.
     ///
-    /// `None` if there is no such vCPU, or if it runs already.
-    #[must_use]
-    pub fn prepare_entry(&mut self, vcpu: usize, list_registers: usize) -> Option<ListRegisters> {
+    /// `None` if there is no such vCPU, or if it runs already; then `entry` is as it was.
+    pub fn prepare_entry(&mut self, vcpu: usize, list_registers: usize, entry: &mut ListRegisters) -> Option<()> {
         let gic = self.vcpus.get_mut(vcpu)?;
         if gic.is_running() {
             return None;
         }
         gic.running = 1;
-        let mut entry = ListRegisters {
-            hcr: HCR_EN,
-            vmcr: gic.vmcr.into(),
-            ap0r: gic.ap0r,
-            ap1r: gic.ap1r,
-            ..ListRegisters::default()
-        };
+        entry.hcr = HCR_EN;
+        entry.vmcr = gic.vmcr.into();
+        entry.ap0r = gic.ap0r;
+        entry.ap1r = gic.ap1r;
         let (groups, asleep, separate) = (gic.groups(), gic.is_asleep(), gic.separates_deactivation());
         if separate {
             entry.hcr |= HCR_TDIR;
@@ -158,7 +154,7 @@ impl<V: Vcpus + ?Sized> Gic<'_, V> {
                 entry.hcr |= HCR_VGRP0DIE << (group << 1);
             }
         }
-        Some(entry)
+        Some(())
     }
 
     fn list(&mut self, vcpu: usize, intid: u16, awake: bool) -> u64 {
@@ -167,7 +163,7 @@ impl<V: Vcpus + ?Sized> Gic<'_, V> {
     }
 
     /// Takes back what a vCPU's virtual CPU interface holds after it has left the guest; `state` is what
-    /// [`Gic::prepare_entry`] returned, with what the CPU has changed. From now on the vCPU does not run.
+    /// [`Gic::prepare_entry`] filled in, with what the CPU has changed. From now on the vCPU does not run.
     ///
     /// Returns the other vCPUs that must look at their interrupts: those to which interrupts have moved. Does nothing
     /// if the vCPU does not run.

@@ -26,8 +26,17 @@ pub trait GuestCpu: EntropySource + PageAccess {
     /// Puts the host's registers back, all but those that a call returns results in.
     fn return_to_host(&self, host: &Self::Host);
 
-    /// Runs a guest until it comes to EL2. What the CPU has cached for other vCPUs of the same VM is not used.
-    fn enter(&self, host: &Self::Host, guest: &mut Entry<'_>) -> Left;
+    /// Runs a guest until it comes to EL2 with what `handles` does not handle. What the CPU has cached for other vCPUs of the
+    /// same VM is not used.
+    ///
+    /// While `handles` runs, all but the general-purpose registers, `pc` and `pstate` are in the CPU, and not in the context.
+    /// It returns whether the guest goes on at once.
+    fn enter(
+        &self,
+        host: &Self::Host,
+        guest: &mut Entry<'_>,
+        handles: impl FnMut(&Syndrome, &mut Context) -> bool,
+    ) -> Left;
 
     /// Returns how many pages FP, SIMD and SVE registers of a guest and of the host take.
     fn area_pages(&self) -> u64;

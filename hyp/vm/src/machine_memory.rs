@@ -18,6 +18,12 @@ pub trait PageAccess {
 
     /// Copies to `at`. `bytes` does not cross the end of the page.
     fn write_bytes(&self, at: PhysAddr, bytes: &[u8]);
+
+    /// Reads words in little-endian order from `at` on, which is a multiple of 8, as [`PageAccess::read_bytes`] does.
+    fn read_words(&self, at: PhysAddr, words: &mut [u64]);
+
+    /// Writes words in little-endian order from `at` on, which is a multiple of 8, as [`PageAccess::write_bytes`] does.
+    fn write_words(&self, at: PhysAddr, words: &[u64]);
 }
 
 /// Pages that are measured under one hold of the lock of memory. Hashing takes long.

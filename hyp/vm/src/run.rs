@@ -5,11 +5,11 @@
 
 use ravelin_abi::{Answer, RUN_CALL_REGISTERS, RunEntry, RunExit, RunPage, Status};
 use ravelin_memory::{PAGE_SIZE, PhysAddr, PhysRange};
-use ravelin_vgic::{Access, Frame, Gic, VcpuSet, Vcpus};
+use ravelin_vgic::{Access, Frame, Gic, ListRegisters, VcpuSet, Vcpus};
 
 use crate::{
-    Abort, Context, Entry, FirmwareCall, Guest, GuestCpu, GuestExit, GuestFeatures, Handle, IdRegisters, Left,
-    MmioAccess, ObjectMemory, Outcome, Pending, Power, PstateFeatures, Readiness, Refusal, Report, SysregAccess,
+    Abort, Context, Entry, FirmwareCall, GuestCpu, GuestExit, GuestFeatures, Handle, IdRegisters, Left, MmioAccess,
+    ObjectMemory, Outcome, Pending, Power, PstateFeatures, Readiness, Refusal, Report, Syndrome, SysregAccess,
     SysregAction, Transitions, Vectors, Vm, Vms, entropy_call, firmware_call, gic::VcpuGics, guest_call, mpidr, rsi,
 };
 
@@ -20,9 +20,6 @@ const PHYSICAL_TIMER: u32 = 30;
 
 /// SMCCC's NOT_SUPPORTED.
 const NOT_SUPPORTED: u64 = u64::MAX;
-
-/// Bytes of the registers of a call to the host.
-const CALL_SIZE: usize = 8 * RUN_CALL_REGISTERS;
 
 /// What a vCPU is while it does not run.
 #[derive(Clone, Debug)]
@@ -112,12 +109,8 @@ impl<O: ObjectMemory, G: Send + Sync> Vms<O, G, VcpuState> {
             let wake = run.wake;
             cpu.return_to_host(&host);
             let [wake_low, wake_high] = wake.words();
-            run_page_write(
-                cpu,
-                run_page,
-                RunPage::EXIT,
-                &RunExit { wake_low, wake_high, ..report?.run_exit() }.to_bytes(),
-            );
+            let exit = RunExit { wake_low, wake_high, ..report?.run_exit() };
+            run_page_write(cpu, run_page, RunPage::EXIT, &exit.to_words());
             Ok(())
         })
     }
@@ -137,6 +130,14 @@ where
     run_page: PhysAddr,
     /// Other vCPUs that have something to do.
     wake: VcpuSet,
+}
+
+/// What has become of an exit.
+enum Exit {
+    /// It has been handled. The guest goes on if there is nothing to report.
+    Handled(Option<Report>),
+    /// It has yet to be.
+    Unhandled(Left),
 }
 
 /// What the guest has of the CPU beside its registers, until the host gets it back.
@@ -171,8 +172,11 @@ where
             if !self.wake.is_empty() {
                 break Report::Wake;
             }
-            let left = self.enter(state, &mut loan);
-            if let Some(report) = self.handle(state, left, &mut loan) {
+            let report = match self.enter(state, &mut loan) {
+                Exit::Unhandled(left) => self.handle(state, left, &mut loan),
+                Exit::Handled(report) => report,
+            };
+            if let Some(report) = report {
                 break report;
             }
         };
@@ -194,9 +198,9 @@ where
             // Whatever the host says.
             return Ok(None);
         }
-        let mut bytes = [0; RunEntry::SIZE];
-        run_page_read(self.cpu, self.run_page, RunPage::ENTRY, &mut bytes);
-        let entry = RunEntry::from_bytes(&bytes);
+        let mut words = [0; RunEntry::WORDS];
+        run_page_read(self.cpu, self.run_page, RunPage::ENTRY, &mut words);
+        let entry = RunEntry::from_words(&words);
         let features = self.cpu.pstate_features();
         match state.open {
             Open::Access(mut pending) => {
@@ -214,7 +218,7 @@ where
                 (Some(Answer::Complete), Missing::Results) => {
                     state.open = Open::Nothing;
                     let outcome = self.complete_host_call(state);
-                    return Ok(self.conclude(state, conduit, outcome));
+                    return Ok(self.conclude(&mut state.open, &mut state.context, conduit, outcome));
                 }
                 _ => return Err(Status::Invalid.into()),
             },
@@ -225,18 +229,14 @@ where
     }
 
     fn complete_host_call(&self, state: &mut VcpuState) -> Outcome {
-        let mut bytes = [0; CALL_SIZE];
-        run_page_read(self.cpu, self.run_page, RunPage::RESULTS, &mut bytes);
         let mut registers = [0; RUN_CALL_REGISTERS];
-        for (register, word) in registers.iter_mut().zip(bytes.as_chunks().0) {
-            *register = u64::from_le_bytes(*word);
-        }
+        run_page_read(self.cpu, self.run_page, RunPage::RESULTS, &mut registers);
         rsi::complete_host_call(self.transitions, self.vm.guest(), &mut state.context, &registers)
     }
 
     /// Enters the guest, with its interrupts.
     #[inline(never)]
-    fn enter(&mut self, state: &mut VcpuState, loan: &mut Loan) -> Left {
+    fn enter(&mut self, state: &mut VcpuState, loan: &mut Loan) -> Exit {
         let (index, list_registers) = (self.index, self.cpu.list_registers());
         // Read once: a timer that has not fired for the interrupt controller yet has a deadline.
         let now = self.cpu.counter();
@@ -244,11 +244,11 @@ where
             self.cpu.release_virtual_timer();
             loan.timer_held = false;
         }
-        let prepared = self.vm.with_gic(|gic| {
+        let mut interface = ListRegisters::default();
+        self.vm.with_gic(|gic| {
             set_timers(gic, index, &state.context, now);
-            gic.prepare_entry(index, list_registers)
+            gic.prepare_entry(index, list_registers, &mut interface)
         });
-        let mut interface = prepared.flatten().unwrap_or_default();
         let (tree, geometry) = self.transitions.tree(self.vm.guest().memory());
         let deadline = state.context.physical_timer().filter(|&deadline| deadline > now);
         let mut entry = Entry {
@@ -260,9 +260,50 @@ where
             vectors: loan.vectors,
             deadline,
         };
-        let left = self.cpu.enter(self.host, &mut entry);
+        let (open, ids, timer_held) = (&mut state.open, &state.ids, loan.timer_held);
+        let mut handled = None;
+        let left = self.cpu.enter(self.host, &mut entry, |syndrome, context| {
+            let Some(report) = self.handle_at_once(open, context, ids, syndrome) else { return false };
+            // A timer's interrupt that is held has to be looked after.
+            let goes_on = report.is_none() && !timer_held;
+            if !goes_on {
+                handled = Some(report);
+            }
+            goes_on
+        });
         self.gic(|gic| gic.after_exit(index, &interface));
-        left
+        handled.map_or(Exit::Unhandled(left), Exit::Handled)
+    }
+
+    /// Handles an exit that concerns no other registers than those that [`GuestCpu::enter`] has in the context then: a call that
+    /// is about memory, or a look at an ID register. Returns the report, if there is one; `None` if it is another exit.
+    fn handle_at_once(
+        &self,
+        open: &mut Open,
+        context: &mut Context,
+        ids: &IdRegisters,
+        syndrome: &Syndrome,
+    ) -> Option<Option<Report>> {
+        let conduit = match GuestExit::decode(syndrome, context) {
+            GuestExit::Sysreg(access) => {
+                let (register, value) = access.id_value(ids)?;
+                context.set_register(register, value);
+                context.skip_instruction();
+                return Some(None);
+            }
+            GuestExit::Hvc(0) => Conduit::Hvc,
+            GuestExit::Smc(0) => Conduit::Smc,
+            _ => return None,
+        };
+        let outcome = match conduit {
+            Conduit::Hvc => guest_call::call(self.transitions, self.vm.guest(), context)?,
+            Conduit::Smc => rsi::call(self.transitions, self.vm.guest(), context)?,
+        };
+        if let Conduit::Hvc = conduit {
+            // As if it had not been executed, like SMC.
+            context.pc = context.pc.wrapping_sub(4);
+        }
+        Some(self.conclude(open, context, conduit, outcome))
     }
 
     /// Runs `f` on the interrupt controller. What it returns is to be woken; this vCPU is awake.
@@ -291,9 +332,9 @@ where
             GuestExit::Hvc(immediate) => {
                 // As if it had not been executed, like SMC.
                 state.context.pc = state.context.pc.wrapping_sub(4);
-                self.call(state, Conduit::Hvc, immediate)
+                self.call(&mut state.context, immediate)
             }
-            GuestExit::Smc(immediate) => self.call(state, Conduit::Smc, immediate),
+            GuestExit::Smc(immediate) => self.call(&mut state.context, immediate),
             GuestExit::Sysreg(access) => {
                 self.sysreg(state, access, features);
                 None
@@ -331,37 +372,26 @@ where
         (awake != Some(true)).then(|| Report::Wait { deadline: context.next_timer(now) })
     }
 
-    /// Performs a call. The program counter is at the instruction.
-    fn call(&self, state: &mut VcpuState, conduit: Conduit, immediate: u16) -> Option<Report> {
-        let context = &mut state.context;
+    /// Performs a call that is not about memory. The program counter is at the instruction.
+    fn call(&self, context: &mut Context, immediate: u16) -> Option<Report> {
         if immediate != 0 {
             context.set_results([NOT_SUPPORTED]);
             context.skip_instruction();
             return None;
         }
-        let guest = self.vm.guest();
-        let outcome = match conduit {
-            Conduit::Hvc => guest_call::call(self.transitions, guest, context),
-            Conduit::Smc => rsi::call(self.transitions, guest, context),
-        };
-        match outcome {
-            Some(outcome) => self.conclude(state, conduit, outcome),
-            None => {
-                let report = self.standard_call(guest, &mut state.context);
-                state.context.skip_instruction();
-                report
-            }
-        }
+        let report = self.standard_call(context);
+        context.skip_instruction();
+        report
     }
 
     /// Performs a call of firmware's, whichever way it comes.
-    fn standard_call(&self, guest: &Guest<T::Guest>, context: &mut Context) -> Option<Report> {
+    fn standard_call(&self, context: &mut Context) -> Option<Report> {
         if entropy_call(self.cpu, context) {
             return None;
         }
         let [x0, x1, x2, x3, ..] = context.x;
         let vcpus = |vcpu| self.vm.power(vcpu);
-        let Some(call) = firmware_call([x0, x1, x2, x3], self.power, vcpus, guest.memory_bits()) else {
+        let Some(call) = firmware_call([x0, x1, x2, x3], self.power, vcpus, self.vm.guest().memory_bits()) else {
             context.set_results([NOT_SUPPORTED]);
             return None;
         };
@@ -385,8 +415,8 @@ where
     }
 
     /// Ends a call, or leaves it open.
-    fn conclude(&self, state: &mut VcpuState, conduit: Conduit, outcome: Outcome) -> Option<Report> {
-        let mut open = |missing| state.open = Open::Call(conduit, missing);
+    fn conclude(&self, open: &mut Open, context: &mut Context, conduit: Conduit, outcome: Outcome) -> Option<Report> {
+        let mut open = |missing| *open = Open::Call(conduit, missing);
         let done = match outcome {
             Outcome::Done => None,
             Outcome::Shared(range) => Some(Report::Shared(range)),
@@ -405,15 +435,11 @@ where
             }
             Outcome::HostCall { immediate, registers } => {
                 open(Missing::Results);
-                let mut bytes = [0; CALL_SIZE];
-                for (chunk, register) in bytes.chunks_exact_mut(8).zip(registers) {
-                    chunk.copy_from_slice(&register.to_le_bytes());
-                }
-                run_page_write(self.cpu, self.run_page, RunPage::CALL, &bytes);
+                run_page_write(self.cpu, self.run_page, RunPage::CALL, &registers);
                 return Some(Report::HostCall { immediate });
             }
         };
-        state.context.skip_instruction();
+        context.skip_instruction();
         done
     }
 
@@ -497,15 +523,15 @@ fn part(page: PhysAddr, offset: usize) -> Option<PhysAddr> {
     page.checked_add(u64::try_from(offset).ok().filter(|&offset| offset < PAGE_SIZE)?)
 }
 
-fn run_page_read(cpu: &impl GuestCpu, page: PhysAddr, offset: usize, bytes: &mut [u8]) {
+fn run_page_read(cpu: &impl GuestCpu, page: PhysAddr, offset: usize, words: &mut [u64]) {
     if let Some(at) = part(page, offset) {
-        cpu.read_bytes(at, bytes);
+        cpu.read_words(at, words);
     }
 }
 
-fn run_page_write(cpu: &impl GuestCpu, page: PhysAddr, offset: usize, bytes: &[u8]) {
+fn run_page_write(cpu: &impl GuestCpu, page: PhysAddr, offset: usize, words: &[u64]) {
     if let Some(at) = part(page, offset) {
-        cpu.write_bytes(at, bytes);
+        cpu.write_words(at, words);
     }
 }
 

@@ -69,6 +69,16 @@ impl SysregAccess {
         }
     }
 
+    /// Returns the register's number if it is the load of an ID register, whose value depends on nothing but the vCPU's
+    /// [`IdRegisters`], with the value.
+    #[must_use]
+    pub fn id_value(&self, ids: &IdRegisters) -> Option<(u8, u64)> {
+        match (self.write, self.op0, self.op1, self.crn, self.crm) {
+            (false, 3, 0, 0, 1..=7) => Some((self.register, ids.value(self.crm, self.op2))),
+            _ => None,
+        }
+    }
+
     /// Performs the access, for a vCPU with `ids`, when the physical counter is at `now`. The program counter stays.
     #[must_use]
     pub fn emulate(&self, context: &mut Context, ids: &IdRegisters, now: u64) -> SysregAction {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::Args;
 use object::{Object, ObjectSegment, ObjectSymbol};
 
@@ -25,6 +25,10 @@ const MEMORY: [(u64, Option<f64>); 6] =
 
 /// Size of RAM in MiB for everything that is measured once.
 const USUAL_MEMORY: u64 = 2048;
+
+/// The payload's tests that measure.
+const CALLS: &str = "bench.calls";
+const GUESTS: &str = "bench.guests";
 
 /// The most memory that a CPU should take: 12 KiB.
 const CPU_BUDGET: f64 = 12288.0;
@@ -71,7 +75,7 @@ pub(crate) struct Options {
 
 /// `cargo xtask bench`.
 pub(crate) fn bench(options: &Options) -> Result<ExitCode> {
-    let bench = Bench { plugin: build_plugin()?, payload: image::payload()? };
+    let bench = Bench { plugin: build_plugin()?, payload: image::payload()?, guest: image::guest()? };
     if options.profile {
         bench.profile()?;
         return Ok(ExitCode::SUCCESS);
@@ -91,14 +95,18 @@ pub(crate) fn bench(options: &Options) -> Result<ExitCode> {
     let mut starts = Vec::new();
     let mut calls = Vec::new();
     for (memory, pkvm) in MEMORY {
-        let measured = bench.payload(memory)?;
-        starts.push((memory, measured.start, measured.carve_out as f64 / f64::from(1 << 20), pkvm));
+        let measured = bench.payload(memory, CALLS)?;
+        let carve_out = measured.carve_out.context("the payload has found no carve-out")?;
+        starts.push((memory, measured.start, carve_out as f64 / f64::from(1 << 20), pkvm));
         if memory == USUAL_MEMORY {
-            let repeated = bench.payload(memory)?;
+            let repeated = bench.payload(memory, CALLS)?;
             ensure!(measured.calls == repeated.calls, "two runs of the payload have different counts");
             calls = measured.calls;
         }
     }
+    let guests = bench.payload(USUAL_MEMORY, GUESTS)?;
+    let repeated = bench.payload(USUAL_MEMORY, GUESTS)?;
+    ensure!(guests.calls == repeated.calls, "two runs of the guests have different counts");
     report.section("Carve-out, MiB");
     for (memory, _, carve_out, pkvm) in &starts {
         let number = report.add(format!("carve-out.{memory}M"), *carve_out).target(carve_out_budget(*memory));
@@ -112,7 +120,15 @@ pub(crate) fn bench(options: &Options) -> Result<ExitCode> {
     let growth = (of(MEMORY.len() - 1) - of(1)) / ((MEMORY[MEMORY.len() - 1].0 - MEMORY[1].0) as f64 / 1024.0);
     report.add("start.growth-per-GiB", growth);
 
-    report.calls(&calls)?;
+    report.calls("EL2 instructions", &calls)?;
+
+    report.section("Memory of EL2 for guests, bytes");
+    for [vcpus, vm, vcpu] in &guests.sizes {
+        report.add(format!("guests.vm-of-{vcpus}"), (vm * 4096) as f64);
+        report.add(format!("guests.vcpu-of-{vcpus}"), (vcpu * 4096) as f64);
+    }
+    report.calls("Guests, EL2 instructions", &guests.calls)?;
+    report.blocks(&guests.calls)?;
 
     report.section("Linux as the host, 2 CPUs: entries into EL2 without PSCI idle calls");
     bench.host(&mut report)?;
@@ -134,14 +150,17 @@ fn carve_out_budget(memory: u64) -> f64 {
 struct Bench {
     plugin: PathBuf,
     payload: PathBuf,
+    guest: PathBuf,
 }
 
 /// What a run of the payload shows.
 struct PayloadRun {
     /// Counts until the first instruction at EL1.
     start: Event,
-    /// Size of the carve-out in bytes.
-    carve_out: u64,
+    /// Size of the carve-out in bytes, if the payload says it.
+    carve_out: Option<u64>,
+    /// For VMs of so many vCPUs, how many pages a VM takes and how many each vCPU.
+    sizes: Vec<[u64; 3]>,
     calls: Vec<Call>,
 }
 
@@ -157,24 +176,29 @@ struct Call {
 }
 
 impl Bench {
-    fn payload_options(&self, memory: u64) -> run::Options {
+    fn payload_options(&self, memory: u64, test: &str) -> run::Options {
         run::Options {
             cpu: Some("cortex-a72".into()),
             smp: Some(1),
             memory: Some(format!("{memory}M")),
             host_image: Some(self.payload.display().to_string()),
-            append: Some("test=bench.calls".into()),
+            host_initrd: Some(self.guest.clone()),
+            append: Some(format!("test={test}")),
             ..run::Options::default()
         }
     }
 
-    /// Runs the payload in that many MiB of RAM.
-    fn payload(&self, memory: u64) -> Result<PayloadRun> {
-        let (console, events) = self.run(&self.payload_options(memory), "", Outcome::Ended(0))?;
+    /// Runs a test of the payload in that many MiB of RAM.
+    fn payload(&self, memory: u64, test: &str) -> Result<PayloadRun> {
+        let (console, events) = self.run(&self.payload_options(memory, test), "", Outcome::Ended(0))?;
         let words = |line: &str, first: &str| -> Option<Vec<String>> {
             Some(line.trim().strip_prefix(first)?.strip_prefix(' ')?.split(' ').map(str::to_owned).collect())
         };
         let carve_out = console.lines().find_map(|line| words(line, "bench-carve-out")?.first()?.parse().ok());
+        let sizes = console.lines().filter_map(|line| words(line, "bench-vm")).map(|words| {
+            let numbers = words.iter().map(|word| word.parse()).collect::<Result<Vec<u64>, _>>()?;
+            numbers.try_into().map_err(|words| anyhow!("the payload says {words:?} of the size of VMs"))
+        });
         let labels: Vec<_> = console.lines().filter_map(|line| words(line, "bench")).collect();
         // Each measurement lies between a mark 0 and a mark 1.
         let counts: Vec<_> = events.iter().filter(|event| event.kind == "mark" && event.get("number") == 1).collect();
@@ -187,7 +211,8 @@ impl Bench {
         });
         Ok(PayloadRun {
             start: events.iter().find(|event| event.kind == "first-el1").context("EL1 was never reached")?.clone(),
-            carve_out: carve_out.context("the payload has found no carve-out")?,
+            carve_out,
+            sizes: sizes.collect::<Result<_>>()?,
             calls: calls.collect::<Result<_>>()?,
         })
     }
@@ -226,7 +251,14 @@ impl Bench {
 
     /// Prints where the instructions are executed.
     fn profile(&self) -> Result<()> {
-        let options = self.payload_options(USUAL_MEMORY);
+        for test in [CALLS, GUESTS] {
+            self.profile_test(test)?;
+        }
+        Ok(())
+    }
+
+    fn profile_test(&self, test: &str) -> Result<()> {
+        let options = self.payload_options(USUAL_MEMORY, test);
         let ready = Ready::new(&options)?;
         let load_address = qemu::prepare(&ready.boot, &ready.scratch)?.load_address;
         let elf = &ready.boot.hypervisor.as_ref().context("there is no hypervisor")?.0.elf;
@@ -449,18 +481,20 @@ impl Report {
         self.printed = self.numbers.len();
     }
 
-    /// Adds the table of calls.
-    fn calls(&mut self, calls: &[Call]) -> Result<()> {
+    /// Adds a table of calls.
+    fn calls(&mut self, title: &str, calls: &[Call]) -> Result<()> {
         self.end();
         self.line(format_args!(
-            "\n{:<16}{:>6}{:>10}{:>10}{:>10}{:>8}{:>8}{:>6}{:>6}{:>6}{:>12}",
-            "EL2 instructions",
+            "\n{:<32}{:>6}{:>10}{:>10}{:>10}{:>8}{:>8}{:>8}{:>6}{:>6}{:>6}{:>6}{:>12}",
+            title,
             "pages",
             "first",
             "again",
             "per page",
             "loads",
             "stores",
+            "entries",
+            "flush",
             "tlbi",
             "dsb",
             "zva",
@@ -472,11 +506,12 @@ impl Report {
             let pages = first.pages.to_string();
             let [instructions, loads, stores, dsb, zva] = ["instructions", "loads", "stores", "dsb", "dc_zva"]
                 .map(|counter| again.counts.get(&format!("el2.{counter}")));
-            let tlbi = again.counts.sum("el2.tlbi.");
+            let [tlbi, entries] = ["el2.tlbi.", "entry."].map(|counters| again.counts.sum(counters));
+            let flushed = flushes(&again.counts);
             let per_page =
                 if first.pages == 0 { String::new() } else { digits(instructions as f64 / first.pages as f64) };
             self.line(format_args!(
-                "  {:<14}{:>6}{:>10}{:>10}{:>10}{:>8}{:>8}{:>6}{:>6}{:>6}{:>12}",
+                "  {:<30}{:>6}{:>10}{:>10}{:>10}{:>8}{:>8}{:>8}{:>6}{:>6}{:>6}{:>6}{:>12}",
                 first.name,
                 if first.pages == 0 { "" } else { &pages },
                 digits(first.counts.get("el2.instructions") as f64),
@@ -484,6 +519,8 @@ impl Report {
                 per_page,
                 digits(loads as f64),
                 digits(stores as f64),
+                entries,
+                flushed,
                 tlbi,
                 dsb,
                 zva,
@@ -496,10 +533,25 @@ impl Report {
                     self.add(format!("{name}.{counter}"), value as f64);
                 }
                 self.add(format!("{name}.tlbi"), call.counts.sum("el2.tlbi.") as f64);
+                self.add(format!("{name}.flushes"), flushes(&call.counts) as f64);
                 self.add(format!("{name}.entries"), call.counts.sum("entry.") as f64);
             }
         }
         self.printed = self.numbers.len();
+        Ok(())
+    }
+
+    /// Compares 512 pages as a block with 8 single pages.
+    fn blocks(&mut self, calls: &[Call]) -> Result<()> {
+        self.section("512 pages as a block, EL2 instructions; the target is less than 8 single pages");
+        for block in calls.iter().filter(|call| call.again && call.pages == 512) {
+            let Some(name) = block.name.strip_suffix("-blocks") else { continue };
+            let single = calls.iter().find(|call| call.again && call.pages == 1 && call.name == name);
+            let single = single.with_context(|| format!("{name} of one page was not measured"))?;
+            let [block, single] = [block, single].map(|call| call.counts.get("el2.instructions") as f64);
+            self.add(format!("{name}.block"), block).target(8.0 * single - 1.0);
+        }
+        self.end();
         Ok(())
     }
 
@@ -515,12 +567,22 @@ impl Report {
     }
 }
 
+/// Sequences of TLB invalidations in stage 2: each ends with one that covers stage 1, too.
+fn flushes(counts: &Event) -> u64 {
+    ["vmalle1is", "vmalls12e1is"].map(|kind| counts.get(&format!("el2.tlbi.{kind}"))).into_iter().sum()
+}
+
 /// pKVM's EL2 instructions for the nearest operation on one page; docs/benchmarks.md says which.
 fn pkvm_call(name: &str) -> Option<f64> {
     match name {
         "REVISION" | "FEATURES" => Some(194.0),
         "SHARE" => Some(2806.0),
         "UNSHARE" => Some(2812.0),
+        "pkvm.call" => Some(194.0),
+        "pkvm.share" => Some(2806.0),
+        "pkvm.unshare" => Some(2812.0),
+        "pkvm.touch" => Some(6386.0),
+        "pkvm.mmio-load" | "pkvm.mmio-store" => Some(4479.0),
         _ => None,
     }
 }
@@ -592,11 +654,11 @@ mod tests {
         };
         let call = |again, instructions| Call { name: "SHARE".into(), pages: 8, again, counts: counts(instructions) };
         let mut report = Report::default();
-        report.calls(&[call(false, 900), call(true, 800)]).unwrap();
+        report.calls("Calls", &[call(false, 900), call(true, 800)]).unwrap();
         let line = report.text.lines().last().unwrap().split_whitespace().collect::<Vec<_>>();
-        assert_eq!(line, ["SHARE", "8", "900", "800", "100", "0", "0", "3", "0", "0", "2,806"]);
+        assert_eq!(line, ["SHARE", "8", "900", "800", "100", "0", "0", "0", "0", "3", "0", "0", "2,806"]);
         assert!(report.json().contains("\"call.SHARE.8.again.tlbi\": 3"));
-        assert!(Report::default().calls(&[call(false, 900)]).is_err());
+        assert!(Report::default().calls("Calls", &[call(false, 900)]).is_err());
     }
 
     #[test]

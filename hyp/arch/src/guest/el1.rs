@@ -99,7 +99,7 @@ pub(super) fn save(context: &mut Context, features: Features) {
     maintain!("isb");
 }
 
-/// Puts the registers into the CPU, after [`save`] of their previous owner. Stage 2 is that of the new one already.
+/// Puts the registers into the CPU, after [`save()`] of their previous owner. Stage 2 is that of the new one already.
 pub(super) fn load(context: &Context, features: Features) {
     registers!(load, context, features);
     load!(context, cntv_ctl_el0: "cntv_ctl_el0");

@@ -70,7 +70,7 @@ pub(super) fn list_registers() -> usize {
 
 /// Returns how many of the registers of active priorities there are for each group: one for 5 bits of preemption, two for
 /// 6, four for 7.
-fn active_priority_registers() -> u64 {
+pub(super) fn active_priority_registers() -> u64 {
     match vtr() >> 26 & 0b111 {
         0..=4 => 1,
         5 => 2,
@@ -86,14 +86,13 @@ pub(crate) fn reset() {
     list_registers!(save_used, lrs, used);
 }
 
-/// Puts a guest's interrupts into the CPU.
-pub(super) fn load(gic: &ListRegisters) {
+/// Puts a guest's interrupts into a CPU with so many registers of active priorities for each group.
+pub(super) fn load(gic: &ListRegisters, active: u64) {
     let used = gic.used;
     list_registers!(load_used, gic.lrs, used);
     write_lower_sysreg!("s3_4_c12_c11_7", gic.vmcr); // ICH_VMCR_EL2
     write_lower_sysreg!("s3_4_c12_c8_0", u64::from(gic.ap0r[0])); // ICH_AP0R0_EL2
     write_lower_sysreg!("s3_4_c12_c9_0", u64::from(gic.ap1r[0])); // ICH_AP1R0_EL2
-    let active = active_priority_registers();
     if active >= 2 {
         write_lower_sysreg!("s3_4_c12_c8_1", u64::from(gic.ap0r[1]));
         write_lower_sysreg!("s3_4_c12_c9_1", u64::from(gic.ap1r[1]));
@@ -107,14 +106,13 @@ pub(super) fn load(gic: &ListRegisters) {
     write_lower_sysreg!("s3_4_c12_c11_0", gic.hcr); // ICH_HCR_EL2
 }
 
-/// Takes a guest's interrupts out of the CPU, and turns the virtual CPU interface off.
-pub(super) fn save(gic: &mut ListRegisters) {
+/// Takes a guest's interrupts out of such a CPU, and turns the virtual CPU interface off.
+pub(super) fn save(gic: &mut ListRegisters, active: u64) {
     gic.hcr = read_sysreg!("s3_4_c12_c11_0");
     write_lower_sysreg!("s3_4_c12_c11_0", 0);
     gic.vmcr = read_sysreg!("s3_4_c12_c11_7");
     gic.ap0r[0] = read_sysreg!("s3_4_c12_c8_0") as u32;
     gic.ap1r[0] = read_sysreg!("s3_4_c12_c9_0") as u32;
-    let active = active_priority_registers();
     if active >= 2 {
         gic.ap0r[1] = read_sysreg!("s3_4_c12_c8_1") as u32;
         gic.ap1r[1] = read_sysreg!("s3_4_c12_c9_1") as u32;

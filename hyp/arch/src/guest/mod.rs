@@ -61,25 +61,38 @@ impl GuestCpu for Hardware {
         world::return_to_host(host, self.guests.features);
     }
 
-    fn enter(&self, host: &HostState, guest: &mut Entry<'_>) -> Left {
+    fn enter(
+        &self,
+        host: &HostState,
+        guest: &mut Entry<'_>,
+        mut handles: impl FnMut(&Syndrome, &mut Context) -> bool,
+    ) -> Left {
         world::enter_guest(guest, self.guests.features);
         forget_other_vcpus(guest);
         arm(host.virtual_timer().into_iter().chain(guest.deadline).min());
-        gic::load(guest.gic);
+        gic::load(guest.gic, self.guests.active_priorities);
         el1::load(guest.context, self.guests.features);
-        // SAFETY: The context is the vCPU's alone. All that the guest can do is bounded by the registers of EL2 that have just
-        // been set; the assembly keeps what Rust expects to be kept.
-        let why = unsafe { guest_run(guest.context) };
-        let syndrome =
-            Syndrome { esr: read_sysreg!("esr_el2"), far: read_sysreg!("far_el2"), hpfar: read_sysreg!("hpfar_el2") };
+        let left = loop {
+            // SAFETY: The context is the vCPU's alone. All that the guest can do is bounded by the registers of EL2 that have
+            // just been set; the assembly keeps what Rust expects to be kept.
+            let why = unsafe { guest_run(guest.context) };
+            match why {
+                0 => {
+                    let (esr, far, hpfar) =
+                        (read_sysreg!("esr_el2"), read_sysreg!("far_el2"), read_sysreg!("hpfar_el2"));
+                    let syndrome = Syndrome { esr, far, hpfar };
+                    if !handles(&syndrome, guest.context) {
+                        break Left::Synchronous(syndrome);
+                    }
+                }
+                1 | 2 => break Left::Interrupt,
+                _ => break Left::Error,
+            }
+        };
         el1::save(guest.context, self.guests.features);
-        gic::save(guest.gic);
+        gic::save(guest.gic, self.guests.active_priorities);
         arm(None);
-        match why {
-            0 => Left::Synchronous(syndrome),
-            1 | 2 => Left::Interrupt,
-            _ => Left::Error,
-        }
+        left
     }
 
     fn area_pages(&self) -> u64 {
@@ -118,11 +131,11 @@ impl GuestCpu for Hardware {
     }
 
     fn list_registers(&self) -> usize {
-        gic::list_registers()
+        self.guests.list_registers
     }
 
     fn pstate_features(&self) -> PstateFeatures {
-        pstate_features()
+        self.guests.pstate
     }
 
     fn id_registers(&self) -> IdRegisters {
@@ -203,12 +216,34 @@ impl PageAccess for Hardware {
             unsafe { target.wrapping_add(offset).write_volatile(byte) };
         }
     }
+
+    fn read_words(&self, at: PhysAddr, words: &mut [u64]) {
+        assert!(at.is_aligned(8));
+        let source = ptr::with_exposed_provenance::<u64>(at.raw() as usize);
+        for (index, word) in words.iter_mut().enumerate() {
+            // SAFETY: As in `read_bytes`, and aligned.
+            *word = unsafe { source.wrapping_add(index).read_volatile() };
+        }
+    }
+
+    fn write_words(&self, at: PhysAddr, words: &[u64]) {
+        assert!(at.is_aligned(8));
+        let target = ptr::with_exposed_provenance_mut::<u64>(at.raw() as usize);
+        for (index, &word) in words.iter().enumerate() {
+            // SAFETY: As in `read_words`; the page is mapped writable.
+            unsafe { target.wrapping_add(index).write_volatile(word) };
+        }
+    }
 }
 
-/// What running guests needs to know of the machine. By default there are none.
+/// What running guests needs to know of the machine, read once. By default there are none.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Guests {
     features: Features,
+    pstate: PstateFeatures,
+    list_registers: usize,
+    /// Registers of active priorities for each group.
+    active_priorities: u64,
     /// Whether firmware has true random numbers.
     firmware_entropy: bool,
     /// What the CPU is; guests do not run on others.
@@ -220,6 +255,14 @@ pub(crate) struct Guests {
 impl Guests {
     pub(crate) fn new(redistributors: &'static [PhysRange]) -> Self {
         let midr = read_sysreg!("midr_el1");
-        Self { features: Features::read(), firmware_entropy: firmware::has_entropy(), midr, redistributors }
+        Self {
+            features: Features::read(),
+            pstate: pstate_features(),
+            list_registers: gic::list_registers(),
+            active_priorities: gic::active_priority_registers(),
+            firmware_entropy: firmware::has_entropy(),
+            midr,
+            redistributors,
+        }
     }
 }

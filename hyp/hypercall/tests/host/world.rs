@@ -15,7 +15,7 @@ use ravelin_pgtable::{
     recording::{RecordingMachine, RecordingPool, Stage, Translation},
 };
 use ravelin_vm::{
-    EntropySource, Entry, GuestCpu, IdRegisters, Left, ObjectMemory, PageAccess, PstateFeatures, Syndrome,
+    Context, EntropySource, Entry, GuestCpu, IdRegisters, Left, ObjectMemory, PageAccess, PstateFeatures, Syndrome,
 };
 
 use crate::{PAGE_STATE, SHARE, STATISTICS};
@@ -87,6 +87,20 @@ impl PageAccess for TestMachine {
         let mut pages = self.bytes.lock().unwrap();
         pages.entry(at.page().raw()).or_insert([0; _])[offset..offset + bytes.len()].copy_from_slice(bytes);
     }
+
+    fn read_words(&self, at: PhysAddr, words: &mut [u64]) {
+        assert!(at.is_aligned(8));
+        let mut bytes = vec![0; size_of_val(words)];
+        self.read_bytes(at, &mut bytes);
+        for (word, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
+            *word = u64::from_le_bytes(*bytes);
+        }
+    }
+
+    fn write_words(&self, at: PhysAddr, words: &[u64]) {
+        assert!(at.is_aligned(8));
+        self.write_bytes(at, &words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>());
+    }
 }
 
 impl EntropySource for TestMachine {
@@ -99,16 +113,8 @@ impl EntropySource for TestMachine {
     }
 }
 
-impl GuestCpu for TestMachine {
-    type Host = ();
-
-    fn leave_host(&self, (): &mut ()) -> Result<(), Status> {
-        Ok(())
-    }
-
-    fn return_to_host(&self, (): &()) {}
-
-    fn enter(&self, (): &(), guest: &mut Entry<'_>) -> Left {
+impl TestMachine {
+    fn enter_once(&self, guest: &mut Entry<'_>) -> Left {
         const HVC: u64 = 0x16 << 26;
         /// Data abort by a store of w5 that stage 2 does not translate.
         const STORE: u64 = 0x24 << 26 | 1 << 25 | 1 << 24 | 2 << 22 | 5 << 16 | 1 << 6 | 7;
@@ -130,6 +136,25 @@ impl GuestCpu for TestMachine {
                 Syndrome { esr: STORE, far: at, hpfar: at >> 12 << 4 }
             }
         })
+    }
+}
+
+impl GuestCpu for TestMachine {
+    type Host = ();
+
+    fn leave_host(&self, (): &mut ()) -> Result<(), Status> {
+        Ok(())
+    }
+
+    fn return_to_host(&self, (): &()) {}
+
+    fn enter(&self, (): &(), guest: &mut Entry<'_>, mut handles: impl FnMut(&Syndrome, &mut Context) -> bool) -> Left {
+        loop {
+            match self.enter_once(guest) {
+                Left::Synchronous(syndrome) if handles(&syndrome, guest.context) => {}
+                left => return left,
+            }
+        }
     }
 
     fn area_pages(&self) -> u64 {

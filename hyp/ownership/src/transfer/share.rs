@@ -40,8 +40,8 @@ impl<P: TablePool> Memory<'_, P> {
     ///
     /// # Errors
     ///
-    /// [`GuestReason::Absent`], [`GuestReason::Poisoned`], [`GuestReason::Denied`] for pages that are not private,
-    /// [`GuestReason::OutOfRange`]; [`GuestReason::NeedsTables`] for a realm.
+    /// [`crate::GuestReason::Absent`], [`crate::GuestReason::Poisoned`], [`crate::GuestReason::Denied`] for pages that are not private,
+    /// [`crate::GuestReason::OutOfRange`]; [`crate::GuestReason::NeedsTables`] for a realm.
     pub fn guest_share<M: Machine>(
         &self,
         machine: &M,
@@ -60,7 +60,7 @@ impl<P: TablePool> Memory<'_, P> {
     ///
     /// # Errors
     ///
-    /// As [`Memory::guest_share`], with [`GuestReason::Denied`] for pages that are not shared.
+    /// As [`Memory::guest_share`], with [`crate::GuestReason::Denied`] for pages that are not shared.
     pub fn guest_unshare<M: Machine>(
         &self,
         machine: &M,
@@ -81,8 +81,8 @@ impl<P: TablePool> Memory<'_, P> {
     ///
     /// # Errors
     ///
-    /// [`GuestReason::NotOffered`] for private pages, [`GuestReason::Denied`] for others that are not offered,
-    /// [`GuestReason::Absent`], [`GuestReason::Poisoned`], [`GuestReason::OutOfRange`], [`GuestReason::TooLarge`].
+    /// [`crate::GuestReason::NotOffered`] for private pages, [`crate::GuestReason::Denied`] for others that are not offered,
+    /// [`crate::GuestReason::Absent`], [`crate::GuestReason::Poisoned`], [`crate::GuestReason::OutOfRange`], [`crate::GuestReason::TooLarge`].
     pub fn claim<M: Machine>(&self, machine: &M, guest: &GuestMemory, range: IpaRange) -> Result<(), GuestFailure> {
         let mut inner = self.lock();
         let tables = guest.lock();
@@ -96,7 +96,7 @@ impl<P: TablePool> Memory<'_, P> {
     ///
     /// # Errors
     ///
-    /// As [`Memory::claim`], with [`GuestReason::Denied`] for pages that are not claimed.
+    /// As [`Memory::claim`], with [`crate::GuestReason::Denied`] for pages that are not claimed.
     pub fn release<M: Machine>(&self, machine: &M, guest: &GuestMemory, range: IpaRange) -> Result<(), GuestFailure> {
         let mut inner = self.lock();
         let tables = guest.lock();

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::world::{GICD, World, rd, sgi};
+use super::world::{GICD, World, prepare, rd, sgi};
 use crate::{Access, Frame, ListRegisters, Outcome, SgiRegister, ich::MAX_LIST_REGISTERS};
 
 #[derive(Clone, Debug)]
@@ -103,7 +103,7 @@ proptest! {
                     prop_assert_eq!(gic.set_ppi_level(vcpu, intid, level).is_ok(), (16..32).contains(&intid));
                 }
                 Op::Enter(vcpu, lrs) => {
-                    if let Some(entry) = gic.prepare_entry(vcpu, lrs) {
+                    if let Some(entry) = prepare(&mut gic, vcpu, lrs) {
                         prop_assert!(entry.used <= lrs.clamp(1, 16));
                         prop_assert!(entry.lrs[entry.used..].iter().all(|&lr| lr == 0));
                         entered[vcpu] = entry;
@@ -140,7 +140,7 @@ proptest! {
                     let _ = gic.mmio(vcpu, frame, offset, access);
                 }
                 Op::Enter(vcpu, lrs) => {
-                    let _ = gic.prepare_entry(vcpu, lrs);
+                    let _ = prepare(&mut gic, vcpu, lrs);
                 }
                 Op::Exit(vcpu, state) => {
                     let _ = gic.after_exit(vcpu, &state);

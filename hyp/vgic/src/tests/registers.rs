@@ -1,7 +1,8 @@
 //! The registers themselves, by section of Arm IHI 0069.
 
 use super::world::{
-    GICD, ICACTIVER, ICENABLER, ICFGR, ICPENDR, IGROUPR, IPRIORITYR, ISACTIVER, ISENABLER, ISPENDR, World, rd, sgi,
+    GICD, ICACTIVER, ICENABLER, ICFGR, ICPENDR, IGROUPR, IPRIORITYR, ISACTIVER, ISENABLER, ISPENDR, World, prepare, rd,
+    sgi,
 };
 use crate::{
     Access, Distributor, Frame, Gic, Outcome, SgiRegister, Spi, Unsupported, VcpuGic, VcpuSet, Vcpus, affinity,
@@ -262,5 +263,5 @@ fn redistributors_can_be_walked_before_all_vcpus_exist() {
     let route = Access::Write { size: 8, value: 1 };
     assert_eq!(gic.mmio(0, GICD, 0x6000 + 8 * 32, route), Err(Unsupported));
     let _ = gic.mmio(1, GICD, 0x6000 + 8 * 32, route).unwrap();
-    assert_eq!(gic.prepare_entry(1, 4).unwrap().hcr & HCR_VGRP0EIE << 2, HCR_VGRP0EIE << 2);
+    assert_eq!(prepare(&mut gic, 1, 4).unwrap().hcr & HCR_VGRP0EIE << 2, HCR_VGRP0EIE << 2);
 }

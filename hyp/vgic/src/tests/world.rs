@@ -2,7 +2,8 @@
 
 use super::cpu::Cpu;
 use crate::{
-    Access, Distributor, Frame, Gic, Outcome, RedistributorFrame, SgiRegister, Spi, VcpuGic, VcpuSet,
+    Access, Distributor, Frame, Gic, ListRegisters, Outcome, RedistributorFrame, SgiRegister, Spi, VcpuGic, VcpuSet,
+    Vcpus,
     interrupt::{Flags, Interrupt},
 };
 
@@ -26,6 +27,14 @@ pub(crate) const fn rd(vcpu: usize) -> Frame {
 
 pub(crate) const fn sgi(vcpu: usize) -> Frame {
     Frame::Redistributor { vcpu, frame: RedistributorFrame::Private }
+}
+
+/// What a vCPU's CPU interface holds when it enters.
+pub(crate) fn prepare<V: Vcpus + ?Sized>(gic: &mut Gic<'_, V>, vcpu: usize, lrs: usize) -> Option<ListRegisters> {
+    let mut entry = ListRegisters::default();
+    let prepared = gic.prepare_entry(vcpu, lrs, &mut entry);
+    assert!(prepared.is_some() || entry == ListRegisters::default());
+    prepared.map(|()| entry)
 }
 
 pub(crate) const ISENABLER: u64 = 0x100;
@@ -84,7 +93,7 @@ impl World {
 
     pub(crate) fn enter(&mut self, vcpu: usize) {
         let lrs = self.lrs;
-        let entry = self.gic().prepare_entry(vcpu, lrs).unwrap();
+        let entry = prepare(&mut self.gic(), vcpu, lrs).unwrap();
         assert!(entry.used <= lrs);
         let cpu = Cpu(entry);
         assert!(!cpu.maintenance(), "maintenance at once: {cpu:x?}");

@@ -63,6 +63,20 @@ impl PageAccess for TestMachine {
         self.assert_mapped(at);
         self.access(Access::Write(at, bytes.to_vec()));
     }
+
+    fn read_words(&self, at: PhysAddr, words: &mut [u64]) {
+        assert!(at.is_aligned(8));
+        let mut bytes = vec![0; size_of_val(words)];
+        self.read_bytes(at, &mut bytes);
+        for (word, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
+            *word = u64::from_le_bytes(*bytes);
+        }
+    }
+
+    fn write_words(&self, at: PhysAddr, words: &[u64]) {
+        assert!(at.is_aligned(8));
+        self.write_bytes(at, &words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>());
+    }
 }
 
 impl Machine for TestMachine {

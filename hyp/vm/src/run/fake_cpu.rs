@@ -11,7 +11,9 @@ use ravelin_memory::{PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_pgtable::{Geometry, Vttbr};
 use ravelin_vgic::{ListRegisters, ich};
 
-use crate::{Context, EntropySource, Entry, GuestCpu, IdRegisters, Left, PageAccess, PstateFeatures, Vectors};
+use crate::{
+    Context, EntropySource, Entry, GuestCpu, IdRegisters, Left, PageAccess, PstateFeatures, Syndrome, Vectors,
+};
 
 /// Registers that the host has in the CPU, less what a guest runs with. Not to be copied: it is taken out once and put back once.
 #[derive(Default)]
@@ -139,6 +141,47 @@ impl FakeCpu {
     }
 }
 
+impl FakeCpu {
+    fn enter_once(&self, &Host(number): &Host, guest: &mut Entry<'_>) -> Left {
+        let mut state = self.state();
+        assert_eq!(state.away, Some(number));
+        assert_eq!(state.vectors.is_some(), guest.vectors != Vectors::None);
+        assert_ne!(guest.gic.hcr & ich::HCR_EN, 0, "the interrupt controller does not know that it runs");
+        assert!(guest.deadline.is_none_or(|deadline| deadline > state.now));
+        state.entered.push(Entered {
+            context: *guest.context,
+            gic: *guest.gic,
+            tree: guest.tree,
+            geometry: guest.geometry,
+            vectors: guest.vectors,
+            deadline: guest.deadline,
+        });
+        if state.host_waits {
+            return Left::Interrupt;
+        }
+        let step = state.script.pop_front();
+        state.host_waits = step.is_none();
+        drop(state);
+        step.map_or(Left::Interrupt, |step| step(self, guest))
+    }
+}
+
+/// What is in a context while its registers are in the CPU.
+fn elsewhere(context: &Context) -> Context {
+    let &Context { x, sp_el0, pc, pstate, .. } = context;
+    Context {
+        x,
+        sp_el0,
+        pc,
+        pstate,
+        sctlr_el1: u64::MAX,
+        vbar_el1: 0xbad,
+        cntv_ctl_el0: 1,
+        cntp_ctl_el0: 1,
+        ..Context::default()
+    }
+}
+
 impl State {
     fn page(&mut self, at: u64) -> &mut [u8; PAGE_SIZE as usize] {
         self.pages.entry(at / PAGE_SIZE).or_insert_with(|| Box::new([0; PAGE_SIZE as usize]))
@@ -168,27 +211,26 @@ impl GuestCpu for FakeCpu {
         state.host_waits = false;
     }
 
-    fn enter(&self, &Host(number): &Host, guest: &mut Entry<'_>) -> Left {
-        let mut state = self.state();
-        assert_eq!(state.away, Some(number));
-        assert_eq!(state.vectors.is_some(), guest.vectors != Vectors::None);
-        assert_ne!(guest.gic.hcr & ich::HCR_EN, 0, "the interrupt controller does not know that it runs");
-        assert!(guest.deadline.is_none_or(|deadline| deadline > state.now));
-        state.entered.push(Entered {
-            context: *guest.context,
-            gic: *guest.gic,
-            tree: guest.tree,
-            geometry: guest.geometry,
-            vectors: guest.vectors,
-            deadline: guest.deadline,
-        });
-        if state.host_waits {
-            return Left::Interrupt;
+    fn enter(
+        &self,
+        host: &Host,
+        guest: &mut Entry<'_>,
+        mut handles: impl FnMut(&Syndrome, &mut Context) -> bool,
+    ) -> Left {
+        loop {
+            let left = self.enter_once(host, guest);
+            let Left::Synchronous(syndrome) = left else { return left };
+            // What is in the CPU is not in the context.
+            let before = *guest.context;
+            *guest.context = elsewhere(&before);
+            let handled = handles(&syndrome, guest.context);
+            assert_eq!(*guest.context, elsewhere(guest.context));
+            let Context { x, pc, pstate, .. } = *guest.context;
+            *guest.context = Context { x, pc, pstate, ..before };
+            if !handled {
+                return left;
+            }
         }
-        let step = state.script.pop_front();
-        state.host_waits = step.is_none();
-        drop(state);
-        step.map_or(Left::Interrupt, |step| step(self, guest))
     }
 
     fn area_pages(&self) -> u64 {
@@ -280,5 +322,19 @@ impl PageAccess for FakeCpu {
 
     fn write_bytes(&self, at: PhysAddr, bytes: &[u8]) {
         self.set_page(at.raw(), bytes);
+    }
+
+    fn read_words(&self, at: PhysAddr, words: &mut [u64]) {
+        assert!(at.is_aligned(8));
+        let mut bytes = vec![0; size_of_val(words)];
+        self.read_bytes(at, &mut bytes);
+        for (word, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
+            *word = u64::from_le_bytes(*bytes);
+        }
+    }
+
+    fn write_words(&self, at: PhysAddr, words: &[u64]) {
+        assert!(at.is_aligned(8));
+        self.write_bytes(at, &words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>());
     }
 }

@@ -15,6 +15,9 @@ use crate::{
     fake::{Fake, FakeGuest, GuestState, Heap, Owner},
 };
 
+/// Bytes of the registers of a call to the host.
+const CALL_SIZE: usize = 8 * RUN_CALL_REGISTERS;
+
 const METADATA: u64 = 0x4000_0000;
 const VCPUS: u64 = 0x4100_0000;
 const RUN_PAGES: u64 = 0x4200_0000;
@@ -60,6 +63,12 @@ const EL1H: u64 = 0x3c5;
 
 /// ICH_VMCR_EL2 with both groups enabled and no priority masked.
 const VMCR_OPEN: u64 = 0xff00_0003;
+
+/// What a vCPU's CPU interface holds when it enters.
+fn prepare(gic: &mut Gic<'_, VcpuGics<Heap>>, vcpu: usize) -> Option<ListRegisters> {
+    let mut entry = ListRegisters::default();
+    gic.prepare_entry(vcpu, 4, &mut entry).map(|()| entry)
+}
 
 type TestVms = Vms<Heap, FakeGuest, VcpuState>;
 
@@ -114,7 +123,7 @@ impl World {
         same(RunPage::CALL + CALL_SIZE, 4096);
         if usize::try_from(index).is_ok_and(|index| index < EXISTING as usize) {
             self.gic(|gic| {
-                let entry = gic.prepare_entry(index as usize, 4).expect("it does not run");
+                let entry = prepare(gic, index as usize).expect("it does not run");
                 let _ = gic.after_exit(index as usize, &entry);
             });
         }
@@ -1079,7 +1088,7 @@ fn state_in_the_list_registers_of_another_vcpu_makes_it_exit() {
         wfe()
     });
     assert_eq!(world.run(1), Ok(exit(ExitReason::Yield)));
-    let elsewhere = world.gic(|gic| gic.prepare_entry(1, 4)).unwrap();
+    let elsewhere = world.gic(|gic| prepare(gic, 1)).unwrap();
     assert_eq!(elsewhere.used, 1);
 
     // Its pending state, GICR_ISPENDR0.

@@ -13,6 +13,10 @@ use crate::{
     tests::{Failure, Outcome, check, check_eq},
 };
 
+mod guests;
+
+pub(crate) use guests::guests;
+
 /// Numbers of pages that are measured; each has a block of its own.
 const SIZES: [u64; 3] = [1, 8, 512];
 
@@ -83,6 +87,17 @@ macro_rules! measure_call {
 
 measure_call!(measure_hvc, "hvc");
 measure_call!(measure_smc, "smc");
+
+/// Runs `f` between marks. What it costs at EL2 is what it calls for.
+#[expect(unsafe_code, reason = "marks")]
+fn measured<R>(f: impl FnOnce() -> R) -> R {
+    // SAFETY: A hint.
+    unsafe { asm!("hint #0x40", options(nostack, preserves_flags)) };
+    let done = f();
+    // SAFETY: As above.
+    unsafe { asm!("hint #0x41", options(nostack, preserves_flags)) };
+    done
+}
 
 /// Reads from each page of a range.
 #[expect(unsafe_code, reason = "nothing but the loads may run between the marks")]

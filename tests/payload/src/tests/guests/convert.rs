@@ -124,7 +124,7 @@ pub(crate) fn conversion_of_blocks() -> Outcome {
 }
 
 /// Converts a range, however many calls that takes; returns how many.
-fn convert_all(guest: &mut Guest<'_>, at: u64, count: u64, share: bool) -> Result<u64, Failure> {
+pub(crate) fn convert_all(guest: &mut Guest<'_>, at: u64, count: u64, share: bool) -> Result<u64, Failure> {
     let (mut done, mut calls) = (0, 0);
     while done < count {
         match guest.convert(at + done * PAGE, count - done, share)? {

@@ -2,7 +2,7 @@
 
 mod attacks;
 mod calls;
-mod convert;
+pub(crate) mod convert;
 mod exits;
 mod life;
 mod stale;
