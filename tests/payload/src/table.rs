@@ -236,6 +236,7 @@ tests! {
     guests.vcpus_on_all_cpus("vCPUs run at once, and go from CPU to CPU", calls: [VCPU_RUN, CLAIM, RELEASE], memory: 8 * MIB);
     guests.vcpus_have_their_own_translations("vCPUs with other tables under one ASID do not mix them up", calls: [VCPU_RUN], memory: 8 * MIB);
     guests.gigabyte("2^18 pages in one call each", calls: [VM_MAP, CLAIM, RELEASE], memory: GIB);
+    guests.random_calls("random calls of all CPUs about the same VMs, while a guest converts; the totals agree", calls: [VM_CREATE, VM_DONATE_TABLES, VCPU_CREATE, VM_MAP, VM_UNMAP, VM_SEAL, VCPU_RUN, CLAIM, RELEASE, FORCE_RECLAIM, SPI, VM_TEARDOWN, VM_RECLAIM, VM_DESTROY], memory: 8 * MIB);
 
     bench.calls("every call succeeds on ranges of 1, 8 and 512 pages between the marks of the counter", memory: 8 * MIB);
     bench.guests("exits and conversions of guests between the marks of the counter", memory: 64 * MIB);

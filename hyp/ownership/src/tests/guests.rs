@@ -346,6 +346,29 @@ fn a_frame_takes_one_page() {
 }
 
 #[test]
+fn of_the_frames_of_a_realm_that_are_taken_the_first_is_named() {
+    with_rig(|rig| {
+        let guest = rig.guest(0, GuestKind::Realm, 16);
+        rig.give(&guest, GIB, 4, RAM).unwrap();
+        rig.change(GuestShare, &guest, RAM, 1).unwrap();
+        let free = GIB + 4 * MIB;
+        assert_eq!(rig.give(&guest, free, 2, RAM), denied(GuestReason::Exists, free));
+        assert_eq!(rig.give(&guest, free, 2, RAM - PAGE), denied(GuestReason::Exists, free + PAGE));
+    });
+}
+
+#[test]
+fn a_row_of_blocks_of_a_realm_takes_tables_for_blocks() {
+    with_rig(|rig| {
+        let guest = rig.guest(0, GuestKind::Realm, 8);
+        let blocks = 8 * 2 * MIB / PAGE;
+        rig.give(&guest, GIB, blocks, RAM).unwrap();
+        assert_eq!(rig.change(GuestShare, &guest, RAM, blocks), Ok(blocks));
+        assert_eq!(rig.change(GuestUnshare, &guest, RAM, blocks), Ok(blocks));
+    });
+}
+
+#[test]
 fn only_pages_that_the_host_owns_alone_go_to_a_guest() {
     with_page(GuestKind::Pkvm, |rig, guest| {
         let page = GIB + 4 * MIB;

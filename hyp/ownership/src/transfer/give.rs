@@ -87,6 +87,7 @@ impl<P: TablePool> Inner<'_, P> {
             return Err(HostFailure { page, ..failure });
         }
         // The guest's side.
+        let mut first = None;
         for view in [Some(View::Private), guest.other(View::Private)].into_iter().flatten() {
             let taken = self.look(machine, guest, &tables, frames, view, &mut |part, content, _| {
                 let reason = match content {
@@ -94,11 +95,12 @@ impl<P: TablePool> Inner<'_, P> {
                     Content::Poisoned => GuestReason::Poisoned,
                     Content::Pages(..) => GuestReason::Exists,
                 };
-                ControlFlow::Break((reason, part.base().raw().wrapping_sub(at.raw())))
+                ControlFlow::Break((part.base().raw().wrapping_sub(at.raw()), reason))
             });
-            if let ControlFlow::Break((reason, behind)) = taken {
-                return Err(failure(reason, range.base().checked_add(behind).unwrap_or(range.base())));
-            }
+            first = first.into_iter().chain(taken.break_value()).min_by_key(|&(behind, _)| behind);
+        }
+        if let Some((behind, reason)) = first {
+            return Err(failure(reason, range.base().checked_add(behind).unwrap_or(range.base())));
         }
         let needed = tables.tables.tables_to_map(machine, frames, range.base(), Stage2Usage::Memory);
         tables.have(needed).or_else(refuse)?;

@@ -161,14 +161,32 @@ impl Guest {
         }
     }
 
+    /// Returns how many tables it takes to map blocks at `range`, and none larger than that.
+    fn tables_for_blocks<M: Machine>(&self, machine: &M, range: Option<IpaRange>) -> usize {
+        let Some(range) = range else { return 0 };
+        let next_block = PhysAddr::from_bits_truncating(range.base().raw().wrapping_add(BLOCK_SIZE));
+        self.tables.tables_to_map(machine, range, next_block, Stage2Usage::Memory)
+    }
+
     /// Returns a number of tables that is enough to map at `to` what is mapped at `from`, and to unmap it there.
     fn tables_to_move<M: Machine>(&mut self, machine: &M, from: IpaRange, to: IpaRange) -> usize {
-        let mut by_leaf = 0_usize;
+        let (mut by_leaf, mut blocks) = (0_usize, None::<IpaRange>);
         self.for_each_leaf_moved(machine, from, to, &mut |guest, part, pages| {
-            let needed = guest.tables.tables_to_map(machine, part, pages.base(), Stage2Usage::Memory);
-            by_leaf = by_leaf.saturating_add(needed);
+            if part.size() == BLOCK_SIZE {
+                // Blocks in a row have tables in common.
+                let row = blocks.filter(|row| row.end() == part.base().raw());
+                let longer = row.and_then(|row| IpaRange::from_bounds(row.base().raw(), part.end()).ok());
+                if longer.is_none() {
+                    by_leaf = by_leaf.saturating_add(guest.tables_for_blocks(machine, blocks));
+                }
+                blocks = Some(longer.unwrap_or(part));
+            } else {
+                let needed = guest.tables.tables_to_map(machine, part, pages.base(), Stage2Usage::Memory);
+                by_leaf = by_leaf.saturating_add(needed);
+            }
         });
-        // Tables that neighbours have in common were counted more than once; as pages, there are no more than this.
+        by_leaf = by_leaf.saturating_add(self.tables_for_blocks(machine, blocks));
+        // Tables that neighbours have in common may have been counted more than once; as pages, there are no more than this.
         let unaligned =
             PhysAddr::from_bits_truncating(PAGE_SIZE.wrapping_add(to.base().raw() & BLOCK_SIZE.wrapping_sub(1)));
         let by_page = self.tables.tables_to_map(machine, to, unaligned, Stage2Usage::Memory);

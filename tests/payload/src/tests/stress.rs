@@ -20,23 +20,27 @@ use crate::{
 };
 
 /// A generator of test values (xorshift64*).
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
         self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
     }
 
-    fn below(&mut self, end: u64) -> u64 {
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
         (self.next() >> 16) % end
     }
 }
 
 /// Runs `work` on other CPUs again and again, as long as `meanwhile` runs here, which begins when all of them have.
-fn during(cpus: &[usize], work: impl Fn(usize) -> Outcome + Sync, meanwhile: impl FnOnce() -> Outcome) -> Outcome {
+pub(crate) fn during(
+    cpus: &[usize],
+    work: impl Fn(usize) -> Outcome + Sync,
+    meanwhile: impl FnOnce() -> Outcome,
+) -> Outcome {
     let begun = AtomicUsize::new(0);
     let stop = AtomicBool::new(false);
     let outcome = Mutex::new(Ok(()));
