@@ -192,6 +192,13 @@ tests! {
     guests.fetches_from_devices("no code is fetched from devices", memory: 4 * MIB);
     guests.page_faults("the host is told of an access without a page, and may provide one", calls: [VM_MAP], memory: 4 * MIB);
     guests.deadlines("WFI exits with the time of the next timer", calls: [VCPU_RUN], memory: 4 * MIB);
+    guests.timers("both timers fire again and again, for guests that sleep and guests that do not", calls: [VCPU_RUN], memory: 4 * MIB);
+    guests.timers_are_levels("the interrupt of a timer lasts as long as the timer says", memory: 4 * MIB);
+    guests.sgis("SGIs to oneself, to others and to all of them, waiting or running", memory: 4 * MIB);
+    guests.spis("edges, levels, priorities, masks, active state, messages and routes of SPIs", calls: [SPI], memory: 4 * MIB);
+    guests.more_interrupts_than_list_registers("each of many interrupts comes once and by its priority, in either EOImode", calls: [SPI], memory: 4 * MIB);
+    guests.spi_while_the_guest_runs("an SPI gets to a guest that runs", calls: [SPI], cpus: 2, memory: 4 * MIB);
+    guests.interrupts_move_with_their_vcpu("timers and pending interrupts go with a vCPU from CPU to CPU", memory: 4 * MIB);
     guests.measurement("the measurement is that of contents, frames and order", calls: [VM_MAP, VM_SEAL], memory: 4 * MIB);
     guests.device_accesses("loads and stores of all widths, signs and registers exit to the host", calls: [VCPU_RUN], memory: 4 * MIB);
     guests.device_accesses_by_sp("the same with SP as the base register", calls: [VCPU_RUN], memory: 4 * MIB);

@@ -36,6 +36,10 @@ pub(crate) use faults::{deadlines, device_accesses_of_other_kinds, fetches_from_
 pub(crate) use features::{
     breakpoints_of_the_host, closed_registers, cycles_of_guests_are_not_counted, id_registers, offered_features_work,
 };
+pub(crate) use interrupts::{
+    interrupts_move_with_their_vcpu, more_interrupts_than_list_registers, sgis, spi_while_the_guest_runs, spis, timers,
+    timers_are_levels,
+};
 pub(crate) use life::{
     all_slots, all_vcpus, bad_arguments, handles, life_cycle, measurement, runs_to_its_end, steps_out_of_order,
     ten_thousand_lives,
