@@ -51,7 +51,15 @@ const HOST_CALL_SIZE: usize = 256;
 
 /// Performs a realm's call, if it is one of this interface. `None` if not: then it is another interface's, or not supported,
 /// as the calls are that ask for an attestation token.
-pub fn call<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: &mut Context) -> Option<Outcome> {
+///
+/// With [`Outcome::HostCall`], `send` has been given x0 to x30 as the realm wants its host to see them.
+#[inline(never)]
+pub fn call<T: Transitions>(
+    transitions: &T,
+    guest: &Guest<T::Guest>,
+    context: &mut Context,
+    send: impl FnOnce(&[u64; 31]),
+) -> Option<Outcome> {
     if guest.kind() != VmKind::Realm {
         return None;
     }
@@ -94,7 +102,7 @@ pub fn call<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: &
             }
             None => fail(context),
         },
-        HOST_CALL => return Some(host_call(transitions, guest, context)),
+        HOST_CALL => return Some(host_call(transitions, guest, context, send)),
         _ => return None,
     }
     Some(Outcome::Done)
@@ -183,6 +191,7 @@ fn set_state(
 }
 
 /// Returns a measurement in x1 to x8.
+#[inline(never)]
 fn set_measurement(context: &mut Context, digest: &Digest) {
     let mut results = [0; 1 + MEASUREMENT_SIZE / 8];
     for (result, word) in results.iter_mut().skip(1).zip(digest.as_chunks().0) {
@@ -192,6 +201,7 @@ fn set_measurement(context: &mut Context, digest: &Digest) {
 }
 
 /// Extends measurement x1 by x2 bytes of x3 to x10. Returns whether it can be.
+#[inline(never)]
 fn extend<G>(guest: &Guest<G>, context: &Context) -> bool {
     let [_, index, size, values @ ..] = &context.x;
     let mut bytes = [0; MEASUREMENT_SIZE];
@@ -203,6 +213,7 @@ fn extend<G>(guest: &Guest<G>, context: &Context) -> bool {
 }
 
 /// Writes the configuration to the page that x1 points to.
+#[inline(never)]
 fn write_config<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: &mut Context) -> Outcome {
     let [_, address, ..] = context.x;
     let Some(page) = guest.range(address, 1) else {
@@ -234,7 +245,13 @@ fn host_call_address<G>(guest: &Guest<G>, context: &Context) -> Option<Ipa> {
     Some(at)
 }
 
-fn host_call<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: &mut Context) -> Outcome {
+#[inline(never)]
+fn host_call<T: Transitions>(
+    transitions: &T,
+    guest: &Guest<T::Guest>,
+    context: &mut Context,
+    send: impl FnOnce(&[u64; 31]),
+) -> Outcome {
     let Some(at) = host_call_address(guest, context) else {
         return failed(context);
     };
@@ -250,7 +267,8 @@ fn host_call<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: 
     for (register, word) in registers.iter_mut().zip(words) {
         *register = u64::from_le_bytes(*word);
     }
-    Outcome::HostCall { immediate: u16::from_le_bytes([low, high]), registers }
+    send(&registers);
+    Outcome::HostCall { immediate: u16::from_le_bytes([low, high]) }
 }
 
 #[cfg(test)]

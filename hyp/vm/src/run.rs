@@ -228,6 +228,7 @@ where
         Ok(None)
     }
 
+    #[inline(never)]
     fn complete_host_call(&self, state: &mut VcpuState) -> Outcome {
         let mut registers = [0; RUN_CALL_REGISTERS];
         run_page_read(self.cpu, self.run_page, RunPage::RESULTS, &mut registers);
@@ -297,7 +298,10 @@ where
         };
         let outcome = match conduit {
             Conduit::Hvc => guest_call::call(self.transitions, self.vm.guest(), context)?,
-            Conduit::Smc => rsi::call(self.transitions, self.vm.guest(), context)?,
+            Conduit::Smc => {
+                let send = |registers: &[u64; 31]| run_page_write(self.cpu, self.run_page, RunPage::CALL, registers);
+                rsi::call(self.transitions, self.vm.guest(), context, send)?
+            }
         };
         if let Conduit::Hvc = conduit {
             // As if it had not been executed, like SMC.
@@ -433,9 +437,8 @@ where
                 open(Missing::Tables);
                 return Some(Report::NeedsTables { pages });
             }
-            Outcome::HostCall { immediate, registers } => {
+            Outcome::HostCall { immediate } => {
                 open(Missing::Results);
-                run_page_write(self.cpu, self.run_page, RunPage::CALL, &registers);
                 return Some(Report::HostCall { immediate });
             }
         };
