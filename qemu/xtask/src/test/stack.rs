@@ -22,8 +22,8 @@ const VECTORS: &str = "vectors";
 const WALKS: &str = "ravelin_pgtable::table::";
 const LEVELS: u64 = 4;
 
-/// Parts of the names of functions that do not return and end the machine.
-const FATAL: [&str; 2] = ["panic", "_fail"];
+/// Parts of the names of functions that do not return and end the machine, and of those that write what they say.
+const FATAL: [&str; 3] = ["panic", "_fail", "core::fmt::"];
 
 /// Entries of a vtable: drop, size, alignment, and up to three ways to call.
 const VTABLE: u64 = 6;
