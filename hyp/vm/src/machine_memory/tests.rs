@@ -204,8 +204,10 @@ impl World<'_, '_> {
         self.vms
             .run(handle, 0, |vm, vcpu| {
                 vcpu.state = registers(first);
-                let door = if vm.guest().kind() == VmKind::Realm { rsi::call } else { guest_call::call };
-                let outcome = door(&self.memory, vm.guest(), &mut vcpu.state);
+                let outcome = match vm.guest().kind() {
+                    VmKind::Realm => rsi::call(&self.memory, vm.guest(), &mut vcpu.state, |_| {}),
+                    _ => guest_call::call(&self.memory, vm.guest(), &mut vcpu.state),
+                };
                 let [x0, x1, x2, ..] = vcpu.state.x;
                 Ok((outcome, [x0, x1, x2]))
             })
