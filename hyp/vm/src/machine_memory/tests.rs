@@ -266,6 +266,12 @@ fn a_pkvm_guest_from_the_cradle_to_the_grave() {
 
         vms.force_reclaim(memory, pages(PAYLOAD + PAGE_SIZE, 1)).unwrap();
         assert_eq!(world.call(handle, [0xc600_0003, GUEST + PAGE_SIZE, 0, 0]).1[0], invalid, "poisoned");
+        let at = GUEST + PAGE_SIZE;
+        let again = world.map(handle, at, pages(PAYLOAD + PAGE_SIZE, 1));
+        assert_eq!(again, Err(Refusal { status: Status::Poisoned, detail: PAYLOAD + PAGE_SIZE }));
+        let gone = world.call(handle, [0xc600_0009, GUEST, 2, 0]);
+        assert_eq!(gone, (Some(Outcome::Relinquished(frames(GUEST, 2))), [0, 2, 0]));
+        world.map(handle, at, pages(PAYLOAD + PAGE_SIZE, 1)).unwrap();
         world.end(handle, VmKind::Pkvm);
     });
 }
