@@ -279,7 +279,7 @@ pub(crate) fn timers_are_levels() -> Outcome {
     let mut guest = vm.guest(0);
     prepare(&mut guest)?;
     for (set, intid) in [(set_virtual_timer(), VIRTUAL_TIMER), (set_physical_timer(), PHYSICAL_TIMER)] {
-        let mut set = |guest: &mut Guest<'_>, control, time| guest.run(set, &[control, time]).map(drop);
+        let set = |guest: &mut Guest<'_>, control, time| guest.run(set, &[control, time]).map(drop);
         takes(&mut guest, NOTHING)?;
         set(&mut guest, ON, 1)?;
         check!(bit(&mut guest, SET_PENDING, intid)?, "{intid} is not pending");
