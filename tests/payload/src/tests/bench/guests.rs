@@ -8,7 +8,7 @@ use crate::{
     rt::{
         console::println,
         memory::{BLOCK, PAGE},
-        vm::{Guest, MEMORY, PROTECTED, Pages, Sizes, Vm, call, code, code::snippets},
+        vm::{Guest, MEMORY, PROTECTED, Pages, Sizes, Vm, call, code::snippets},
     },
     tests::{Failure, Outcome, check, check_eq, guests::convert::convert_all},
 };
