@@ -22,7 +22,10 @@ use crate::{
         Failure, NO_PAGE, OWNED, Outcome,
         abort::is_denied,
         check, check_eq, check_state,
-        guests::convert::{CLAIMED, host_fills, host_is_denied},
+        guests::{
+            convert::{CLAIMED, host_fills, host_is_denied},
+            stress::for_a_while,
+        },
         on_all_cpus, on_each_cpu, page_counts, state,
     },
 };
@@ -394,9 +397,9 @@ pub(crate) fn conversions_race() -> Outcome {
                 }
             }
         };
-        let rounds = 100 * platform().effort();
+        let mut rounds = for_a_while(100);
         let outcome = cpu::run_on(&[1], &claim, || {
-            let outcome = (0..rounds).try_for_each(|round| race_round(&mut guest, COUNT, round));
+            let outcome = rounds.try_for_each(|round| race_round(&mut guest, COUNT, round));
             stop.store(true, Ordering::Release);
             outcome
         });
@@ -436,7 +439,7 @@ fn race_round(guest: &mut Guest<'_>, count: u64, round: u64) -> Outcome {
 
 /// A VM's end, wanted by all CPUs at once while others use it: one of them gets it, the others learn why not.
 pub(crate) fn lives_race() -> Outcome {
-    for round in 0..20 * platform().effort() {
+    for round in for_a_while(20) {
         let pages = Pages::new(4 * MIB);
         let kind = VmKind::ALL[round as usize % VmKind::ALL.len()];
         let vm = Vm::boot(&pages, kind, 1)?;

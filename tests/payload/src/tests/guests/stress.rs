@@ -113,6 +113,14 @@ fn convert_at_random(guest: &mut Guest<'_>, random: &mut Random) -> Outcome {
     Err(Failure::new(format_args!("a call of the guest does not end")))
 }
 
+/// Counts as many rounds as it is worth, but not for longer than some seconds: an emulator with fewer CPUs than it emulates takes
+/// long to hand a lock over.
+pub(crate) fn for_a_while(rounds: u64) -> impl Iterator<Item = u64> {
+    let effort = platform().effort();
+    let deadline = read_register!("cntvct_el0") + 5 * effort * read_register!("cntfrq_el0");
+    (0..rounds * effort).take_while(move |_| read_register!("cntvct_el0") < deadline)
+}
+
 /// Random calls of all CPUs about the same VMs, frames and pages, while a guest converts on one of them. In the end everything comes
 /// back.
 pub(crate) fn random_calls() -> Outcome {
@@ -139,9 +147,7 @@ pub(crate) fn random_calls() -> Outcome {
         }
         let stop = AtomicBool::new(false);
         let outcome = Mutex::new(Ok(()));
-        let rounds = 500 * platform().effort();
-        // An emulator with fewer CPUs than it emulates takes long to hand a lock over.
-        let deadline = read_register!("cntvct_el0") + 5 * platform().effort() * read_register!("cntfrq_el0");
+        let rounds = for_a_while(500);
         let job = |cpu: usize| {
             let mut random = Random(0x1876_5432_10FE_DCB1 * (cpu as u64 + 1));
             while !stop.load(Ordering::Acquire) {
@@ -156,7 +162,7 @@ pub(crate) fn random_calls() -> Outcome {
         let mut guest = vm.guest(0);
         let here = cpu::run_on(&others, &job, || {
             let mut here = Ok(());
-            for _ in (0..rounds).take_while(|_| read_register!("cntvct_el0") < deadline) {
+            for _ in rounds {
                 playground.play(&mut random);
                 if kind.is_protected() && here.is_ok() {
                     here = convert_at_random(&mut guest, &mut random);
