@@ -180,6 +180,18 @@ tests! {
     guests.nothing_is_left_behind("what VM, vCPUs and tables were made of comes back zeroed", calls: [VM_DESTROY], memory: 4 * MIB);
     guests.share_of_an_absent_page("a page may be provided when the guest shares it", calls: [VM_MAP], memory: 4 * MIB);
     guests.ordinary_vm_borrows("an ordinary VM borrows its pages, and the host keeps access", calls: [VM_MAP, VM_UNMAP], memory: 16 * MIB);
+    guests.registers_are_kept("at each exit guest and host keep every register, and the host sees none of the guest's", memory: 4 * MIB);
+    guests.vectors_stay_apart("vCPUs that take turns on all CPUs start with zeroed vector registers and keep their own", memory: 8 * MIB);
+    guests.vector_lengths("vectors of every length, of guests and of the host", memory: 8 * MIB);
+    guests.id_registers("guests see what is allowed of the CPU's features", memory: 4 * MIB);
+    guests.offered_features_work("what the ID registers offer works in a guest", memory: 4 * MIB);
+    guests.closed_registers("debug, performance monitors, trace and hidden features are closed to guests", memory: 4 * MIB);
+    guests.cycles_of_guests_are_not_counted("the host's cycle counter stands still while a guest runs", memory: 4 * MIB);
+    guests.breakpoints_of_the_host("the host's breakpoints do not stop a guest", memory: 4 * MIB);
+    guests.device_accesses_of_other_kinds("pairs, writeback, exclusives, atomics and vectors end in an abort in the guest", memory: 4 * MIB);
+    guests.fetches_from_devices("no code is fetched from devices", memory: 4 * MIB);
+    guests.page_faults("the host is told of an access without a page, and may provide one", calls: [VM_MAP], memory: 4 * MIB);
+    guests.deadlines("WFI exits with the time of the next timer", calls: [VCPU_RUN], memory: 4 * MIB);
     guests.measurement("the measurement is that of contents, frames and order", calls: [VM_MAP, VM_SEAL], memory: 4 * MIB);
     guests.device_accesses("loads and stores of all widths, signs and registers exit to the host", calls: [VCPU_RUN], memory: 4 * MIB);
     guests.device_accesses_by_sp("the same with SP as the base register", calls: [VCPU_RUN], memory: 4 * MIB);

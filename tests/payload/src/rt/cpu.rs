@@ -13,7 +13,7 @@ use crate::rt::{call::psci, gic, platform::platform};
 pub(crate) const MAX_CPUS: usize = 8;
 
 /// Size of the stack of one CPU in bytes.
-pub(crate) const STACK_SIZE: usize = 64 << 10;
+pub(crate) const STACK_SIZE: usize = 128 << 10;
 
 #[repr(C, align(4096))]
 pub(crate) struct Stacks(UnsafeCell<[[u8; STACK_SIZE]; MAX_CPUS]>);

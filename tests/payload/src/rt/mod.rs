@@ -4,6 +4,7 @@ pub(crate) mod call;
 pub(crate) mod console;
 pub(crate) mod cpu;
 mod exception;
+pub(crate) mod exchange;
 pub(crate) mod exit;
 pub(crate) mod gic;
 pub(crate) mod memory;

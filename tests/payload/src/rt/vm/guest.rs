@@ -13,7 +13,7 @@ use crate::{
         memory::{self, PAGE},
         vm::{Vm, call, code},
     },
-    tests::{Failure, Outcome, check, check_eq},
+    tests::{Failure, Outcome, check, check_eq, status},
 };
 
 /// Seconds after which a vCPU that gets nowhere fails the test.
@@ -75,11 +75,16 @@ pub(crate) enum Conversion {
     Refused,
 }
 
+/// Another way to call VCPU_RUN: takes the handle and the index, and returns x0.
+pub(crate) type RunVia<'a> = &'a (dyn Fn(u64, u64) -> Result<u64, Failure> + Sync);
+
 /// A vCPU that does what it is told. There may be only one for each vCPU at a time.
 pub(crate) struct Guest<'a> {
     pub(crate) vm: &'a Vm<'a>,
     pub(crate) index: u64,
     run_page: u64,
+    /// How it is run, if not as any call is made.
+    pub(crate) via: Option<RunVia<'a>>,
     /// It waits for a command.
     idle: bool,
     operands: ArrayVec<u64, MAX_OPERANDS>,
@@ -97,6 +102,7 @@ impl<'a> Guest<'a> {
             vm,
             index,
             run_page: vm.run_page(index),
+            via: None,
             idle: false,
             operands: ArrayVec::new(),
             reply: Reply::default(),
@@ -115,7 +121,10 @@ impl<'a> Guest<'a> {
 
     /// Runs the vCPU once; returns what the run page says. The next run tries again, unless an answer says otherwise.
     pub(crate) fn run_once(&self) -> Result<RunExit, Failure> {
-        let (status, _) = call("VCPU_RUN", [self.vm.handle, self.index]);
+        let status = match self.via {
+            Some(run) => status(run(self.vm.handle, self.index)?),
+            None => call("VCPU_RUN", [self.vm.handle, self.index]).0,
+        };
         check_eq!(status, ravelin_abi::Status::Success, "VCPU_RUN of vCPU {}", self.index);
         self.answer(Answer::Retry, 0);
         let words = memory::words::<{ RunExit::SIZE / 8 }>(self.run_page + RunPage::EXIT as u64);

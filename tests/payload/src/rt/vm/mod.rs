@@ -21,6 +21,7 @@ use spin::Mutex;
 
 use crate::{
     rt::{
+        exchange::{AREA_PAGES, Exchange, Vectors, Who},
         memory::{self, PAGE},
         platform::platform,
     },
@@ -164,6 +165,14 @@ impl<'a> Vm<'a> {
     /// The address by which the guest accesses a device, or memory that it shares, that is at `address`.
     pub(crate) fn shared(&self, address: u64) -> u64 {
         address | self.shared_bit()
+    }
+
+    /// Gives the guest an area for an [`Exchange`], which its host may access too.
+    pub(crate) fn add_area(&self, guest: &mut Guest<'_>, at: u64, vectors: Vectors) -> Result<Exchange, Failure> {
+        let area = self.add(at, AREA_PAGES)?;
+        guest.share(at, AREA_PAGES)?;
+        self.claim(at, AREA_PAGES)?;
+        Ok(Exchange::new(area, self.shared(at), Who::Guest, vectors))
     }
 
     /// The bit that marks such addresses, if there is one.

@@ -4,9 +4,13 @@ mod attacks;
 mod calls;
 pub(crate) mod convert;
 mod exits;
+mod faults;
+mod features;
+mod interrupts;
 mod life;
 mod stale;
 mod stress;
+mod world;
 mod worlds;
 
 pub(crate) use attacks::{
@@ -28,6 +32,10 @@ pub(crate) use exits::{
     endless_loop_and_host_timer, endless_loop_and_interrupt_of_another_cpu, host_registers_are_kept,
     host_timer_is_kept, nothing_leaks, one_vcpu_on_two_cpus, run_page_changes_all_the_time, run_page_stays, waiting,
 };
+pub(crate) use faults::{deadlines, device_accesses_of_other_kinds, fetches_from_devices, page_faults};
+pub(crate) use features::{
+    breakpoints_of_the_host, closed_registers, cycles_of_guests_are_not_counted, id_registers, offered_features_work,
+};
 pub(crate) use life::{
     all_slots, all_vcpus, bad_arguments, handles, life_cycle, measurement, runs_to_its_end, steps_out_of_order,
     ten_thousand_lives,
@@ -37,6 +45,7 @@ pub(crate) use stale::{
     stale_after_the_host_gives_and_releases, stale_after_unmap,
 };
 pub(crate) use stress::random_calls;
+pub(crate) use world::{registers_are_kept, vector_lengths, vectors_stay_apart};
 pub(crate) use worlds::{
     gigabyte, nothing_is_left_in_the_tlb, vcpus_have_their_own_translations, vcpus_on_all_cpus,
     vms_do_not_see_each_other,
