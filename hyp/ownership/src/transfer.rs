@@ -42,6 +42,8 @@ struct Change {
     to: State,
     /// Whether each page counts as a step.
     by_page: bool,
+    /// Whether poisoned frames take part, which lose their poison.
+    poison: bool,
 }
 
 /// How far a change goes.
@@ -80,8 +82,7 @@ impl<P: TablePool> Inner<'_, P> {
                     claimed |= entry.state() == State::GUEST_CLAIMED;
                     if change.by_page { frames.pages() } else { steps }
                 }
-                // A frame that is given up loses its poison. Frames of an ordinary guest have none.
-                Content::Poisoned if change.to == State::HOST_OWNED => steps,
+                Content::Poisoned if change.poison => steps,
                 Content::Poisoned => return ControlFlow::Break(Err(failure(GuestReason::Poisoned, frames))),
                 Content::Absent => {
                     let reason = self.reason_for_absence(machine, guest, tables, frames.base(), change);

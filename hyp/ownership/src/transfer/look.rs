@@ -68,6 +68,7 @@ const LOOK: Change = Change {
     from: &[State::GUEST_OWNED, State::HOST_LENT],
     to: State::GUEST_OWNED,
     by_page: true,
+    poison: false,
 };
 
 impl<P: TablePool> Memory<'_, P> {

@@ -13,9 +13,10 @@ use crate::{
     reason::{GuestFailure, GuestReason, HostFailure},
 };
 
-const UNLEND: Change = Change { view: View::Private, from: &[State::HOST_LENT], to: State::HOST_OWNED, by_page: false };
+const UNLEND: Change =
+    Change { view: View::Private, from: &[State::HOST_LENT], to: State::HOST_OWNED, by_page: false, poison: false };
 const RELINQUISH: Change =
-    Change { view: View::Private, from: &[State::GUEST_OWNED], to: State::HOST_OWNED, by_page: true };
+    Change { view: View::Private, from: &[State::GUEST_OWNED], to: State::HOST_OWNED, by_page: true, poison: true };
 
 impl<P: TablePool> Memory<'_, P> {
     /// Ends what [`Memory::lend`] began. One invalidation of the guest's stage 2.

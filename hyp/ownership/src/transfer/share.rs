@@ -21,18 +21,34 @@ pub enum Unshare {
     NeedsRelease(IpaRange),
 }
 
-const SHARE: Change =
-    Change { view: View::Private, from: &[State::GUEST_OWNED], to: State::GUEST_OFFERED, by_page: false };
+const SHARE: Change = Change {
+    view: View::Private,
+    from: &[State::GUEST_OWNED],
+    to: State::GUEST_OFFERED,
+    by_page: false,
+    poison: false,
+};
 const UNSHARE: Change = Change {
     view: View::Shared,
     from: &[State::GUEST_OFFERED, State::GUEST_CLAIMED],
     to: State::GUEST_OWNED,
     by_page: false,
+    poison: false,
 };
-const CLAIM: Change =
-    Change { view: View::Shared, from: &[State::GUEST_OFFERED], to: State::GUEST_CLAIMED, by_page: false };
-const RELEASE: Change =
-    Change { view: View::Shared, from: &[State::GUEST_CLAIMED], to: State::GUEST_OFFERED, by_page: false };
+const CLAIM: Change = Change {
+    view: View::Shared,
+    from: &[State::GUEST_OFFERED],
+    to: State::GUEST_CLAIMED,
+    by_page: false,
+    poison: false,
+};
+const RELEASE: Change = Change {
+    view: View::Shared,
+    from: &[State::GUEST_CLAIMED],
+    to: State::GUEST_OFFERED,
+    by_page: false,
+    poison: false,
+};
 
 impl<P: TablePool> Memory<'_, P> {
     /// Offers pages of a guest to the host: the first pages of `range`. Returns how many. The host has no access yet; contents
