@@ -69,7 +69,7 @@
 #define RAVELIN_CALL_VCPU_CREATE 0xc6001012
 #define RAVELIN_VCPU_CREATE_MAX_PAGES 512
 
-/* Puts pages that the host owns at a guest address, with their contents. A protected VM becomes their owner and the host loses access; to an ordinary one they are lent. What a protected VM gets before it is sealed is measured, and may be 512 pages a call; later it may be 512 pages or blocks of 2 MiB, aligned in both places. */
+/* Puts pages that the host owns at a guest address, with their contents. A protected VM becomes their owner and the host loses access; to an ordinary one they are lent. What a protected VM gets before it is sealed is measured, and may be 512 pages a call; all else may be 512 pages, or 16 blocks of 2 MiB that are aligned in both places. */
 #define RAVELIN_CALL_VM_MAP 0xc6001013
 #define RAVELIN_VM_MAP_MAX_PAGES 262144
 
@@ -128,7 +128,7 @@
 #define RAVELIN_STATUS_WRONG_STATE (-13) /* The VM is of a kind, or at a point of its life, that the call is not for. */
 #define RAVELIN_STATUS_EXISTS (-14) /* What the call would make is there already: a vCPU of this index, or a page at this guest address. */
 #define RAVELIN_STATUS_ABSENT (-15) /* What the call is about is not there: a vCPU of this index, or a page at this guest address. */
-#define RAVELIN_STATUS_POISONED (-16) /* The guest has lost the page at this address by force. It takes no other one there. */
+#define RAVELIN_STATUS_POISONED (-16) /* The guest has lost the page at this address by force. It takes no other one there unless it relinquishes the address. */
 #define RAVELIN_STATUS_NOT_OFFERED (-17) /* The guest has not offered the page at this address to the host. */
 #define RAVELIN_STATUS_NEEDS_TABLES (-18) /* The VM has too few pages for translation tables; x1 says how many more the call may need. */
 
@@ -162,7 +162,7 @@
 #define RAVELIN_EXIT_SYSTEM_RESET 9 /* The guest wants the VM to start anew. */
 #define RAVELIN_EXIT_UNSHARE 10 /* The guest takes back `pages` pages at `address`, some of which the host has claimed. Answers: RETRY, after the host has released them; REFUSE. */
 #define RAVELIN_EXIT_SHARED 11 /* The guest has offered `pages` pages at `address`. */
-#define RAVELIN_EXIT_RELINQUISHED 12 /* The guest has given up `pages` pages at `address`, which are the host's again. */
+#define RAVELIN_EXIT_RELINQUISHED 12 /* The guest has given up `pages` pages at `address`, which are the host's again, and lifted poison among them. */
 #define RAVELIN_EXIT_NEEDS_TABLES 13 /* The guest's call needs `pages` pages for translation tables. Answer: RETRY, after the host has donated them. */
 #define RAVELIN_EXIT_HOST_CALL 14 /* The guest calls its host, with `value` as the immediate and registers in `call`. Answers: COMPLETE, with `results`; RETRY. */
 #define RAVELIN_EXIT_FAILED 15 /* The vCPU cannot go on, and cannot be run again. */

@@ -91,7 +91,8 @@ codes! {
         Exists = -14, "EXISTS";
         /// What the call is about is not there: a vCPU of this index, or a page at this guest address.
         Absent = -15, "ABSENT";
-        /// The guest has lost the page at this address by force. It takes no other one there.
+        /// The guest has lost the page at this address by force. It takes no other one there unless it relinquishes the
+        /// address.
         Poisoned = -16, "POISONED";
         /// The guest has not offered the page at this address to the host.
         NotOffered = -17, "NOT_OFFERED";

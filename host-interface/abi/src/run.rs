@@ -39,7 +39,7 @@ codes! {
         Unshare = 10, "UNSHARE";
         /// The guest has offered `pages` pages at `address`.
         Shared = 11, "SHARED";
-        /// The guest has given up `pages` pages at `address`, which are the host's again.
+        /// The guest has given up `pages` pages at `address`, which are the host's again, and lifted poison among them.
         Relinquished = 12, "RELINQUISHED";
         /// The guest's call needs `pages` pages for translation tables. Answer: RETRY, after the host has donated them.
         NeedsTables = 13, "NEEDS_TABLES";

@@ -56,7 +56,8 @@ pub(crate) const VM_CALLS: &[Call] = &[
         name: "VM_MAP",
         doc: "Puts pages that the host owns at a guest address, with their contents. A protected VM becomes their owner and \
               the host loses access; to an ordinary one they are lent. What a protected VM gets before it is sealed is \
-              measured, and may be 512 pages a call; later it may be 512 pages or blocks of 2 MiB, aligned in both places.",
+              measured, and may be 512 pages a call; all else may be 512 pages, or 16 blocks of 2 MiB that are aligned in \
+              both places.",
         arguments: &[HANDLE, GUEST_PAGE, ADDRESS, PAGES],
         results: &[STATUS, FIRST_FAILED],
         request: |parsed| {

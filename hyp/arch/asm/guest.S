@@ -17,6 +17,7 @@ guest_run:
     mrs     x1, sp_el0
     stp     x0, x1, [sp, #96]
     adrp    x1, guest_vectors
+    add     x1, x1, :lo12:guest_vectors
     msr     vbar_el2, x1
     ldr     x1, [x0, #{sp_el0}]
     ldr     x2, [x0, #{pc}]
@@ -59,7 +60,7 @@ guest_run:
     b       fatal
 .endm
 
-.balign 4096                            // ADRP finds them
+.balign 2048
 guest_vectors:
     fatal_guest_vector 0
     fatal_guest_vector 1

@@ -1,10 +1,11 @@
 //! Start-up: the assembly, the image's own layout, its move into the carve-out.
 
-use core::{arch::global_asm, ptr, sync::atomic::AtomicU64};
+use core::{arch::global_asm, cell::UnsafeCell, ptr, sync::atomic::AtomicU64};
 
 use ravelin_memory::{HypAddr, PAGE_SIZE, PhysAddr, PhysRange};
 
 use crate::{
+    guest::HostState,
     hardware::{clean_to_poc, synchronise_instructions},
     sysreg::read_sysreg,
 };
@@ -126,6 +127,8 @@ pub struct CpuStart {
     pub(crate) redistributor: AtomicU64,
     /// Names the vCPU that ran last.
     pub(crate) last_vcpu: AtomicU64,
+    /// The host's registers while the CPU runs a guest. Of no concern to other CPUs.
+    pub(crate) host: UnsafeCell<HostState>,
 }
 
 /// Where a CPU starts to run Rust: its start-up data and the argument of [`CpuStart::switch`], or 0 for a CPU that firmware
@@ -145,7 +148,7 @@ pub struct El2Tables {
 
 impl CpuStart {
     /// Pages of a CPU's stack.
-    pub const STACK_PAGES: u64 = 3;
+    pub const STACK_PAGES: u64 = 2;
 
     /// Describes CPU number `index`, which runs `entry` of the image copy at `image`. The emergency stack is for the report
     /// of a fault and grows down from the given address.
@@ -171,6 +174,7 @@ impl CpuStart {
             index: index as u64,
             redistributor: AtomicU64::new(0),
             last_vcpu: AtomicU64::new(0),
+            host: UnsafeCell::default(),
         }
     }
 

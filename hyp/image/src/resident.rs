@@ -219,6 +219,7 @@ fn inject(exception: fn(&Trapped, PstateFeatures) -> Exception) {
 
 /// Stops the machine if a table disagrees with the ownership entries.
 #[cfg(feature = "checked")]
+#[inline(never)]
 fn check(hypervisor: &Hypervisor) {
     if let Some(Err(inconsistency)) = MEMORY.get().map(|memory| memory.check(&hypervisor.machine)) {
         panic!("{inconsistency}");

@@ -26,7 +26,7 @@ pub use look::GuestPage;
 pub use share::Unshare;
 
 /// What one call does at most. A step is a page, or a block of 2 MiB where the call covers one as a whole. Where pages are
-/// scrubbed, each is a step.
+/// scrubbed, each is a step; where they are cleaned, a block is 32.
 pub const MAX_STEPS: u64 = 512;
 
 /// Runs of contiguous pages that one call scrubs at most.
@@ -70,25 +70,28 @@ impl<P: TablePool> Inner<'_, P> {
         }
         let (mut left, mut pages, mut claimed) = (MAX_STEPS, 0_u64, false);
         let checked = self.look(machine, guest, tables, range, change.view, &mut |frames, content, steps| {
-            let entry = match content {
-                Content::Pages(_, entry) => entry,
+            let steps = match content {
+                Content::Pages(_, entry) => {
+                    if entry.guest() != Some((guest.slot(), frame_number(frames.base())))
+                        || !change.from.contains(&entry.state())
+                    {
+                        return ControlFlow::Break(Err(failure(refusal(change, entry.state()), frames)));
+                    }
+                    claimed |= entry.state() == State::GUEST_CLAIMED;
+                    if change.by_page { frames.pages() } else { steps }
+                }
+                // A frame that is given up loses its poison. Frames of an ordinary guest have none.
+                Content::Poisoned if change.to == State::HOST_OWNED => steps,
                 Content::Poisoned => return ControlFlow::Break(Err(failure(GuestReason::Poisoned, frames))),
                 Content::Absent => {
                     let reason = self.reason_for_absence(machine, guest, tables, frames.base(), change);
                     return ControlFlow::Break(Err(failure(reason, frames)));
                 }
             };
-            if entry.guest() != Some((guest.slot(), frame_number(frames.base())))
-                || !change.from.contains(&entry.state())
-            {
-                return ControlFlow::Break(Err(failure(refusal(change, entry.state()), frames)));
-            }
-            let steps = if change.by_page { frames.pages() } else { steps };
             if change.by_page && steps > left {
                 // The limit must not cut a block, which would take a table. What comes first always fits.
                 return ControlFlow::Break(Ok(()));
             }
-            claimed |= entry.state() == State::GUEST_CLAIMED;
             // A block that is one step fits, because at least one is left.
             let part = if steps <= left { frames.pages() } else { left };
             pages = pages.saturating_add(part);
@@ -196,7 +199,7 @@ impl<P: TablePool> Inner<'_, P> {
 }
 
 impl Guest {
-    /// Makes sure that there are tables to take `range`, guest addresses, out of blocks that it cuts.
+    /// Makes sure that there are tables to take `range`, guest addresses, out of blocks that it cuts, poisoned ones too.
     fn have_for_cut<M: Machine>(&self, machine: &M, range: IpaRange) -> Result<(), GuestFailure> {
         let failure = |reason| GuestFailure { reason, ipa: range.base() };
         self.have(self.tables.tables_to_unmap(machine, range, None)).map_err(failure)

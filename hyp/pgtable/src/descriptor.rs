@@ -53,6 +53,12 @@ impl Descriptor {
         self.0
     }
 
+    /// Returns whether the hardware follows it, at any level.
+    #[must_use]
+    pub const fn is_valid(self) -> bool {
+        self.0 & VALID != 0
+    }
+
     /// Returns a descriptor of `level` that maps memory from `to` on. `to` is aligned to the size of the level, and
     /// `attributes` has none but attribute bits.
     #[must_use]

@@ -349,6 +349,10 @@ impl State {
             return;
         };
         let valid = |descriptor: Descriptor| matches!(descriptor.kind(place.level), Kind::Leaf(_) | Kind::Table(_));
+        if !valid(old) && !valid(new) {
+            // No walker can tell the one from the other.
+            return;
+        }
         if valid(old) && valid(new) {
             assert!(
                 old.same_for_hardware(new, place.level),

@@ -331,7 +331,7 @@ impl<R: Regime> PageTable<R> {
     }
 
     /// Returns how many tables [`PageTable::unmap`] takes from the pool for the same range, at most four: a block that the
-    /// range cuts needs one, a block of 1 GiB one or two more.
+    /// range cuts, mapped or poisoned, needs one, a block of 1 GiB one or two more.
     ///
     /// To plan several ranges in ascending order, sum up the answers and give as `after` an address of the range before:
     /// a block that both cut is then counted once.
@@ -346,10 +346,12 @@ impl<R: Regime> PageTable<R> {
             .fold(0, usize::saturating_add)
     }
 
-    /// Takes `range` out of the tables and adds what that owes to `flush`.
+    /// Takes `range`, mapped and poisoned parts of it, out of the tables and adds what that owes to `flush`. Poison, which must
+    /// have been flushed since it was put there, owes nothing.
     ///
     /// A block that the range cuts is broken here; the rest of it comes back with the flush. If the pool has no table for
-    /// that, the rest stays unmapped: a caller to whom it matters asks [`PageTable::tables_to_unmap`] first.
+    /// that, the rest stays unmapped, and a poisoned block stays as it is: a caller to whom it matters asks
+    /// [`PageTable::tables_to_unmap`] first.
     pub fn unmap<M: Machine, P: TablePool>(
         &mut self,
         machine: &M,
@@ -361,7 +363,7 @@ impl<R: Regime> PageTable<R> {
     }
 
     /// As [`PageTable::unmap`], and sees to it that nothing can be mapped in `range`, all of which is mapped, until that is
-    /// unmapped once more: all of it, or at least all that was poisoned in one go.
+    /// unmapped once more, as a whole or in parts.
     ///
     /// A caller asks [`PageTable::tables_to_unmap`] first: without a table, a block that the range cuts is not poisoned.
     pub fn poison<M: Machine, P: TablePool>(
@@ -475,8 +477,8 @@ impl<R: Regime> PageTable<R> {
                         slot.write(means.machine, old.with_entries(old.entries().wrapping_add(more)));
                     }
                 }
-                (Kind::Leaf(to), None) => {
-                    let rest = self.split(means, old, to, slot, Descriptor::INVALID).ok_or(MapError::OutOfTables)?;
+                (Kind::Leaf(_), None) => {
+                    let rest = self.split(means, old, slot, Descriptor::INVALID).ok_or(MapError::OutOfTables)?;
                     if let Kind::Table(next) = rest.kind(level) {
                         let more = self.map_in(means, next, below, slot.part, wanted)?;
                         means.machine.publish();
@@ -515,8 +517,8 @@ impl<R: Regime> PageTable<R> {
         for slot in span.slots(table, level) {
             let old = slot.read(means.machine);
             match old.kind(level) {
-                Kind::Leaf(to) => {
-                    let rest = if slot.whole { None } else { self.split(means, old, to, slot, left) };
+                Kind::Leaf(_) => {
+                    let rest = if slot.whole { None } else { self.split(means, old, slot, left) };
                     let new = match rest {
                         Some(rest) => rest.pending(),
                         None if slot.whole => left,
@@ -545,32 +547,44 @@ impl<R: Regime> PageTable<R> {
                         slot.write(means.machine, old.with_entries(remaining));
                     }
                 }
-                Kind::Poisoned if slot.whole && left == Descriptor::INVALID => {
+                Kind::Poisoned if left != Descriptor::INVALID => {}
+                Kind::Poisoned if slot.whole => {
                     slot.write(means.machine, left);
                     removed = removed.wrapping_add(1);
                 }
-                Kind::Invalid | Kind::Poisoned => {}
+                Kind::Poisoned => {
+                    if let Some(rest) = self.split(means, old, slot, left) {
+                        // The TLBs hold nothing of it, so the table can be linked at once.
+                        means.machine.publish();
+                        slot.write(means.machine, rest);
+                        // The flush may owe nothing, and then publishes nothing.
+                        means.machine.publish();
+                    }
+                }
+                Kind::Invalid => {}
             }
         }
         removed
     }
 
-    /// Builds, out of everybody's reach, the table that maps what the leaf `old` in `slot` maps, less the slot's part, which
-    /// gets descriptors `left`. Returns the descriptor that links it.
+    /// Builds, out of everybody's reach, the table that maps what the leaf `old` in `slot` maps, or is poisoned as `old` is, less
+    /// the slot's part, which gets descriptors `left`. Returns the descriptor that links it.
     fn split<M: Machine, P: TablePool>(
         &mut self,
         means: &mut Means<'_, M, P>,
         old: Descriptor,
-        to: PhysAddr,
         slot: Slot,
         left: Descriptor,
     ) -> Option<Descriptor> {
         let below = slot.level.next()?;
         let table = self.allocate(means)?;
-        let mut leaf = Descriptor::leaf(below, to, old.attributes());
+        let (mut entry, step) = match old.kind(slot.level) {
+            Kind::Leaf(to) => (Descriptor::leaf(below, to, old.attributes()).bits(), below.size()),
+            _ => (old.bits(), 0),
+        };
         for index in 0..TABLE_ENTRIES {
-            means.machine.write(table, index_of(index, 0), leaf.bits());
-            leaf = leaf.following(below);
+            means.machine.write(table, index_of(index, 0), entry);
+            entry = entry.wrapping_add(step);
         }
         if below == Level::L3 {
             for index in slot.part.pages() {
@@ -581,11 +595,7 @@ impl<R: Regime> PageTable<R> {
         }
         let mut entries = TABLE_ENTRIES;
         for child in slot.part.slots(table, below) {
-            let leaf = child.read(means.machine);
-            let rest = match leaf.kind(below) {
-                Kind::Leaf(to) if !child.whole => self.split(means, leaf, to, child, left),
-                _ => None,
-            };
+            let rest = if child.whole { None } else { self.split(means, child.read(means.machine), child, left) };
             let new = rest.unwrap_or(if child.whole { left } else { Descriptor::INVALID });
             child.write(means.machine, new);
             entries = entries.wrapping_sub(u64::from(new == Descriptor::INVALID));
@@ -657,13 +667,16 @@ fn take_out_pages<R: Regime, M: Machine>(
     flush: &mut Flush<R>,
 ) -> u64 {
     let mut changed = 0_u64;
+    let mut all = Descriptor::INVALID.bits();
     for index in span.pages() {
-        if machine.read(table, index) != Descriptor::INVALID.bits() {
+        let old = machine.read(table, index);
+        if old != Descriptor::INVALID.bits() {
             machine.write(table, index, left.bits());
             changed = changed.wrapping_add(1);
+            all |= old;
         }
     }
-    if changed != 0 {
+    if Descriptor::from_bits(all).is_valid() {
         flush.add_span(span);
     }
     if left == Descriptor::INVALID { changed } else { 0 }
@@ -796,7 +809,7 @@ fn count_to_unmap<M: Machine, S>(
             (Kind::Table(next) | Kind::Pending(next), Some(below)) => {
                 count = count.saturating_add(count_to_unmap(machine, next, below, slot.part, after));
             }
-            (Kind::Leaf(_), Some(_)) => count = count.saturating_add(count_to_split(slot, after)),
+            (Kind::Leaf(_) | Kind::Poisoned, Some(_)) => count = count.saturating_add(count_to_split(slot, after)),
             _ => {}
         }
     }

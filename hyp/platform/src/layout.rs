@@ -5,7 +5,7 @@ use ravelin_memory::{BLOCK_SIZE, PAGE_SIZE, PhysRange, TABLE_ENTRIES};
 use crate::{DtbError, Fault, HostImage, Platform};
 
 /// Memory of each CPU in the carve-out, in bytes: its stack and what else is its own.
-pub const CPU_BLOCK_SIZE: u64 = 16 << 10;
+pub const CPU_BLOCK_SIZE: u64 = 12 << 10;
 
 /// Bytes of the entry that the ownership table has for a page, and of that for a block.
 const ENTRY_SIZE: u64 = 8;

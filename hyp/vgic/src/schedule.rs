@@ -186,7 +186,9 @@ impl<V: Vcpus + ?Sized> Gic<'_, V> {
             }
         }
         // Only when all are back is it clear which active ones had been left out.
-        let ended = state.hcr >> HCR_EOICOUNT_SHIFT & HCR_EOICOUNT;
+        // In EOImode 1 the ends that CPUs may count are no deactivations: those trap.
+        let separate = self.vcpus.get(vcpu).is_some_and(VcpuGic::separates_deactivation);
+        let ended = if separate { 0 } else { state.hcr >> HCR_EOICOUNT_SHIFT & HCR_EOICOUNT };
         for _ in 0..ended {
             kick.extend(self.end_unlisted(vcpu, listed.get(..used).unwrap_or_default()));
         }

@@ -12,10 +12,10 @@ use crate::{Context, EntropySource, IdRegisters, PageAccess, PstateFeatures, Syn
 /// From [`GuestCpu::leave_host`] to [`GuestCpu::return_to_host`] the CPU's EL1 is for the guest, and whoever calls does not
 /// return to the host.
 pub trait GuestCpu: EntropySource + PageAccess {
-    /// The host's registers while its CPU runs a guest.
+    /// What is known of the host while its CPU runs a guest.
     type Host: Default;
 
-    /// Takes the host's registers out of the CPU and to a place that the caller has, because they are many.
+    /// Takes the host's registers out of the CPU, and says in `host` what of them matters meanwhile.
     ///
     /// # Errors
     ///

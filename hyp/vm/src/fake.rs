@@ -415,11 +415,18 @@ impl Transitions for Fake {
     fn relinquish(&self, guest: &FakeGuest, range: IpaRange) -> Result<u64, GuestFailure> {
         let range = first(range);
         let mut world = self.lock();
-        let frames: Vec<_> = range.iter().map(|frame| world.frame(guest.slot, frame.page_number())).collect();
-        for frame in &frames {
-            let Some((_, GuestState::Private)) = frame else { return Err(GuestFailure::Refused) };
+        let given_up = |frame: &Ipa| {
+            matches!(world.look(guest.slot, frame.page_number()), GuestPage::Private | GuestPage::Poisoned)
+        };
+        if !range.iter().all(|frame| given_up(&frame)) {
+            return Err(GuestFailure::Refused);
         }
-        frames.into_iter().flatten().for_each(|(page, _)| world.scrub(page));
+        for frame in range.iter().map(Ipa::page_number) {
+            match world.frame(guest.slot, frame) {
+                Some((page, _)) => world.scrub(page),
+                None => world.poisoned.retain(|&its| its != (guest.slot, frame)),
+            }
+        }
         Ok(range.pages())
     }
 

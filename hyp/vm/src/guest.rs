@@ -20,7 +20,6 @@ pub struct Guest<G> {
 /// After the first three, results are in the registers, and the guest goes on behind the instruction. After the others, the
 /// registers are as they were, and the guest has not passed the instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(clippy::large_enum_variant, reason = "lives on the stack, for a moment")]
 pub enum Outcome {
     /// It is done.
     Done,
@@ -35,12 +34,10 @@ pub enum Outcome {
     PageFault(Ipa),
     /// The host must donate so many pages for tables before the guest tries again.
     NeedsTables(u64),
-    /// The guest calls its host, with x0 to x30 as it wants the host to see them.
+    /// The guest calls its host.
     HostCall {
         /// A number that says what for.
         immediate: u16,
-        /// The registers.
-        registers: [u64; 31],
     },
 }
 

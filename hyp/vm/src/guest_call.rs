@@ -41,6 +41,7 @@ const INVALID_PARAMETER: u64 = u64::MAX - 2;
 ///
 /// A call without a number of pages is for one page, and zeroes x1. A range is done in part if it is long: x1 says how many
 /// pages, and the guest calls again for the others.
+#[inline(never)]
 pub fn call<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: &mut Context) -> Option<Outcome> {
     let features = match guest.kind() {
         VmKind::Ordinary => ORDINARY_FEATURES,

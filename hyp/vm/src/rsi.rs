@@ -49,9 +49,20 @@ const MEASUREMENT_SIZE: usize = 64;
 /// Size and alignment of what HOST_CALL points to: the immediate in the first 8 bytes, then 31 registers.
 const HOST_CALL_SIZE: usize = 256;
 
+/// x0 to x30 of a HOST_CALL, in little-endian order.
+pub type HostCallRegisters = [u8; HOST_CALL_SIZE - 8];
+
 /// Performs a realm's call, if it is one of this interface. `None` if not: then it is another interface's, or not supported,
 /// as the calls are that ask for an attestation token.
-pub fn call<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: &mut Context) -> Option<Outcome> {
+///
+/// With [`Outcome::HostCall`], `send` has been given x0 to x30 as the realm wants its host to see them, in little-endian order.
+#[inline(never)]
+pub fn call<T: Transitions>(
+    transitions: &T,
+    guest: &Guest<T::Guest>,
+    context: &mut Context,
+    send: impl FnOnce(&HostCallRegisters),
+) -> Option<Outcome> {
     if guest.kind() != VmKind::Realm {
         return None;
     }
@@ -94,7 +105,7 @@ pub fn call<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: &
             }
             None => fail(context),
         },
-        HOST_CALL => return Some(host_call(transitions, guest, context)),
+        HOST_CALL => return Some(host_call(transitions, guest, context, send)),
         _ => return None,
     }
     Some(Outcome::Done)
@@ -115,16 +126,12 @@ pub fn complete_host_call<T: Transitions>(
     transitions: &T,
     guest: &Guest<T::Guest>,
     context: &mut Context,
-    registers: &[u64; 31],
+    registers: &HostCallRegisters,
 ) -> Outcome {
     let Some(at) = host_call_address(guest, context).and_then(|at| at.checked_add(8)) else {
         return failed(context);
     };
-    let mut bytes = [0; HOST_CALL_SIZE - 8];
-    for (chunk, register) in bytes.chunks_exact_mut(8).zip(registers) {
-        chunk.copy_from_slice(&register.to_le_bytes());
-    }
-    match transitions.write_guest(&guest.memory, at, &bytes) {
+    match transitions.write_guest(&guest.memory, at, registers) {
         Ok(()) => {
             context.set_results([SUCCESS]);
             Outcome::Done
@@ -183,6 +190,7 @@ fn set_state(
 }
 
 /// Returns a measurement in x1 to x8.
+#[inline(never)]
 fn set_measurement(context: &mut Context, digest: &Digest) {
     let mut results = [0; 1 + MEASUREMENT_SIZE / 8];
     for (result, word) in results.iter_mut().skip(1).zip(digest.as_chunks().0) {
@@ -192,6 +200,7 @@ fn set_measurement(context: &mut Context, digest: &Digest) {
 }
 
 /// Extends measurement x1 by x2 bytes of x3 to x10. Returns whether it can be.
+#[inline(never)]
 fn extend<G>(guest: &Guest<G>, context: &Context) -> bool {
     let [_, index, size, values @ ..] = &context.x;
     let mut bytes = [0; MEASUREMENT_SIZE];
@@ -203,6 +212,7 @@ fn extend<G>(guest: &Guest<G>, context: &Context) -> bool {
 }
 
 /// Writes the configuration to the page that x1 points to.
+#[inline(never)]
 fn write_config<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: &mut Context) -> Outcome {
     let [_, address, ..] = context.x;
     let Some(page) = guest.range(address, 1) else {
@@ -214,7 +224,7 @@ fn write_config<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, contex
         hash.copy_from_slice(&[SHA_256]);
     }
     // The rest of the page is zero, which takes few bytes of stack at a time.
-    let zeroes = [0_u8; 512];
+    let zeroes = [0_u8; 256];
     let rest = (0..PAGE_SIZE).step_by(zeroes.len()).filter_map(|offset| page.base().checked_add(offset));
     let mut writes = rest.map(|at| (at, &zeroes[..])).chain([(page.base(), &config[..])]);
     match writes.try_for_each(|(at, bytes)| transitions.write_guest(&guest.memory, at, bytes)) {
@@ -234,7 +244,13 @@ fn host_call_address<G>(guest: &Guest<G>, context: &Context) -> Option<Ipa> {
     Some(at)
 }
 
-fn host_call<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: &mut Context) -> Outcome {
+#[inline(never)]
+fn host_call<T: Transitions>(
+    transitions: &T,
+    guest: &Guest<T::Guest>,
+    context: &mut Context,
+    send: impl FnOnce(&HostCallRegisters),
+) -> Outcome {
     let Some(at) = host_call_address(guest, context) else {
         return failed(context);
     };
@@ -242,15 +258,13 @@ fn host_call<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: 
     if let Err(failure) = transitions.read_guest(&guest.memory, at, &mut bytes) {
         return not_private(context, failure);
     }
-    let ([head, words @ ..], _) = bytes.as_chunks::<8>() else {
+    let Some(([low, high, ..], registers)) =
+        bytes.split_first_chunk::<8>().and_then(|(immediate, rest)| Some((immediate, rest.first_chunk()?)))
+    else {
         return failed(context);
     };
-    let [low, high, ..] = *head;
-    let mut registers = [0; 31];
-    for (register, word) in registers.iter_mut().zip(words) {
-        *register = u64::from_le_bytes(*word);
-    }
-    Outcome::HostCall { immediate: u16::from_le_bytes([low, high]), registers }
+    send(registers);
+    Outcome::HostCall { immediate: u16::from_le_bytes([*low, *high]) }
 }
 
 #[cfg(test)]

@@ -110,7 +110,9 @@ impl<O: ObjectMemory, G: Send + Sync> Vms<O, G, VcpuState> {
             cpu.return_to_host(&host);
             let [wake_low, wake_high] = wake.words();
             let exit = RunExit { wake_low, wake_high, ..report?.run_exit() };
-            run_page_write(cpu, run_page, RunPage::EXIT, &exit.to_words());
+            if let Some(at) = part(run_page, RunPage::EXIT) {
+                cpu.write_words(at, &exit.to_words());
+            }
             Ok(())
         })
     }
@@ -199,7 +201,9 @@ where
             return Ok(None);
         }
         let mut words = [0; RunEntry::WORDS];
-        run_page_read(self.cpu, self.run_page, RunPage::ENTRY, &mut words);
+        if let Some(at) = part(self.run_page, RunPage::ENTRY) {
+            self.cpu.read_words(at, &mut words);
+        }
         let entry = RunEntry::from_words(&words);
         let features = self.cpu.pstate_features();
         match state.open {
@@ -228,9 +232,12 @@ where
         Ok(None)
     }
 
+    #[inline(never)]
     fn complete_host_call(&self, state: &mut VcpuState) -> Outcome {
-        let mut registers = [0; RUN_CALL_REGISTERS];
-        run_page_read(self.cpu, self.run_page, RunPage::RESULTS, &mut registers);
+        let mut registers = [0; 8 * RUN_CALL_REGISTERS];
+        if let Some(at) = part(self.run_page, RunPage::RESULTS) {
+            self.cpu.read_bytes(at, &mut registers);
+        }
         rsi::complete_host_call(self.transitions, self.vm.guest(), &mut state.context, &registers)
     }
 
@@ -297,7 +304,14 @@ where
         };
         let outcome = match conduit {
             Conduit::Hvc => guest_call::call(self.transitions, self.vm.guest(), context)?,
-            Conduit::Smc => rsi::call(self.transitions, self.vm.guest(), context)?,
+            Conduit::Smc => {
+                let send = |registers: &rsi::HostCallRegisters| {
+                    if let Some(at) = part(self.run_page, RunPage::CALL) {
+                        self.cpu.write_bytes(at, registers);
+                    }
+                };
+                rsi::call(self.transitions, self.vm.guest(), context, send)?
+            }
         };
         if let Conduit::Hvc = conduit {
             // As if it had not been executed, like SMC.
@@ -433,9 +447,8 @@ where
                 open(Missing::Tables);
                 return Some(Report::NeedsTables { pages });
             }
-            Outcome::HostCall { immediate, registers } => {
+            Outcome::HostCall { immediate } => {
                 open(Missing::Results);
-                run_page_write(self.cpu, self.run_page, RunPage::CALL, &registers);
                 return Some(Report::HostCall { immediate });
             }
         };
@@ -521,18 +534,6 @@ fn set_timers<V: Vcpus>(gic: &mut Gic<'_, V>, vcpu: usize, context: &Context, no
 /// Offset of a part of the run page from its start.
 fn part(page: PhysAddr, offset: usize) -> Option<PhysAddr> {
     page.checked_add(u64::try_from(offset).ok().filter(|&offset| offset < PAGE_SIZE)?)
-}
-
-fn run_page_read(cpu: &impl GuestCpu, page: PhysAddr, offset: usize, words: &mut [u64]) {
-    if let Some(at) = part(page, offset) {
-        cpu.read_words(at, words);
-    }
-}
-
-fn run_page_write(cpu: &impl GuestCpu, page: PhysAddr, offset: usize, words: &[u64]) {
-    if let Some(at) = part(page, offset) {
-        cpu.write_words(at, words);
-    }
 }
 
 // Miri would take long over so many VMs.

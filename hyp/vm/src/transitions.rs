@@ -141,8 +141,8 @@ pub trait Transitions {
     /// See [`GuestFailure`]; nothing has changed.
     fn unshare(&self, guest: &Self::Guest, range: IpaRange) -> Result<u64, GuestFailure>;
 
-    /// Gives private pages of a guest up, the first pages of the range: they are scrubbed and the host's again. Returns how
-    /// many; at least one.
+    /// Gives private pages of a guest up, the first pages of the range: they are scrubbed and the host's again. Poisoned frames
+    /// lose their poison. Returns how many; at least one.
     ///
     /// # Errors
     ///

@@ -223,6 +223,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     /// # Errors
     ///
     /// Those of [`Transitions::donate_tables`]. Also a dying VM may need some, where blocks have to be cut.
+    #[inline(never)]
     pub fn donate_tables<T: Transitions<Guest = G>>(
         &self,
         transitions: &T,
@@ -239,6 +240,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     ///
     /// WRONG_STATE if the VM is sealed; INVALID if the VM cannot have a vCPU of this index, or unless there are as many pages
     /// as [`Vms::sizes`] says; EXISTS; those of [`Transitions::keep`] and [`Transitions::borrow_page`].
+    #[inline(never)]
     pub fn create_vcpu<T: Transitions<Guest = G>>(
         &self,
         transitions: &T,
@@ -313,6 +315,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     /// # Errors
     ///
     /// WRONG_STATE if it is dying or not an ordinary one; OVERFLOW; those of [`Transitions::unmap`].
+    #[inline(never)]
     pub fn unmap<T: Transitions<Guest = G>>(
         &self,
         transitions: &T,
@@ -390,6 +393,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     /// # Errors
     ///
     /// WRONG_STATE unless the VM is sealed; INVALID for what is not an SPI of the host.
+    #[inline(never)]
     pub fn raise_spi(&self, handle: Handle, intid: u64, level: bool) -> Result<VcpuSet, Refusal> {
         self.table.shared(handle, |vm| {
             vm.demand(&[Stage::Sealed])?;
@@ -404,6 +408,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     /// # Errors
     ///
     /// WRONG_STATE if the VM is dying; OVERFLOW; those of [`Transitions::claim`].
+    #[inline(never)]
     pub fn claim<T: Transitions<Guest = G>>(
         &self,
         transitions: &T,
@@ -418,6 +423,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     /// # Errors
     ///
     /// WRONG_STATE if the VM is dying; OVERFLOW; those of [`Transitions::release`].
+    #[inline(never)]
     pub fn release<T: Transitions<Guest = G>>(
         &self,
         transitions: &T,
@@ -432,6 +438,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     /// # Errors
     ///
     /// WRONG_STATE if its VM is dying; DENIED if the first page is not a guest's; those of [`Transitions::force_reclaim`].
+    #[inline(never)]
     pub fn force_reclaim<T: Transitions<Guest = G>>(&self, transitions: &T, range: PhysRange) -> Result<(), Refusal> {
         let denied = Refusal { status: Status::Denied, detail: range.base().raw() };
         let reclaimed = self.table.shared_slot(transitions.owner(range.base()).ok_or(denied)?, |vm| {
@@ -447,6 +454,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     /// # Errors
     ///
     /// WRONG_STATE if it is dying already; BUSY while anything else is done with it.
+    #[inline(never)]
     pub fn teardown<T: Transitions<Guest = G>>(&self, transitions: &T, handle: Handle) -> Result<(), Refusal> {
         self.alone(handle, |vm| {
             vm.demand(ALIVE)?;
@@ -461,6 +469,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     /// # Errors
     ///
     /// WRONG_STATE unless it is dying; OVERFLOW; those of [`Transitions::reclaim`].
+    #[inline(never)]
     pub fn reclaim<T: Transitions<Guest = G>>(
         &self,
         transitions: &T,

@@ -265,6 +265,9 @@ impl Bench {
         let functions = Functions::load(elf, load_address)?;
 
         let (console, events) = self.run(&options, ",profile=on", Outcome::Ended(0))?;
+        // The first one is the start's. Later the vectors may be those that are in place for guests.
+        let vectors =
+            events.iter().find(|event| event.kind == "profile").context("there is no profile")?.get("vectors");
         let mut labels = console.lines().filter_map(|line| line.trim().strip_prefix("bench "));
         for pair in events.windows(2).filter(|pair| pair[0].kind == "profile") {
             let title = match pair[1].get("number") {
@@ -272,7 +275,7 @@ impl Bench {
                 1 => labels.next().context("more measurements than labels")?,
                 _ => continue,
             };
-            functions.print(title, &pair[0]);
+            functions.print(title, &pair[0], vectors);
         }
         Ok(())
     }
@@ -313,8 +316,8 @@ impl Functions {
     }
 
     /// Prints the functions that most instructions were executed in.
-    fn print(&self, title: &str, profile: &Event) {
-        let copy = profile.get("vectors").wrapping_sub(self.vectors);
+    fn print(&self, title: &str, profile: &Event, vectors: u64) {
+        let copy = vectors.wrapping_sub(self.vectors);
         let mut functions = BTreeMap::<String, u64>::new();
         for (address, count) in &profile.fields {
             let Some(digits) = address.strip_prefix("0x") else { continue };

@@ -161,6 +161,7 @@ tests! {
     guests.runs_to_its_end("a guest ends its VM, and does not run again", calls: [VCPU_RUN], memory: 4 * MIB);
     guests.steps_out_of_order("each call at each point of a VM's life where it is out of order", calls: [VM_DONATE_TABLES, VCPU_CREATE, VM_MAP, VM_UNMAP, VM_SEAL, VCPU_RUN, VM_TEARDOWN, VM_RECLAIM, VM_DESTROY, CLAIM, RELEASE, SPI], memory: 4 * MIB);
     guests.bad_arguments("arguments that no call about VMs takes", calls: [VM_SIZES, VM_CREATE, VCPU_CREATE, VM_MAP, VM_SEAL, CLAIM, RELEASE, VM_UNMAP, VM_RECLAIM, FORCE_RECLAIM, SPI], memory: 4 * MIB);
+    guests.vcpus_that_are_not_made("vCPUs that cannot be made leave no page and no pin behind", calls: [VCPU_CREATE], memory: 4 * MIB);
     guests.handles("handles that are forged, or of VMs that are gone, name no VM", memory: 4 * MIB);
     guests.all_slots("255 VMs at once, and not one more", calls: [VM_CREATE, VM_DESTROY], memory: 32 * MIB);
     guests.all_vcpus("a VM with 128 vCPUs", calls: [VCPU_CREATE, VCPU_RUN], memory: 8 * MIB);
@@ -174,6 +175,8 @@ tests! {
     guests.refused_unshare("the host refuses to release: the guest is told, and nothing has changed", calls: [VCPU_RUN], memory: 4 * MIB);
     guests.answers_that_do_not_belong("answers that do not belong to the exit are INVALID", calls: [VCPU_RUN], memory: 4 * MIB);
     guests.relinquish("what a guest gives up is zeroed, and may be replaced", memory: 8 * MIB);
+    guests.relinquish_of_poison("what was taken by force may be replaced once the guest has given it up", calls: [FORCE_RECLAIM, VM_MAP], memory: 16 * MIB);
+    guests.relinquish_again_and_again("a page of a block that is given up 512 times", memory: 8 * MIB);
     guests.force_reclaim_poisons("what is taken by force is zeroed, and never replaced", calls: [FORCE_RECLAIM], memory: 8 * MIB);
     guests.force_reclaim_of_other_pages("shared pages and those of others cannot be taken by force", calls: [FORCE_RECLAIM], memory: 4 * MIB);
     guests.reclaim_at_the_end("at the end private pages are zeroed and shared ones keep their contents", calls: [VM_RECLAIM], memory: 8 * MIB);
@@ -192,6 +195,13 @@ tests! {
     guests.fetches_from_devices("no code is fetched from devices", memory: 4 * MIB);
     guests.page_faults("the host is told of an access without a page, and may provide one", calls: [VM_MAP], memory: 4 * MIB);
     guests.deadlines("WFI exits with the time of the next timer", calls: [VCPU_RUN], memory: 4 * MIB);
+    guests.timers("both timers fire again and again, for guests that sleep and guests that do not", calls: [VCPU_RUN], memory: 4 * MIB);
+    guests.timers_are_levels("the interrupt of a timer lasts as long as the timer says", memory: 4 * MIB);
+    guests.sgis("SGIs to oneself, to others and to all of them, waiting or running", memory: 4 * MIB);
+    guests.spis("edges, levels, priorities, masks, active state, messages and routes of SPIs", calls: [SPI], memory: 4 * MIB);
+    guests.more_interrupts_than_list_registers("each of many interrupts comes once and by its priority, in either EOImode", calls: [SPI], memory: 4 * MIB);
+    guests.spi_while_the_guest_runs("an SPI gets to a guest that runs", calls: [SPI], cpus: 2, memory: 4 * MIB);
+    guests.interrupts_move_with_their_vcpu("timers and pending interrupts go with a vCPU from CPU to CPU", memory: 4 * MIB);
     guests.measurement("the measurement is that of contents, frames and order", calls: [VM_MAP, VM_SEAL], memory: 4 * MIB);
     guests.device_accesses("loads and stores of all widths, signs and registers exit to the host", calls: [VCPU_RUN], memory: 4 * MIB);
     guests.device_accesses_by_sp("the same with SP as the base register", calls: [VCPU_RUN], memory: 4 * MIB);
@@ -208,6 +218,7 @@ tests! {
     guests.run_page_stays("the run page cannot be taken from under the hypervisor", calls: [VCPU_CREATE], memory: 4 * MIB);
     guests.host_touches_what_it_gave("every access of the host to what is a VM's is aborted", calls: [VM_MAP], memory: 4 * MIB);
     guests.host_gives_twice("the host gives one page twice: to two VMs, two frames, the hypervisor", calls: [VM_MAP, DONATE, SHARE, VM_DONATE_TABLES, VCPU_CREATE, VM_CREATE], memory: 8 * MIB);
+    guests.host_gives_what_is_no_memory("devices, holes and what is behind RAM cannot be given", calls: [VM_MAP, VM_DONATE_TABLES, VCPU_CREATE], memory: 4 * MIB);
     guests.host_maps_over("the host puts pages over private, shared and poisoned ones and the interrupt controller", calls: [VM_MAP], memory: 8 * MIB);
     guests.host_claims_and_releases_what_it_may_not("claims of what is not offered, releases of what is not claimed", calls: [CLAIM, RELEASE], memory: 8 * MIB);
     guests.host_speaks_for_the_guest("the host cannot make calls in the guest's place", memory: 4 * MIB);
@@ -235,7 +246,7 @@ tests! {
     guests.nothing_is_left_in_the_tlb("a VM in the place of one that is gone has none of its translations", calls: [VM_DESTROY], memory: 8 * MIB);
     guests.vcpus_on_all_cpus("vCPUs run at once, and go from CPU to CPU", calls: [VCPU_RUN, CLAIM, RELEASE], memory: 8 * MIB);
     guests.vcpus_have_their_own_translations("vCPUs with other tables under one ASID do not mix them up", calls: [VCPU_RUN], memory: 8 * MIB);
-    guests.gigabyte("2^18 pages in one call each", calls: [VM_MAP, CLAIM, RELEASE], memory: GIB);
+    guests.gigabyte("2^18 pages are shared, claimed, released and taken back in one call each", calls: [VM_MAP, CLAIM, RELEASE], memory: GIB);
     guests.random_calls("random calls of all CPUs about the same VMs, while a guest converts; the totals agree", calls: [VM_CREATE, VM_DONATE_TABLES, VCPU_CREATE, VM_MAP, VM_UNMAP, VM_SEAL, VCPU_RUN, CLAIM, RELEASE, FORCE_RECLAIM, SPI, VM_TEARDOWN, VM_RECLAIM, VM_DESTROY], memory: 8 * MIB);
 
     bench.calls("every call succeeds on ranges of 1, 8 and 512 pages between the marks of the counter", memory: 8 * MIB);

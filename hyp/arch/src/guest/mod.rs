@@ -24,7 +24,7 @@ use crate::{
     sysreg::{maintain, read_sysreg, write_lower_sysreg},
 };
 
-use world::HostState;
+pub(crate) use world::HostState;
 
 global_asm!(
     include_str!("../../asm/guest.S"),
@@ -42,10 +42,17 @@ unsafe extern "C" {
 /// Bits of the CNTHP_CTL_EL2.
 const TIMER_ENABLE: u64 = 1;
 
-impl GuestCpu for Hardware {
-    type Host = HostState;
+/// A host whose CPU runs a guest. Its registers are kept in the CPU's start-up data.
+#[derive(Debug, Default)]
+pub struct AbsentHost {
+    /// When its virtual timer fires. Its physical one goes on.
+    virtual_timer: Option<u64>,
+}
 
-    fn leave_host(&self, host: &mut HostState) -> Result<(), Status> {
+impl GuestCpu for Hardware {
+    type Host = AbsentHost;
+
+    fn leave_host(&self, host: &mut AbsentHost) -> Result<(), Status> {
         if read_sysreg!("midr_el1") != self.guests.midr {
             return Err(Status::NotSupported);
         }
@@ -53,23 +60,29 @@ impl GuestCpu for Hardware {
         if self.guests.features.sme && read_sysreg!("s3_3_c4_c2_2") & 1 != 0 {
             return Err(Status::Busy);
         }
-        world::leave_host(host, self.guests.features);
+        let this = CpuStart::current().ok_or(Status::NotSupported)?;
+        // SAFETY: The place is this CPU's alone, which takes no interrupts at EL2. There is no other reference.
+        let state = unsafe { &mut *this.host.get() };
+        world::leave_host(state, self.guests.features);
+        host.virtual_timer = state.virtual_timer();
         Ok(())
     }
 
-    fn return_to_host(&self, host: &HostState) {
-        world::return_to_host(host, self.guests.features);
+    fn return_to_host(&self, _: &AbsentHost) {
+        let Some(this) = CpuStart::current() else { return };
+        // SAFETY: As above.
+        world::return_to_host(unsafe { &*this.host.get() }, self.guests.features);
     }
 
     fn enter(
         &self,
-        host: &HostState,
+        host: &AbsentHost,
         guest: &mut Entry<'_>,
         mut handles: impl FnMut(&Syndrome, &mut Context) -> bool,
     ) -> Left {
         world::enter_guest(guest, self.guests.features);
         forget_other_vcpus(guest);
-        arm(host.virtual_timer().into_iter().chain(guest.deadline).min());
+        arm(host.virtual_timer.into_iter().chain(guest.deadline).min());
         gic::load(guest.gic, self.guests.active_priorities);
         el1::load(guest.context, self.guests.features);
         let left = loop {
@@ -116,10 +129,10 @@ impl GuestCpu for Hardware {
         read_sysreg!("cntpct_el0")
     }
 
-    fn interrupt_pending(&self, host: &HostState) -> bool {
+    fn interrupt_pending(&self, host: &AbsentHost) -> bool {
         const IRQ_OR_FIQ: u64 = 0b11 << 6;
         read_sysreg!("isr_el1") & IRQ_OR_FIQ != 0
-            || host.virtual_timer().is_some_and(|deadline| deadline <= self.counter())
+            || host.virtual_timer.is_some_and(|deadline| deadline <= self.counter())
     }
 
     fn hold_virtual_timer(&self) -> bool {

@@ -62,7 +62,7 @@ const MPAM_TRAPS: u64 = 1 << 48 | 1 << 49 | 1 << 58;
 
 /// What the host has in the registers that a guest's run changes.
 #[derive(Debug, Default)]
-pub struct HostState {
+pub(crate) struct HostState {
     /// EL1 and EL0; of the general-purpose registers nothing.
     registers: Context,
     elr: u64,

@@ -330,6 +330,10 @@ fn every_way_to_fail_with_a_vm() {
         let poisoned = ENTRY + PAGE_SIZE;
         world.refuses("VM_MAP", &[handle, poisoned, PAYLOAD + PAGE_SIZE, 1], Status::Poisoned, PAYLOAD + PAGE_SIZE);
         world.refuses("CLAIM", &[handle, poisoned, 1], Status::Poisoned, poisoned);
+        // Until the guest gives the frame up.
+        world.run(handle, Some([0xc600_0009, poisoned, 1, 0]));
+        world.does("VM_MAP", &[handle, poisoned, PAYLOAD + PAGE_SIZE, 1]);
+        world.does("FORCE_RECLAIM", &[PAYLOAD + PAGE_SIZE, 1]);
 
         // What is the VM's is not the host's; the run page is, but the hypervisor uses it.
         for page in [METADATA, VCPU, TABLES, PAYLOAD, PAYLOAD + 2 * PAGE_SIZE, RUN_PAGE] {

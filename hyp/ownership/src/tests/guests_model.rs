@@ -112,6 +112,7 @@ impl Model {
         use GuestPage::{Absent, Claimed, Lent, Offered, Poisoned, Private};
         match (change, state) {
             (_, Absent) => Err(GuestReason::Absent),
+            (Change::Relinquish, Poisoned) => Ok(None),
             (_, Poisoned) => Err(GuestReason::Poisoned),
             (Change::Share, Private) | (Change::Release, Claimed) => Ok(Some(Offered)),
             (Change::Unshare, Offered | Claimed) => Ok(Some(Private)),
@@ -134,6 +135,9 @@ impl Model {
             return Err((None, at));
         }
         for frame in (0..pages).map(|page| at + page * PAGE) {
+            if self.poison.remove(&(guest, frame)) {
+                continue;
+            }
             let (page, state) = self.find(guest, frame).unwrap();
             let next = Self::next(change, state).unwrap();
             self.pages.insert(page, next.map_or(FREE, |state| Page::Guest { guest, frame, state }));
@@ -213,7 +217,7 @@ fn action() -> impl Strategy<Value = Action> {
         2 => (prop::sample::select(&CALLS[..]), page(), length()).prop_map(|(call, at, pages)| Action::Host(call, at, pages)),
         3 => (0..2_usize, page(), length(), frame()).prop_map(|(guest, page, pages, at)| Action::Give(guest, page, pages, at)),
         8 => (changes, 0..2_usize, frame(), length()).prop_map(|(change, guest, at, pages)| Action::Change(change, guest, at, pages)),
-        1 => (0..2_usize, page(), length()).prop_map(|(guest, page, pages)| Action::Force(guest, page, pages)),
+        2 => (0..2_usize, page(), length()).prop_map(|(guest, page, pages)| Action::Force(guest, page, pages)),
         2 => page().prop_map(Action::Touch),
     ]
 }

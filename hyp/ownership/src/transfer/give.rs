@@ -13,12 +13,17 @@ use crate::{
     reason::{GuestReason, HostFailure},
 };
 
+/// Pages that are cleaned within one step. They are cleaned under the lock and with interrupts masked, so that blocks cannot
+/// count as little here as elsewhere.
+const CLEANED_IN_A_STEP: u64 = 16;
+
 impl<P: TablePool> Memory<'_, P> {
     /// Makes pages of the host a protected guest's own, at `at` and with their contents. One invalidation of the host's stage 2.
     ///
     /// # Errors
     ///
-    /// See [`GuestReason`]: the host owns the pages alone, and the guest has nothing in the frames.
+    /// See [`GuestReason`]: the host owns the pages alone, and the guest has nothing in the frames. [`GuestReason::TooLarge`]
+    /// beyond [`MAX_STEPS`], of which a block takes 32, because it is cleaned to the point of coherency.
     pub fn donate_to_guest<M: Machine>(
         &self,
         machine: &M,
@@ -69,10 +74,11 @@ impl<P: TablePool> Inner<'_, P> {
         let aligned = range.base().raw().wrapping_sub(at.raw()) & BLOCK_SIZE.wrapping_sub(1) == 0;
         let mut left = MAX_STEPS;
         let checked = self.table.visit(range, &mut |run, entry, steps| {
+            let steps = if aligned { steps.max(run.pages() / CLEANED_IN_A_STEP) } else { run.pages() };
             let reason = match entry {
                 None => GuestReason::NotRam,
                 Some(entry) if entry != Entry::new(State::HOST_OWNED, 0) => GuestReason::Denied,
-                Some(_) => match left.checked_sub(if aligned { steps } else { run.pages() }) {
+                Some(_) => match left.checked_sub(steps) {
                     Some(rest) => {
                         left = rest;
                         return ControlFlow::Continue(());

@@ -35,12 +35,14 @@ impl<P: TablePool> Memory<'_, P> {
         Ok(())
     }
 
-    /// Gives private pages of a guest to the host, scrubbed: the first pages of `range`. Returns how many. One invalidation of
-    /// the guest's stage 2.
+    /// Empties frames of a guest, the first ones of `range`, and returns how many. Private pages go to the host, scrubbed, with one
+    /// invalidation of the guest's stage 2. Poisoned frames lose their poison, which takes no invalidation: the guest knows that
+    /// it has lost what was there, and the host may put another page in their place.
     ///
     /// # Errors
     ///
-    /// As [`Memory::guest_share`]; [`GuestReason::NeedsTables`] to cut a block; [`GuestReason::NoMemory`].
+    /// As [`Memory::guest_share`], but for [`GuestReason::Poisoned`]; [`GuestReason::NeedsTables`] to cut a block, mapped or poisoned;
+    /// [`GuestReason::NoMemory`].
     pub fn guest_relinquish<M: Machine>(
         &self,
         machine: &M,

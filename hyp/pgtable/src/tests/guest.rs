@@ -152,9 +152,6 @@ fn a_whole_block_is_poisoned_by_one_descriptor() {
     let both = pages(GIB, 1024);
     assert_eq!(rig.poison(&mut guest, both), [Op::InvalidateStage2(VMID, both, false)]);
     assert_eq!((guest.tables(), found(&rig, &guest, both)), (1, vec![(512, None, true); 2]));
-    // A part of it is not taken out by itself.
-    assert!(!rig.take(&mut guest, pages(GIB, 3)));
-    assert_eq!(found(&rig, &guest, pages(GIB, 1)), [(1, None, true)]);
     let to = PhysAddr::new(8 * GIB).unwrap();
     assert_eq!(guest.tables_to_map(&rig.machine, pages(GIB, 3), to, Stage2Usage::Memory), 0);
     rig.give(&mut guest, pages(GIB, 3), to.raw());
@@ -163,6 +160,72 @@ fn a_whole_block_is_poisoned_by_one_descriptor() {
     guest.flush(&rig.machine, &mut rig.pool, flush);
     rig.machine.assert_quiescent();
     assert_eq!(guest.tables(), 0);
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
+fn a_part_of_a_poisoned_block_is_taken_out_without_its_neighbours() {
+    let (mut rig, mut guest) = guest();
+    rig.give(&mut guest, pages(GIB, 1024), 8 * GIB);
+    rig.poison(&mut guest, pages(GIB, 1024));
+    // The end of one block and the start of another: a table for each.
+    let healed = pages(GIB + 510 * PAGE, 4);
+    assert_eq!(guest.tables_to_unmap(&rig.machine, healed, None), 2);
+    let _ = rig.machine.take_log();
+    assert!(!rig.take(&mut guest, healed), "no TLB holds anything of it");
+    let log = rig.machine.take_log();
+    assert_eq!((allocations(&log), invalidations(&log)), (2, vec![]));
+    let expected: Vec<_> = (0..1024).map(|page| (1, None, !(510..514).contains(&page))).collect();
+    assert_eq!(found(&rig, &guest, pages(GIB, 1024)), expected);
+    // What is mapped there now is all that is reached.
+    rig.give(&mut guest, pages(GIB, 1024), 9 * GIB);
+    for page in [0, 509, 510, 513, 514, 1023] {
+        let to =
+            guest.lookup(&rig.machine, Ipa::new(GIB + page * PAGE).unwrap()).mapping.map(|mapping| mapping.to.raw());
+        assert_eq!(to, (510..514).contains(&page).then_some(9 * GIB + page * PAGE), "{page}");
+    }
+    // Single pages of poison cost nothing either, until the table goes.
+    rig.take(&mut guest, healed);
+    assert!(!rig.take(&mut guest, pages(GIB, 509)));
+    assert_eq!(guest.tables(), 3);
+    assert!(rig.take(&mut guest, pages(GIB + 509 * PAGE, 1)), "of the table descriptor");
+    assert!(rig.take(&mut guest, pages(GIB + 2 * MIB, 512)));
+    assert_eq!(guest.tables(), 0);
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
+fn a_poisoned_block_stays_whole_without_a_table() {
+    let (mut rig, mut guest) = guest();
+    rig.give(&mut guest, pages(GIB, 512), 8 * GIB);
+    rig.poison(&mut guest, pages(GIB, 512));
+    let mut taken = Vec::new();
+    while let Some(table) = rig.pool.allocate() {
+        taken.push(table);
+    }
+    let flush = guest.unmap(&rig.machine, &mut rig.pool, pages(GIB + PAGE, 1), Flush::new());
+    assert!(flush.is_empty());
+    guest.flush(&rig.machine, &mut rig.pool, flush);
+    assert_eq!(found(&rig, &guest, pages(GIB, 512)), [(512, None, true)]);
+    taken.into_iter().for_each(|table| rig.pool.free(table));
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
+fn a_poisoned_gigabyte_is_cut_on_both_levels() {
+    let (mut rig, mut guest) = guest();
+    let gigabyte = pages(4 * GIB, GIB / PAGE);
+    rig.give(&mut guest, gigabyte, 8 * GIB);
+    rig.poison(&mut guest, gigabyte);
+    assert_eq!((guest.tables(), found(&rig, &guest, gigabyte)), (0, vec![(GIB / PAGE, None, true)]));
+    let healed = pages(4 * GIB + 2 * MIB - PAGE, 2);
+    assert_eq!(guest.tables_to_unmap(&rig.machine, healed, None), 3);
+    let _ = rig.machine.take_log();
+    assert!(!rig.take(&mut guest, healed));
+    assert_eq!(allocations(&rig.machine.take_log()), 3);
+    let poisoned: u64 = found(&rig, &guest, gigabyte).iter().filter(|part| part.2).map(|part| part.0).sum();
+    assert_eq!(poisoned, GIB / PAGE - 2);
+    assert_eq!(found(&rig, &guest, healed), [(1, None, false); 2]);
 }
 
 #[test]

@@ -66,6 +66,9 @@ impl Cpu {
         }
         if self.0.vmcr & VMCR_VEOIM == 0 {
             self.clear_active(intid);
+        } else if !self.used().iter().any(|lr| lr & VINTID == u64::from(intid) && lr & ACTIVE != 0) {
+            // That it is no deactivation does not keep CPUs from counting it.
+            self.count();
         }
     }
 
@@ -84,12 +87,14 @@ impl Cpu {
         let found = self.used().iter_mut().find(|lr| **lr & VINTID == u64::from(intid) && **lr & ACTIVE != 0);
         match found {
             Some(lr) => *lr &= !ACTIVE,
-            None => {
-                let count = self.0.hcr >> HCR_EOICOUNT_SHIFT & HCR_EOICOUNT;
-                self.0.hcr &= !(HCR_EOICOUNT << HCR_EOICOUNT_SHIFT);
-                self.0.hcr |= (count + 1).min(HCR_EOICOUNT) << HCR_EOICOUNT_SHIFT;
-            }
+            None => self.count(),
         }
+    }
+
+    fn count(&mut self) {
+        let count = self.0.hcr >> HCR_EOICOUNT_SHIFT & HCR_EOICOUNT;
+        self.0.hcr &= !(HCR_EOICOUNT << HCR_EOICOUNT_SHIFT);
+        self.0.hcr |= (count + 1).min(HCR_EOICOUNT) << HCR_EOICOUNT_SHIFT;
     }
 
     /// Whether ICH_MISR_EL2 would not be zero.

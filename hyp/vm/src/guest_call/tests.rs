@@ -150,12 +150,23 @@ fn wrong_arguments() {
 }
 
 #[test]
-fn poison_is_final() {
-    let test = TestGuest::new(VmKind::Pkvm, 2);
+fn poison_stays_until_the_guest_gives_the_frame_up() {
+    let test = TestGuest::new(VmKind::Pkvm, 3);
     test.poison(PAYLOAD);
-    for function in [0xc600_0003, 0xc600_0004, 0xc600_0007, 0xc600_0009] {
+    test.poison(PAYLOAD + 0x1000);
+    for function in [0xc600_0003, 0xc600_0004, 0xc600_0007] {
         assert_eq!(outcome(&test, [function, GUEST, 0, 0]).1[0], INVALID);
+        assert_eq!(test.look(GUEST), GuestPage::Poisoned);
     }
+    // With pages and without.
+    let given = outcome(&test, [0xc600_0009, GUEST + 0x1000, 2, 0]);
+    assert_eq!(given, (Some(Outcome::Relinquished(pages(GUEST + 0x1000, 2))), [0, 2, 0, 0]));
+    assert_eq!(
+        [0, 1, 2].map(|page| test.look(GUEST + page * 0x1000)),
+        [GuestPage::Poisoned, GuestPage::Absent, GuestPage::Absent]
+    );
+    assert_eq!(outcome(&test, [0xc600_0009, GUEST, 0, 0]).1[0], 0);
+    assert_eq!(test.look(GUEST), GuestPage::Absent);
 }
 
 #[test]

@@ -204,8 +204,10 @@ impl World<'_, '_> {
         self.vms
             .run(handle, 0, |vm, vcpu| {
                 vcpu.state = registers(first);
-                let door = if vm.guest().kind() == VmKind::Realm { rsi::call } else { guest_call::call };
-                let outcome = door(&self.memory, vm.guest(), &mut vcpu.state);
+                let outcome = match vm.guest().kind() {
+                    VmKind::Realm => rsi::call(&self.memory, vm.guest(), &mut vcpu.state, |_| {}),
+                    _ => guest_call::call(&self.memory, vm.guest(), &mut vcpu.state),
+                };
                 let [x0, x1, x2, ..] = vcpu.state.x;
                 Ok((outcome, [x0, x1, x2]))
             })
@@ -264,6 +266,12 @@ fn a_pkvm_guest_from_the_cradle_to_the_grave() {
 
         vms.force_reclaim(memory, pages(PAYLOAD + PAGE_SIZE, 1)).unwrap();
         assert_eq!(world.call(handle, [0xc600_0003, GUEST + PAGE_SIZE, 0, 0]).1[0], invalid, "poisoned");
+        let at = GUEST + PAGE_SIZE;
+        let again = world.map(handle, at, pages(PAYLOAD + PAGE_SIZE, 1));
+        assert_eq!(again, Err(Refusal { status: Status::Poisoned, detail: PAYLOAD + PAGE_SIZE }));
+        let gone = world.call(handle, [0xc600_0009, GUEST, 2, 0]);
+        assert_eq!(gone, (Some(Outcome::Relinquished(frames(GUEST, 2))), [0, 2, 0]));
+        world.map(handle, at, pages(PAYLOAD + PAGE_SIZE, 1)).unwrap();
         world.end(handle, VmKind::Pkvm);
     });
 }

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail, ensure};
 use object::read::elf::ElfFile64;
 use object::{Object, ObjectSection, ObjectSymbol, SectionKind};
 
-use super::Report;
+use super::{Report, stack};
 use crate::image::{self, BUDGET, Variant};
 use crate::setup::{self, Needs};
 use crate::workspace;
@@ -39,6 +39,10 @@ pub(super) fn run(_full: bool, report: &mut Report) -> Result<()> {
         let elf = fs::read(&image.elf).with_context(|| format!("cannot read {}", image.elf.display()))?;
         report.check(&format!("{name}: no FP or SIMD register"), no_vector_registers(&elf));
         report.check(&format!("{name}: break before make is compiled as written"), break_before_make(&elf));
+        match stack::fits(&elf) {
+            Ok(bytes) => report.check(&format!("{name}: stack, {bytes} bytes at most"), Ok(())),
+            Err(error) => report.check(&format!("{name}: stack"), Err(error)),
+        }
         if !checked {
             report.check("image: size", within_budget(image.sizes.total()));
         }
@@ -58,10 +62,10 @@ fn within_budget(size: u64) -> Result<()> {
 }
 
 /// An instruction and its address.
-type Instruction = (u64, u32);
+pub(super) type Instruction = (u64, u32);
 
 /// The instructions of the image, without the data between them.
-fn instructions(elf: &[u8]) -> Result<Vec<Instruction>> {
+pub(super) fn instructions(elf: &[u8]) -> Result<Vec<Instruction>> {
     let file = ElfFile64::<object::Endianness>::parse(elf).context("not a 64-bit ELF file")?;
     // Mapping symbols say where code ($x) and data ($d) begin (AAELF64, "Mapping symbols").
     let mut marks: Vec<(u64, bool)> = file

@@ -4,6 +4,7 @@ mod cargo;
 mod conformance;
 mod gates;
 mod linux;
+mod stack;
 
 use std::process::ExitCode;
 use std::time::Instant;

@@ -118,6 +118,35 @@ pub(crate) fn host_gives_twice() -> Outcome {
     Ok(())
 }
 
+/// What is no memory cannot be given: devices, holes, what lies behind the end of RAM, by itself and in a range.
+pub(crate) fn host_gives_what_is_no_memory() -> Outcome {
+    let end = platform().ram.iter().chain(&platform().carve_out).map(|region| region.end).max().unwrap_or(0);
+    for &kind in VmKind::ALL {
+        let pages = Pages::new(4 * MIB);
+        let vm = Vm::boot(&pages, kind, 1)?;
+        vm.donate_tables(4)?;
+        let other = Vm::create(&pages, VmKind::Pkvm, 1)?;
+        let sizes = Sizes::of(Vm::attributes(VmKind::Pkvm, 1))?;
+        let spare = pages.take(sizes.vcpu)?;
+        let before = page_counts()?;
+        for address in [0x800_0000, 0x80a_0000, 0x900_0000, end, end + BLOCK, 0x80_0000_0000] {
+            for named in [
+                refused("VM_MAP", [vm.handle, MEMORY, address, 1], Status::NotRam)?,
+                refused("VM_MAP", [vm.handle, MEMORY, address, 512], Status::NotRam)?,
+                refused("VM_DONATE_TABLES", [vm.handle, address, 1], Status::NotRam)?,
+                refused("VCPU_CREATE", [other.handle, 0, spare, sizes.vcpu, address], Status::NotRam)?,
+                refused("VCPU_CREATE", [other.handle, 0, address, sizes.vcpu, spare], Status::NotRam)?,
+            ] {
+                check_eq!(named, address, "the page that is named");
+            }
+        }
+        check_eq!(page_counts()?, before, "pages by state");
+        drop(other);
+        vm.finish()?;
+    }
+    Ok(())
+}
+
 /// Memory where there is some already, private or shared or poisoned, and where the interrupt controller is.
 pub(crate) fn host_maps_over() -> Outcome {
     for kind in PROTECTED {

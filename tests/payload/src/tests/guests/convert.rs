@@ -9,7 +9,8 @@ use crate::{
         vm::{Conversion, Guest, MEMORY, PROTECTED, Pages, Vm, call, code, refused, succeed},
     },
     tests::{
-        Failure, NO_PAGE, OWNED, Outcome, State, abort::is_denied, check, check_eq, check_state, state, statistics,
+        Failure, NO_PAGE, OWNED, Outcome, State, abort::is_denied, check, check_eq, check_state, page_counts, state,
+        statistics,
     },
 };
 
@@ -366,6 +367,102 @@ pub(crate) fn relinquish() -> Outcome {
         vm.finish()?;
     }
     Ok(())
+}
+
+/// Gives frames up; returns how many were.
+fn relinquish_some(guest: &mut Guest<'_>, at: u64, count: u64) -> Result<u64, Failure> {
+    let [status, done, ..] = guest.call(&[MEM_RELINQUISH, at, count])?;
+    check_eq!(status, 0, "MEM_RELINQUISH of {count} pages at {at:#x}");
+    let told = guest.told.pop().map(|exit| (exit.reason, exit.address, exit.pages));
+    check_eq!(told, Some((ExitReason::Relinquished.code(), at, done)), "what the host is told");
+    Ok(done)
+}
+
+/// What the host has taken by force it may replace once the guest has given the frame up, and no other one.
+pub(crate) fn relinquish_of_poison() -> Outcome {
+    // Pages that were taken one by one, and as a block.
+    for (count, taken, given_up) in
+        [(8, 2..6, 3..5), (512, 0..512, 9..11), (512, 0..512, 511..512), (512, 0..512, 0..512)]
+    {
+        let pages = Pages::new(16 * MIB);
+        let vm = Vm::boot(&pages, VmKind::Pkvm, 1)?;
+        let address = vm.add(MEMORY, count)?;
+        let spare = pages.take_aligned(count, 512)?;
+        vm.donate_tables(2)?;
+        let mut guest = vm.guest(0);
+        guest.fill(MEMORY, count, address, 16)?;
+        succeed("FORCE_RECLAIM", [address + taken.start * PAGE, taken.end - taken.start])?;
+        host_fills(address + taken.start * PAGE, taken.end - taken.start, 17);
+
+        let (at, some) = (MEMORY + given_up.start * PAGE, given_up.end - given_up.start);
+        let before = statistics()?.stage2_invalidations;
+        check_eq!(relinquish_some(&mut guest, at, some)?, some, "frames given up");
+        let used = statistics()?.stage2_invalidations - before;
+        check_eq!(used, 0, "invalidations where nothing was mapped");
+        // The host has had the pages for long: they are not scrubbed again.
+        host_finds(address + taken.start * PAGE, taken.end - taken.start, 17)?;
+
+        // All the others are poisoned as they were, by themselves and in a range.
+        for index in taken.clone().filter(|index| !given_up.contains(index)) {
+            let page = MEMORY + index * PAGE;
+            refused("VM_MAP", [vm.handle, page, spare, 1], Status::Poisoned)?;
+            if index % 101 < 3 {
+                guest.has_nothing_at(page)?;
+            }
+        }
+        if given_up != taken {
+            let first = if taken.start == 0 { Status::Poisoned } else { Status::Exists };
+            refused("VM_MAP", [vm.handle, MEMORY, spare, count], first)?;
+        }
+        // The guest asks for a page where it gave one up, and gets it.
+        host_fills(spare, some, 18);
+        guest.begin_code(code::load_pair(), &[at])?;
+        check_eq!(guest.exit(ExitReason::PageFault)?.address, at, "what the host is told of the fault");
+        vm.map(at, spare, some)?;
+        guest.finish()?;
+        guest.compare(at, some, spare, 18)?;
+        guest.compare(MEMORY, taken.start, address, 16)?;
+        guest.compare(MEMORY + taken.end * PAGE, count - taken.end, address + taken.end * PAGE, 16)?;
+
+        // Private and poisoned frames in one call, as far as it goes.
+        let mut done = 0;
+        while done < count {
+            done += relinquish_some(&mut guest, MEMORY + done * PAGE, count - done)?;
+        }
+        check_eq!(done, count, "frames given up");
+        check_state(address, count, OWNED)?;
+        check_state(spare, some, OWNED)?;
+        host_finds_zeroes(spare, some)?;
+        vm.map(MEMORY, address, count)?;
+        vm.finish()?;
+    }
+    Ok(())
+}
+
+/// One page of a block, given up as often as the block has pages: the host gets one page, and the guest keeps the rest.
+pub(crate) fn relinquish_again_and_again() -> Outcome {
+    let pages = Pages::new(8 * MIB);
+    let vm = Vm::boot(&pages, VmKind::Pkvm, 1)?;
+    let address = vm.add(MEMORY, 512)?;
+    let mut guest = vm.guest(0);
+    guest.fill(MEMORY, 512, address, 19)?;
+    let index = 77;
+    let at = MEMORY + index * PAGE;
+    let counts = || Ok::<_, Failure>(page_counts()?[0]);
+    check_eq!(relinquish_some(&mut guest, at, 1)?, 1, "frames given up");
+    let before = counts()?;
+    for _ in 1..512 {
+        check_eq!(guest.call(&[MEM_RELINQUISH, at, 1])?[0], u64::MAX - 2, "MEM_RELINQUISH of what is gone");
+    }
+    check_eq!(counts()?, before, "pages of the host");
+    check_state(address, index, NO_PAGE)?;
+    check_eq!(state(address + index * PAGE)?, OWNED, "the page that was given up");
+    check_state(address + (index + 1) * PAGE, 511 - index, NO_PAGE)?;
+    is_denied(Access::Read, address + (index - 1) * PAGE)?;
+    is_denied(Access::Write(1), address + (index + 1) * PAGE)?;
+    guest.compare(MEMORY, index, address, 19)?;
+    guest.compare(at + PAGE, 511 - index, address + (index + 1) * PAGE, 19)?;
+    vm.finish()
 }
 
 /// What is taken by force comes to the host as zeroes; the guest gets an abort there for ever, and never another page.

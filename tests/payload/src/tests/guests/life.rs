@@ -9,7 +9,7 @@ use crate::{
         memory::{self, BLOCK, PAGE},
         vm::{DISTRIBUTOR, IPA_BITS, MEMORY, Pages, REDISTRIBUTORS, Sizes, Vm, block_of, call, refused, succeed},
     },
-    tests::{Failure, Op, Outcome, check, check_eq, page_counts},
+    tests::{Failure, OWNED, Op, Outcome, SHARED, check, check_eq, check_state, page_counts, state, statistics},
 };
 
 const MIB: u64 = 1 << 20;
@@ -248,6 +248,42 @@ pub(crate) fn bad_arguments() -> Outcome {
     vm.finish()
 }
 
+/// vCPUs that cannot be made leave nothing behind: neither a pin on the run page nor a page of what they were to be made of.
+pub(crate) fn vcpus_that_are_not_made() -> Outcome {
+    for &kind in VmKind::ALL {
+        let pages = Pages::new(4 * MIB);
+        let vm = Vm::create(&pages, kind, 2)?;
+        vm.add_vcpu()?;
+        let sizes = Sizes::of(Vm::attributes(kind, 2))?;
+        let (metadata, run_page) = (pages.take(sizes.vcpu)?, pages.take(1)?);
+        let lent = pages.take(1)?;
+        Op::Share.succeeds(lent, 1)?;
+        let counts = || Ok::<_, Failure>((page_counts()?, statistics()?.vm_pages, statistics()?.free_tables));
+        let before = counts()?;
+        for _ in 0..100 {
+            let make = |index, metadata, run_page, status| {
+                refused("VCPU_CREATE", [vm.handle, index, metadata, sizes.vcpu, run_page], status)
+            };
+            make(0, metadata, run_page, Status::Exists)?;
+            make(2, metadata, run_page, Status::Invalid)?;
+            make(1, vm.run_page(0), run_page, Status::Denied)?;
+            make(1, lent + PAGE - sizes.vcpu * PAGE, run_page, Status::Denied)?;
+            make(1, metadata, vm.run_page(0), Status::Denied)?;
+            make(1, metadata, lent, Status::Denied)?;
+            make(1, metadata, metadata + (sizes.vcpu - 1) * PAGE, Status::Denied)?;
+            check_eq!(state(run_page)?, OWNED, "the run page");
+            check_state(metadata, sizes.vcpu, OWNED)?;
+            check_eq!(state(lent)?, SHARED, "the page that is shared with the hypervisor");
+        }
+        check_eq!(counts()?, before, "pages by state, pages of VMs, free tables");
+        Op::Unshare.succeeds(lent, 1)?;
+        // Nothing is in the way.
+        succeed("VCPU_CREATE", [vm.handle, 1, metadata, sizes.vcpu, run_page])?;
+        vm.finish()?;
+    }
+    Ok(())
+}
+
 /// Handles that are forged, of the past, or of another VM.
 pub(crate) fn handles() -> Outcome {
     let pages = Pages::new(4 * MIB);
@@ -336,7 +372,7 @@ pub(crate) fn ten_thousand_lives() -> Outcome {
     const LIVES: u64 = 10_000;
     let pages = Pages::new(4 * MIB);
     let before = page_counts()?;
-    let tables = crate::tests::statistics()?.free_tables;
+    let tables = statistics()?.free_tables;
     let mark = pages.mark();
     for life in 0..LIVES {
         pages.reset(mark);
@@ -359,7 +395,7 @@ pub(crate) fn ten_thousand_lives() -> Outcome {
     }
     pages.are_owned()?;
     check_eq!(page_counts()?, before, "pages by state");
-    check!(crate::tests::statistics()?.free_tables + 8 >= tables, "pages for tables have been lost");
+    check!(statistics()?.free_tables + 8 >= tables, "pages for tables have been lost");
     Ok(())
 }
 

@@ -15,8 +15,8 @@ mod worlds;
 
 pub(crate) use attacks::{
     conversions_race, flood_of_spis, guest_converts_what_it_may_not, guest_maintains_caches_and_tlbs,
-    guest_touches_what_is_not_its_own, host_claims_and_releases_what_it_may_not, host_gives_twice, host_maps_over,
-    host_speaks_for_the_guest, host_touches_what_it_gave, lives_race,
+    guest_touches_what_is_not_its_own, host_claims_and_releases_what_it_may_not, host_gives_twice,
+    host_gives_what_is_no_memory, host_maps_over, host_speaks_for_the_guest, host_touches_what_it_gave, lives_race,
 };
 pub(crate) use calls::{
     calls_with_immediates, entropy, pkvm_discovery, psci_discovery, realm_calls_its_host, realm_services, suspend,
@@ -25,7 +25,8 @@ pub(crate) use calls::{
 pub(crate) use convert::{
     answers_that_do_not_belong, bounded_work, conversion_in_place, conversion_of_blocks, force_reclaim_of_other_pages,
     force_reclaim_poisons, invalidations, nothing_is_left_behind, ordinary_vm_borrows, populate, reclaim_at_the_end,
-    refused_unshare, relinquish, share_of_an_absent_page, unshare_of_claimed_pages,
+    refused_unshare, relinquish, relinquish_again_and_again, relinquish_of_poison, share_of_an_absent_page,
+    unshare_of_claimed_pages,
 };
 pub(crate) use exits::{
     answers_to_accesses, device_accesses, device_accesses_by_sp, device_accesses_without_syndrome,
@@ -36,9 +37,13 @@ pub(crate) use faults::{deadlines, device_accesses_of_other_kinds, fetches_from_
 pub(crate) use features::{
     breakpoints_of_the_host, closed_registers, cycles_of_guests_are_not_counted, id_registers, offered_features_work,
 };
+pub(crate) use interrupts::{
+    interrupts_move_with_their_vcpu, more_interrupts_than_list_registers, sgis, spi_while_the_guest_runs, spis, timers,
+    timers_are_levels,
+};
 pub(crate) use life::{
     all_slots, all_vcpus, bad_arguments, handles, life_cycle, measurement, runs_to_its_end, steps_out_of_order,
-    ten_thousand_lives,
+    ten_thousand_lives, vcpus_that_are_not_made,
 };
 pub(crate) use stale::{
     stale_after_a_realm_converts, stale_after_force_reclaim, stale_after_relinquish,

@@ -1,6 +1,6 @@
 //! Several VMs, vCPUs and CPUs: each world has its own memory, translations and registers.
 
-use ravelin_abi::VmKind;
+use ravelin_abi::{Status, VmKind};
 use spin::Mutex;
 
 use crate::{
@@ -8,7 +8,7 @@ use crate::{
         cpu,
         memory::{self, BLOCK, GIB, PAGE},
         platform::platform,
-        vm::{Guest, MEMORY, PROTECTED, Pages, Vm, code, succeed},
+        vm::{Guest, MEMORY, PROTECTED, Pages, Vm, code, refused, succeed},
     },
     tests::{
         Failure, OWNED, Outcome, arena, check_eq,
@@ -193,7 +193,12 @@ pub(crate) fn gigabyte() -> Outcome {
         vm.donate_tables(8)?;
         let ends = [0, COUNT / 2, COUNT - 1];
         ends.into_iter().for_each(|index| host_fills(big + index * PAGE, 1, 3));
-        succeed("VM_MAP", [vm.handle, AT, big, COUNT])?;
+        // What is cleaned is less in one call.
+        refused("VM_MAP", [vm.handle, AT, big, COUNT], Status::TooLarge)?;
+        refused("VM_MAP", [vm.handle, AT, big, 17 * 512], Status::TooLarge)?;
+        for offset in (0..GIB).step_by(16 * BLOCK as usize) {
+            succeed("VM_MAP", [vm.handle, AT + offset, big + offset, 16 * 512])?;
+        }
         vm.note(AT, COUNT);
         let mut guest = vm.guest(0);
         let everywhere = |guest: &mut Guest<'_>, base: u64| {
