@@ -6,7 +6,6 @@ use core::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use ravelin_hypercall::MappedMemory;
 use ravelin_memory::{HypRange, IpaRange, PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_pgtable::{Machine, Vttbr};
 
@@ -172,18 +171,6 @@ impl Drop for Current {
 /// Removes all of the current VMID from the TLBs.
 fn invalidate_vmid() {
     maintain!("tlbi vmalls12e1is", "dsb ish", "isb");
-}
-
-impl MappedMemory for Hardware {
-    fn write_page(&self, page: PhysAddr, bytes: &[u8]) {
-        assert!(bytes.len() as u64 <= PAGE_SIZE && page.is_aligned(PAGE_SIZE));
-        let target = ptr::with_exposed_provenance_mut::<u8>(page.raw() as usize);
-        for (offset, &byte) in bytes.iter().enumerate() {
-            // Volatile, because the host may write there too; no Rust object lives there.
-            // SAFETY: The caller has the page mapped writable, and the offset stays within it.
-            unsafe { target.wrapping_add(offset).write_volatile(byte) };
-        }
-    }
 }
 
 /// Returns whether one range operation does for `pages` pages: there is more than one page, and the CPU has FEAT_TLBIRANGE

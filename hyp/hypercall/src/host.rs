@@ -4,10 +4,10 @@ use ravelin_abi::{
     CALL_BITMAP, HostCall, MAX_ARGUMENTS, MAX_RANGE_PAGES, MAX_TAKE_BACK_PAGES, PageStateCode, Pages, Statistics,
     Status, VENDOR_UID, VERSION_MAJOR, VERSION_MINOR,
 };
-use ravelin_memory::{Ipa, PageRange, PhysAddr, PhysRange, RangeError};
+use ravelin_memory::{Ipa, PageRange, PhysRange, RangeError};
 use ravelin_ownership::{Failure, GuestMemory, HostFault, HostState, Memory};
 use ravelin_pgtable::{Machine, TablePool};
-use ravelin_vm::{GuestCpu, ObjectMemory, Refusal, VcpuState, Vms};
+use ravelin_vm::{GuestCpu, ObjectMemory, PageAccess, Refusal, VcpuState, Vms};
 use spin::mutex::TicketMutex;
 
 use crate::{
@@ -17,13 +17,6 @@ use crate::{
     registers::{Registers, set_results},
     smc::Gate,
 };
-
-/// Access to memory that the hypervisor has mapped.
-pub trait MappedMemory {
-    /// Copies `bytes`, at most a page, to the start of a page that is mapped writable in the EL2 stage 1. Others may access
-    /// the page at the same time.
-    fn write_page(&self, page: PhysAddr, bytes: &[u8]);
-}
 
 /// What to do about a stage 2 fault of the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,7 +60,7 @@ impl<'a, P: TablePool, F: Firmware, O: ObjectMemory> Host<'a, P, F, O> {
     }
 
     /// Handles `HVC #immediate` from EL1. The host may find its CPU to have run a guest meanwhile.
-    pub fn hvc<M: Machine + MappedMemory + GuestCpu>(&self, machine: &M, immediate: u16, registers: &mut Registers) {
+    pub fn hvc<M: Machine + GuestCpu>(&self, machine: &M, immediate: u16, registers: &mut Registers) {
         let [function, arguments @ ..] = registers;
         let function = *function;
         let call = match (immediate, arguments.first_chunk::<MAX_ARGUMENTS>()) {
@@ -107,7 +100,7 @@ impl<'a, P: TablePool, F: Firmware, O: ObjectMemory> Host<'a, P, F, O> {
         }
     }
 
-    fn perform<M: Machine + MappedMemory + GuestCpu>(
+    fn perform<M: Machine + GuestCpu>(
         &self,
         machine: &M,
         call: HostCall,
@@ -144,11 +137,11 @@ impl<'a, P: TablePool, F: Firmware, O: ObjectMemory> Host<'a, P, F, O> {
     /// Writes the statistics to a shared page and returns their size. Out of line, so that the other calls do not pay for its
     /// stack.
     #[inline(never)]
-    fn write_statistics<M: Machine + MappedMemory>(&self, machine: &M, page: PhysRange) -> Result<u64, Refusal> {
+    fn write_statistics<M: Machine + PageAccess>(&self, machine: &M, page: PhysRange) -> Result<u64, Refusal> {
         let _ours_stays = self.unpin.lock();
         self.memory.pin(machine, page)?;
         let statistics = self.statistics();
-        self.memory.with_stable_map(|| machine.write_page(page.base(), &statistics.to_bytes()));
+        self.memory.with_stable_map(|| machine.write_bytes(page.base(), &statistics.to_bytes()));
         self.memory.unpin(machine, page)?;
         Ok(statistics.size)
     }

@@ -28,7 +28,7 @@ mod smc;
 mod vms;
 
 pub use firmware::Firmware;
-pub use host::{FaultAction, Host, HostedVms, MappedMemory};
+pub use host::{FaultAction, Host, HostedVms};
 pub use psci::{Cpu, Entries, Start};
 pub use ravelin_vm::{Exception, PstateFeatures, Trapped};
 pub use registers::Registers;

@@ -7,7 +7,7 @@ use std::{
 };
 
 use ravelin_abi::{PageStateCode, Statistics, Status, VmAttributes};
-use ravelin_hypercall::{Cpu, Entries, Firmware, Host, HostedVms, MappedMemory, Registers, Start};
+use ravelin_hypercall::{Cpu, Entries, Firmware, Host, HostedVms, Registers, Start};
 use ravelin_memory::{HypRange, IpaRange, PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_ownership::{Counts, Memory, OwnershipTable, PAGES_PER_BLOCK, PageReport, sizes};
 use ravelin_pgtable::{
@@ -63,13 +63,6 @@ impl TestMachine {
     }
 }
 
-impl MappedMemory for TestMachine {
-    fn write_page(&self, page: PhysAddr, bytes: &[u8]) {
-        self.assert_mapped(page);
-        *self.written.lock().unwrap() = Some((page, bytes.to_vec()));
-    }
-}
-
 impl PageAccess for TestMachine {
     fn read_bytes(&self, at: PhysAddr, bytes: &mut [u8]) {
         self.assert_mapped(at);
@@ -83,6 +76,7 @@ impl PageAccess for TestMachine {
 
     fn write_bytes(&self, at: PhysAddr, bytes: &[u8]) {
         self.assert_mapped(at);
+        *self.written.lock().unwrap() = Some((at, bytes.to_vec()));
         let offset = (at.raw() % PAGE_SIZE) as usize;
         let mut pages = self.bytes.lock().unwrap();
         pages.entry(at.page().raw()).or_insert([0; _])[offset..offset + bytes.len()].copy_from_slice(bytes);
