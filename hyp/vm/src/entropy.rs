@@ -1,6 +1,9 @@
 //! Entropy for guests: the Arm True Random Number Generator Firmware Interface 1.0 (Arm DEN0098).
 
-use crate::{Context, guest};
+use crate::{
+    Context,
+    guest::{self, NOT_SUPPORTED},
+};
 
 /// The most bits that a source gives at once.
 pub const MAX_BITS: u64 = 192;
@@ -27,7 +30,6 @@ const VERSION_1_0: u64 = 1 << 16;
 /// Names this implementation: 6f0a3c52-94d1-4e7b-8a26-d15b0c7e94f3, four bytes a register, the first of them lowest.
 const UUID: [u64; 4] = [0x523c_0a6f, 0x7b4e_d194, 0x5bd1_268a, 0xf394_7e0c];
 
-const NOT_SUPPORTED: u64 = u64::MAX;
 const INVALID_PARAMETERS: u64 = u64::MAX - 1;
 const NO_ENTROPY: u64 = u64::MAX - 2;
 

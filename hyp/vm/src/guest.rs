@@ -111,6 +111,9 @@ impl<G> Guest<G> {
     }
 }
 
+/// SMCCC's NOT_SUPPORTED, in a result register (Arm DEN0028, 7.1).
+pub(crate) const NOT_SUPPORTED: u64 = u64::MAX;
+
 /// Returns the function identifier of a guest's call, which is in W0.
 pub(crate) const fn function(context: &Context) -> u32 {
     let [x0, ..] = context.x;

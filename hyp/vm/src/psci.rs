@@ -22,6 +22,8 @@ use arm_psci::{
 };
 use ravelin_vgic::{MAX_VCPUS, affinity};
 
+use crate::guest::NOT_SUPPORTED;
+
 const OFF: u8 = 0;
 const CLAIMED: u8 = 1;
 const PENDING: u8 = 2;
@@ -120,8 +122,6 @@ const SMCCC_VERSION: u32 = 0x8000_0000;
 const SMCCC_ARCH_FEATURES: u32 = 0x8000_0001;
 /// Versions 1.1 of both.
 const VERSION_1_1: u64 = 0x1_0001;
-/// SMCCC's NOT_SUPPORTED.
-const NOT_SUPPORTED: u64 = u64::MAX;
 
 /// Returns MPIDR_EL1 of a vCPU. Its affinity is the one by which the interrupt controller knows it.
 #[must_use]

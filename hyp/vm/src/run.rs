@@ -10,16 +10,14 @@ use ravelin_vgic::{Access, Frame, Gic, ListRegisters, VcpuSet, Vcpus};
 use crate::{
     Abort, Context, Entry, FirmwareCall, GuestCpu, GuestExit, GuestFeatures, Handle, IdRegisters, Left, MmioAccess,
     ObjectMemory, Outcome, Pending, Power, PstateFeatures, Readiness, Refusal, Report, Syndrome, SysregAccess,
-    SysregAction, Transitions, Vectors, Vm, Vms, entropy_call, firmware_call, gic::VcpuGics, guest_call, mpidr, rsi,
+    SysregAction, Transitions, Vectors, Vm, Vms, entropy_call, firmware_call, gic::VcpuGics, guest::NOT_SUPPORTED,
+    guest_call, mpidr, rsi,
 };
 
 /// INTID of the virtual timer, as Arm's Base System Architecture has it.
 const VIRTUAL_TIMER: u32 = 27;
 /// INTID of the physical timer.
 const PHYSICAL_TIMER: u32 = 30;
-
-/// SMCCC's NOT_SUPPORTED.
-const NOT_SUPPORTED: u64 = u64::MAX;
 
 /// What a vCPU is while it does not run.
 #[derive(Clone, Debug)]
