@@ -13,7 +13,7 @@ use ravelin_abi::{MAX_TAKE_BACK_PAGES, Status, VmAttributes};
 use ravelin_memory::{IpaRange, PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_ownership::GuestPage;
 use ravelin_vgic::{Frame, Gic, Spi, VcpuGic, VcpuSet};
-use spin::Mutex;
+use spin::{Mutex, mutex::TicketMutex};
 
 use crate::{
     Guest, Handle, ObjectMemory, Power, Refusal, Transitions,
@@ -98,7 +98,8 @@ pub struct Vm<O: ObjectMemory, G: Send + Sync, V: Send + Sync> {
     /// that their order is that of the measurement.
     measurement: Mutex<Option<Measurement>>,
     vcpus: VcpuSlots<O, V>,
-    gic: Mutex<VmGic<O>>,
+    /// Everybody gets their turn: the host takes it too, and vCPUs of the guest as often as they like.
+    gic: TicketMutex<VmGic<O>>,
     /// Since it is sealed.
     gic_frames: Option<GicFrames>,
     metadata: PhysRange,
@@ -210,7 +211,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
                 guest: Guest::new(attributes, memory),
                 measurement: Mutex::new(Some(Measurement::new())),
                 vcpus: objects.place_slice(parts.vcpus, vcpus, |_| VcpuSlot::default()),
-                gic: Mutex::new(VmGic::new(spis, gics)),
+                gic: TicketMutex::new(VmGic::new(spis, gics)),
                 gic_frames: None,
                 metadata,
             };
