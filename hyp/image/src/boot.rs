@@ -338,12 +338,12 @@ fn place_cpu(layout: &Layout, tables: El2Tables, index: usize) {
 }
 
 /// Returns as much of the redistributors as the CPUs can have, two frames of 64 KiB each or, with a GICv4, four. A device tree
-/// may leave room for many more.
+/// may leave room for many more. None where addresses of the hypervisor's own begin: without them, guests' timers are late.
 fn redistributors(platform: &Platform<'_>) -> ArrayVec<PhysRange, MAX_REDISTRIBUTOR_REGIONS> {
     const PAGES: u64 = (4 << 16) / PAGE_SIZE;
     let most = platform.cpu_count() as u64 * PAGES;
     let cut = |region: &PhysRange| PhysRange::new(region.base().raw(), region.pages().min(most)).unwrap_or(*region);
-    platform.gic.redistributors.iter().map(cut).collect()
+    platform.gic.redistributors.iter().map(cut).filter(|region| region.end() <= PRIVATE_BASE).collect()
 }
 
 /// Returns where the CPU's part of the carve-out begins: its stack, then its page.
