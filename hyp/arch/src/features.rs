@@ -22,7 +22,7 @@ macro_rules! features {
 features! {
     /// FEAT_RAS: VDISR_EL2.
     ras: id_field(read_sysreg!("id_aa64pfr0_el1"), 28) != 0;
-    /// FEAT_PAuth, whichever algorithm.
+    /// FEAT_PAuth, whichever algorithm: APA, API, GPA, GPI in ISAR1, GPA3, APA3 in ISAR2.
     pointer_authentication: read_sysreg!("id_aa64isar1_el1") & 0xff00_0ff0 != 0 || read_sysreg!("s3_0_c0_c6_2") & 0xff00 != 0;
     /// FEAT_SVE.
     sve: id_field(read_sysreg!("id_aa64pfr0_el1"), 32) != 0;

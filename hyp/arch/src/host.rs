@@ -7,6 +7,7 @@ use ravelin_memory::PhysAddr;
 use ravelin_pgtable::PhysicalSize;
 
 use crate::{
+    features::Features,
     guest,
     sysreg::{id_field, maintain, read_sysreg, write_lower_sysreg},
 };
@@ -61,12 +62,15 @@ pub fn physical_address_size() -> PhysicalSize {
 
 /// Sets this CPU's EL2 for the host, except for stage 2.
 pub fn prepare_cpu() {
-    floating_point_and_vectors();
+    let features = Features::read();
+    floating_point_and_vectors(features);
     debug_and_counters();
     timers();
     interrupts();
     fine_grained_traps();
-    partitioning();
+    if features.mpam {
+        partitioning();
+    }
 
     write_lower_sysreg!("vpidr_el2", read_sysreg!("midr_el1"));
     write_lower_sysreg!("vmpidr_el2", read_sysreg!("mpidr_el1"));
@@ -100,10 +104,7 @@ fn hcr() -> u64 {
     const ENSCXT: u64 = 1 << 53;
     const ATA: u64 = 1 << 56;
     let mut hcr = VM | SWIO | TSC | RW;
-    let isar1 = read_sysreg!("id_aa64isar1_el1");
-    let isar2 = read_sysreg!("s3_0_c0_c6_2");
-    // Pointer authentication, whichever algorithm: APA, API, GPA, GPI in ISAR1, GPA3, APA3 in ISAR2.
-    if isar1 & 0xff00_0ff0 != 0 || isar2 & 0xff00 != 0 {
+    if Features::read().pointer_authentication {
         hcr |= APK | API;
     }
     let pfr0 = read_sysreg!("id_aa64pfr0_el1");
@@ -121,12 +122,11 @@ fn hcr() -> u64 {
 }
 
 /// FP, SVE and SME at full length, untrapped.
-fn floating_point_and_vectors() {
+fn floating_point_and_vectors(features: Features) {
     // RES1 bits of the E2H = 0 layout; TZ (8) and TSM (12) are among them where there is no SVE or SME.
     let mut cptr = 0x33ff;
-    let sve = id_field(read_sysreg!("id_aa64pfr0_el1"), 32) != 0;
     let sme = id_field(read_sysreg!("id_aa64pfr1_el1"), 24);
-    if sve {
+    if features.sve {
         cptr &= !(1 << 8);
     }
     if sme != 0 {
@@ -134,7 +134,7 @@ fn floating_point_and_vectors() {
     }
     write_lower_sysreg!("cptr_el2", cptr);
     isb();
-    if sve {
+    if features.sve {
         write_lower_sysreg!("s3_4_c1_c2_0", 0xf); // ZCR_EL2.LEN: all that is implemented
     }
     if sme != 0 {
@@ -285,11 +285,6 @@ fn hcrx() -> u64 {
 
 /// FEAT_MPAM: EL1 may use the partitions, untrapped.
 fn partitioning() {
-    let present =
-        id_field(read_sysreg!("id_aa64pfr0_el1"), 40) != 0 || id_field(read_sysreg!("id_aa64pfr1_el1"), 16) != 0;
-    if !present {
-        return;
-    }
     write_lower_sysreg!("s3_4_c10_c5_0", 0); // MPAM2_EL2
     if read_sysreg!("s3_0_c10_c4_4") & (1 << 17) != 0 {
         write_lower_sysreg!("s3_4_c10_c4_0", 0); // MPAMHCR_EL2, as MPAMIDR_EL1.HAS_HCR says there is one

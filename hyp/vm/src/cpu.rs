@@ -57,8 +57,8 @@ pub trait GuestCpu: EntropySource + PageAccess {
     /// waits since the timer's deadline.
     fn interrupt_pending(&self, host: &Self::Host) -> bool;
 
-    /// Activates the interrupt of the virtual timer, which is the guest's, if it is the one that waits. While it is active,
-    /// it does not come again, though the timer asserts it.
+    /// Activates the interrupt of the virtual timer, which is the guest's, and returns whether it was not active. While it is, it
+    /// does not come again, though the timer asserts it.
     fn hold_virtual_timer(&self) -> bool;
 
     /// Deactivates the interrupt that [`GuestCpu::hold_virtual_timer`] activated.

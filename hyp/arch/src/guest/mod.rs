@@ -39,7 +39,7 @@ unsafe extern "C" {
     fn guest_run(context: *mut Context) -> u64;
 }
 
-/// Bits of the CNTHP_CTL_EL2.
+/// CNTHP_CTL_EL2.ENABLE.
 const TIMER_ENABLE: u64 = 1;
 
 /// A host whose CPU runs a guest. Its registers are kept in the CPU's start-up data.
@@ -125,6 +125,7 @@ impl GuestCpu for Hardware {
     }
 
     fn counter(&self) -> u64 {
+        // Not read ahead of what comes before (Arm ARM DDI 0487, D12.1.2).
         maintain!("isb");
         read_sysreg!("cntpct_el0")
     }

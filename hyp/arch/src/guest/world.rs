@@ -215,6 +215,7 @@ fn stop_observation(features: Features) {
         write_lower_sysreg!("s3_0_c1_c2_1", 0); // TRFCR_EL1
         maintain!("isb", "hint #18", "dsb nsh"); // TSB CSYNC
     }
+    // Nothing of what follows is observed.
     maintain!("isb");
 }
 
@@ -228,6 +229,7 @@ pub(super) fn enter_guest(guest: &Entry<'_>, features: Features) {
         Vectors::Simd | Vectors::Sve => CPTR_ALL & !CPTR_TFP,
     };
     write_lower_sysreg!("cptr_el2", cptr);
+    // TLB maintenance goes by the new VMID, and what EL1 gets next is translated by nothing else.
     maintain!("isb");
 }
 
@@ -248,6 +250,7 @@ pub(super) fn return_to_host(host: &HostState, features: Features) {
         write_lower_sysreg!("s3_4_c10_c5_0", host.mpam2);
     }
     write_lower_sysreg!("s3_4_c12_c9_5", host.icc_sre_el2);
+    // Stage 2 is the host's before its EL1 registers are.
     maintain!("isb");
     write_lower_sysreg!("s3_0_c12_c12_5", host.icc_sre);
     el1::load(&host.registers, features);
