@@ -1,0 +1,40 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What differs between the kernels that the module is built for, 6.12 and 7.3.
+ */
+#ifndef RV_COMPAT_H
+#define RV_COMPAT_H
+
+#include <linux/hrtimer.h>
+#include <linux/sched.h>
+#include <linux/version.h>
+
+#include <asm/neon.h>
+
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 13, 0)
+static inline void rv_hrtimer_setup(struct hrtimer *timer,
+				    enum hrtimer_restart (*function)(struct hrtimer *),
+				    clockid_t clock, enum hrtimer_mode mode)
+{
+	hrtimer_init(timer, clock, mode);
+	timer->function = function;
+}
+#else
+#define rv_hrtimer_setup hrtimer_setup
+#endif
+
+/* Takes the CPU out of streaming SVE mode, which the hypervisor refuses to run guests in. */
+static inline void rv_leave_streaming_mode(void)
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 19, 0)
+	kernel_neon_begin();
+	kernel_neon_end();
+#else
+	struct user_fpsimd_state state;
+
+	kernel_neon_begin(&state);
+	kernel_neon_end(&state);
+#endif
+}
+
+#endif /* RV_COMPAT_H */
