@@ -7,6 +7,7 @@ mod bench;
 mod console;
 mod cpio;
 mod gdb;
+mod guest_kernel;
 mod image;
 mod initramfs;
 mod machine;
@@ -48,6 +49,8 @@ enum Command {
     },
     /// Boot a host on the hypervisor in QEMU: a Linux with a shell on this terminal, unless told otherwise
     Run(Box<run::Options>),
+    /// Build the guest kernel with the mainline pKVM driver; the result is kept, and `run` and `demo` offer it
+    GuestKernel,
     /// Run the tests
     Test(test::Options),
     /// Boot as `run` does, stopped before the first instruction, under gdb
@@ -62,6 +65,10 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Setup => setup::setup().map(|()| ExitCode::SUCCESS),
         Command::Build { checked, dev } => build(Variant { checked, dev }).map(|()| ExitCode::SUCCESS),
+        Command::GuestKernel => guest_kernel::ensure().map(|image| {
+            println!("{}", image.display());
+            ExitCode::SUCCESS
+        }),
         Command::Run(options) => run::run(&options),
         Command::Test(options) => test::test(&options),
         Command::Gdb(options) => gdb::gdb(&options),

@@ -17,8 +17,13 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(1800);
 
 /// Runs a command to its end, its output going where ours goes.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
+    run_for(command, LIMIT)
+}
+
+/// The same with a limit of its own.
+pub(crate) fn run_for(command: &mut Command, limit: Duration) -> Result<()> {
     let mut child = command.spawn().with_context(|| format!("cannot start {}", line(command)))?;
-    let watchdog = Watchdog::new(&child, LIMIT);
+    let watchdog = Watchdog::new(&child, limit);
     let status = child.wait();
     watchdog.finish().with_context(|| line(command))?;
     let status = status?;

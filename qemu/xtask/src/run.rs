@@ -122,7 +122,12 @@ impl Ready {
         if linux && options.host_initrd.is_none() {
             packages.push(BUSYBOX);
         }
-        setup::ensure(&Needs { qemu: true, bare_metal: !options.no_hypervisor, packages: &packages, gdb: false })?;
+        setup::ensure(&Needs {
+            qemu: true,
+            bare_metal: !options.no_hypervisor,
+            packages: &packages,
+            ..Needs::default()
+        })?;
 
         let scratch = Scratch::new()?;
         let mut marker = None;

@@ -5,8 +5,9 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Mutex;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{process, workspace};
@@ -75,9 +76,10 @@ pub(crate) fn install(packages: &[&str]) -> Result<()> {
     process::run(install.args(packages))
 }
 
-/// A private apt: its own lists, cache and sources, for arm64.
+/// A private apt: its own lists, cache and sources, for one architecture.
 pub(crate) struct PrivateApt {
     dir: PathBuf,
+    architecture: String,
 }
 
 /// A package as its index describes it.
@@ -92,14 +94,20 @@ pub(crate) struct Candidate {
 }
 
 impl PrivateApt {
-    /// Fetches the indexes of Debian suites.
-    pub(crate) fn new(suites: &[String]) -> Result<Self> {
+    /// Fetches the indexes of Debian suites, once in the life of this program.
+    pub(crate) fn new(suites: &[String], architecture: &str) -> Result<Self> {
+        static FETCHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
         let missing: Vec<_> = ["apt-get", "apt-cache", "dpkg-deb", "tar"]
             .into_iter()
             .filter(|program| workspace::program(program).is_none())
             .collect();
         ensure!(missing.is_empty(), "downloading needs {}, not found here", missing.join(", "));
-        let apt = Self { dir: workspace::cache_dir()?.join("apt") };
+        let dir = workspace::cache_dir()?.join("apt").join(format!("{}-{architecture}", suites.join("-")));
+        let apt = Self { dir, architecture: architecture.to_owned() };
+        let mut fetched = FETCHED.lock().map_err(|_| anyhow!("another thread failed to fetch indexes"))?;
+        if fetched.contains(&apt.dir) {
+            return Ok(apt);
+        }
         for dir in ["state/lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(apt.dir.join(dir))?;
         }
@@ -127,6 +135,7 @@ impl PrivateApt {
         fs::write(apt.dir.join("sources.list"), list)?;
         println!("Fetching package indexes: {}", suites.join(", "));
         process::output(apt.command("apt-get").args(["-q", "update", "--error-on=any"]))?;
+        fetched.push(apt.dir.clone());
         Ok(apt)
     }
 
@@ -197,8 +206,8 @@ impl PrivateApt {
             "Dir::Etc::sourceparts=/dev/null".into(),
             "Dir::Etc::preferences=/dev/null".into(),
             "Dir::Etc::preferencesparts=/dev/null".into(),
-            "APT::Architecture=arm64".into(),
-            "APT::Architectures::=arm64".into(),
+            format!("APT::Architecture={}", self.architecture),
+            format!("APT::Architectures::={}", self.architecture),
             "APT::Default-Release=".into(),
             "APT::Sandbox::User=".into(),
             "Acquire::Check-Valid-Until=false".into(),
@@ -215,6 +224,17 @@ impl PrivateApt {
 
 /// Unpacks one file of a package. The name may end in `*`.
 pub(crate) fn extract(package: &Path, member: &str, to: &Path) -> Result<()> {
+    untar(package, Command::new("tar").args(["--to-stdout", "--wildcards", member]).stdout(File::create(to)?))
+}
+
+/// Unpacks the members of a package that match these patterns, all of them if there are none, below a directory.
+pub(crate) fn unpack(package: &Path, members: &[String], to: &Path) -> Result<()> {
+    let mut tar = Command::new("tar");
+    tar.arg("--directory").arg(to).args(["--no-same-owner", "--wildcards"]).args(members);
+    untar(package, &mut tar)
+}
+
+fn untar(package: &Path, tar: &mut Command) -> Result<()> {
     let mut unpack = Command::new("dpkg-deb")
         .arg("--fsys-tarfile")
         .arg(package)
@@ -222,9 +242,7 @@ pub(crate) fn extract(package: &Path, member: &str, to: &Path) -> Result<()> {
         .spawn()
         .context("cannot start dpkg-deb")?;
     let archive = unpack.stdout.take().context("dpkg-deb has no output")?;
-    let mut tar = Command::new("tar");
-    tar.args(["--extract", "--to-stdout", "--wildcards", member]).stdin(archive).stdout(File::create(to)?);
-    let extracted = process::run(&mut tar);
+    let extracted = process::run(tar.arg("--extract").stdin(archive));
     let unpacked = unpack.wait()?;
     extracted?;
     ensure!(unpacked.success(), "dpkg-deb failed: {unpacked}");

@@ -14,6 +14,43 @@ use packages::Manifest;
 /// QEMU from this major version on has what the machines and the tests use.
 const QEMU_MAJOR: u32 = 8;
 
+/// A program of this machine, the Debian package that has it, and what it is for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tool {
+    program: &'static str,
+    package: &'static str,
+    purpose: &'static str,
+}
+
+const fn tool(program: &'static str, package: &'static str, purpose: &'static str) -> Tool {
+    Tool { program, package, purpose }
+}
+
+const XZ: Tool = tool("xz", "xz-utils", "unpacks modules and sources of kernels");
+const MAKE: Tool = tool("make", "make", "builds kernel code");
+const CROSS_GCC: Tool = tool("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu", "compiles kernel code for arm64");
+
+/// What a kernel module is built with.
+pub(crate) const MODULE_TOOLS: &[Tool] = &[XZ, MAKE, CROSS_GCC];
+
+/// What looks at a kernel module's source.
+pub(crate) const CHECK_TOOLS: &[Tool] = &[
+    XZ,
+    tool("sparse", "sparse", "checks address spaces and locks in kernel code"),
+    tool("perl", "perl", "runs the kernel's checkpatch"),
+];
+
+/// What a kernel is built with.
+pub(crate) const KERNEL_TOOLS: &[Tool] = &[
+    XZ,
+    MAKE,
+    CROSS_GCC,
+    tool("gcc", "gcc", "compiles the programs that the build of a kernel uses"),
+    tool("flex", "flex", "generates a part of the kernel's configuration program"),
+    tool("bison", "bison", "generates a part of the kernel's configuration program"),
+    tool("bc", "bc", "computes constants of the kernel's clock"),
+];
+
 /// What a command is going to use.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Needs<'a> {
@@ -23,12 +60,19 @@ pub(crate) struct Needs<'a> {
     pub(crate) gdb: bool,
     /// The bare-metal Rust target.
     pub(crate) bare_metal: bool,
+    /// The Rust target for static programs of the host.
+    pub(crate) musl: bool,
+    /// Other programs of this machine.
+    pub(crate) tools: &'a [&'a [Tool]],
     /// Packages of the manifest, by name.
     pub(crate) packages: &'a [&'a str],
 }
 
 /// The name of the default host kernel in the manifest.
 pub(crate) const DEFAULT_KERNEL: &str = "linux";
+
+/// The name of the kernel's source in the manifest.
+pub(crate) const SOURCE: &str = "linux-source";
 
 /// The name of busybox in the manifest.
 pub(crate) const BUSYBOX: &str = "busybox";
@@ -50,6 +94,14 @@ pub(crate) fn ensure(needs: &Needs<'_>) -> Result<()> {
         install.push("gdb-multiarch");
         programs.push("gdb-multiarch".into());
     }
+    for tool in needs.tools.iter().flat_map(|tools| tools.iter()) {
+        let Tool { program, package, purpose } = tool;
+        if workspace::program(program).is_none() && !install.contains(package) {
+            println!("{program} is missing, which {purpose}");
+            install.push(package);
+            programs.push((*program).into());
+        }
+    }
     if !install.is_empty() {
         if let Err(error) = apt::install(&install) {
             missing.extend(programs.iter().map(|program| format!("{program}: {error:#}")));
@@ -62,11 +114,20 @@ pub(crate) fn ensure(needs: &Needs<'_>) -> Result<()> {
     {
         missing.push(format!("Rust target {}: {error:#}", rust::BARE_METAL));
     }
+    if needs.musl
+        && let Err(error) = rust::ensure_musl()
+    {
+        missing.push(format!("Rust target {}: {error:#}", rust::MUSL));
+    }
     let manifest = Manifest::load()?;
     for name in needs.packages {
         if let Err(error) = manifest.ensure(name) {
-            let instead = if *name == BUSYBOX { "--host-initrd" } else { "--host-kernel" };
-            missing.push(format!("{name} for arm64 (or give {instead} to run): {error:#}"));
+            let instead = match *name {
+                BUSYBOX => " (or give --host-initrd to run)",
+                DEFAULT_KERNEL => " (or give --host-kernel to run)",
+                _ => "",
+            };
+            missing.push(format!("{name} for arm64{instead}: {error:#}"));
         }
     }
     if !missing.is_empty() {
@@ -78,7 +139,13 @@ pub(crate) fn ensure(needs: &Needs<'_>) -> Result<()> {
 /// `cargo xtask setup`: everything that the commands use, with the checksums of what is in the cache checked again.
 pub(crate) fn setup() -> Result<()> {
     Manifest::load()?.verify_cache()?;
-    ensure(&Needs { qemu: true, gdb: true, bare_metal: true, packages: &[DEFAULT_KERNEL, BUSYBOX] })?;
+    ensure(&Needs {
+        qemu: true,
+        gdb: true,
+        bare_metal: true,
+        packages: &[DEFAULT_KERNEL, BUSYBOX],
+        ..Needs::default()
+    })?;
     if let Some((major, minor)) = qemu_version() {
         println!("QEMU {major}.{minor}, gdb, the Rust target, host kernel and busybox are there.");
     }

@@ -1,17 +1,19 @@
-//! Files that come out of Debian packages: host kernels and busybox, pinned in `qemu/machines/packages/debian.toml`.
+//! What comes out of Debian packages, pinned in `qemu/machines/packages/debian.toml`: single files such as kernels, and trees
+//! such as the headers that kernel modules are built with.
 
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use super::apt::{self, Candidate, PrivateApt};
-use crate::workspace;
+use crate::{process, workspace};
 
 /// The pinned packages by the names that this program has for them.
 #[derive(Deserialize)]
@@ -20,22 +22,39 @@ pub(crate) struct Manifest {
     packages: BTreeMap<String, Pin>,
 }
 
-/// One file of one version of one package.
+/// One version of one package, and what is wanted of it: one file, or a tree.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct Pin {
     package: String,
     version: String,
+    #[serde(default = "arm64")]
+    architecture: String,
     /// SHA-256 of the package file.
     package_sha256: String,
     /// The file in the package.
-    member: String,
+    member: Option<String>,
     /// SHA-256 of that file.
-    sha256: String,
+    sha256: Option<String>,
+    /// Directory in the cache that the package is unpacked into. Several packages may share it.
+    tree: Option<String>,
+    /// What is unpacked there; everything if this is empty. Kernel modules are decompressed.
+    #[serde(default)]
+    members: Vec<String>,
     /// Suites to look in.
     suites: Vec<String>,
     /// Beginning and end of the names of packages that may stand in when the pinned one has gone.
     successors: [String; 2],
+}
+
+fn arm64() -> String {
+    "arm64".into()
+}
+
+/// What is wanted of a package.
+enum Contents<'a> {
+    File { member: &'a str, sha256: &'a str },
+    Tree { dir: &'a str },
 }
 
 impl Manifest {
@@ -43,48 +62,128 @@ impl Manifest {
     pub(crate) fn load() -> Result<Self> {
         let path = workspace::root().join("qemu/machines/packages/debian.toml");
         let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        toml::from_str(&text).with_context(|| path.display().to_string())
+        let manifest: Self = toml::from_str(&text).with_context(|| path.display().to_string())?;
+        for (name, pin) in &manifest.packages {
+            pin.contents().with_context(|| name.clone())?;
+        }
+        Ok(manifest)
     }
 
-    /// The file of that name, downloaded if it is not in the cache.
+    /// The file or the tree of that name, downloaded if it is not in the cache.
     pub(crate) fn ensure(&self, name: &str) -> Result<PathBuf> {
         let pin = self.packages.get(name).with_context(|| format!("the manifest has no {name}"))?;
         let cache = workspace::cache_dir()?;
         // Two of these programs may run at the same time.
         let lock = File::create(cache.join("lock"))?;
         lock.lock().context("cannot lock the cache")?;
-        let path = pin.path(&cache);
-        if path.is_file() {
+        let path = pin.path(&cache)?;
+        let (pinned, substituted) = match pin.contents()? {
+            Contents::File { .. } => (path.is_file(), None),
+            Contents::Tree { .. } => (pin.stamp(&path, &pin.package, &pin.version).is_file(), Some(path.clone())),
+        };
+        if pinned {
             return Ok(path);
         }
-        let note = pin.substitute_note(&cache);
-        if let Ok(substitute) = fs::read_to_string(&note) {
-            let substitute = cache.join(substitute);
-            if substitute.is_file() {
-                eprintln!("warning: {name} is {}, not the pinned {}", substitute.display(), pin.package);
-                return Ok(substitute);
+        if let Ok(substitute) = fs::read_to_string(pin.substitute_note(&cache)) {
+            let there = cache.join(&substitute);
+            if there.is_file() {
+                eprintln!("warning: {name} is {}, not the pinned {}", there.display(), pin.package);
+                return Ok(substituted.unwrap_or(there));
             }
         }
-        fetch(name, pin, &cache)
+        self.fetch(name, pin, &cache)
+    }
+
+    /// The pinned version of a package.
+    pub(crate) fn version(&self, name: &str) -> Result<&str> {
+        Ok(&self.packages.get(name).with_context(|| format!("the manifest has no {name}"))?.version)
     }
 
     /// Removes files of the cache that do not have their pinned checksum.
     pub(crate) fn verify_cache(&self) -> Result<()> {
         let cache = workspace::cache_dir()?;
         for (name, pin) in &self.packages {
-            let path = pin.path(&cache);
-            if path.is_file() && sha256(&path)? != pin.sha256 {
+            let path = pin.path(&cache)?;
+            if let Contents::File { sha256: sum, .. } = pin.contents()?
+                && path.is_file()
+                && sha256(&path)? != sum
+            {
                 eprintln!("warning: {name} in the cache is damaged; removing {}", path.display());
                 fs::remove_file(&path)?;
             }
         }
         Ok(())
     }
+
+    fn fetch(&self, name: &str, pin: &Pin, cache: &Path) -> Result<PathBuf> {
+        let apt = PrivateApt::new(&pin.suites, &pin.architecture)?;
+        let pinned = apt.candidates(&pin.package)?.into_iter().find(|candidate| candidate.version == pin.version);
+        let (package, candidate) = match pinned {
+            Some(candidate) => (pin.package.clone(), candidate),
+            None => newest(&apt, pin)?,
+        };
+        let is_pinned = package == pin.package && candidate.version == pin.version;
+        if !is_pinned {
+            eprintln!(
+                "WARNING: {} {} is not in {} as this machine sees them.",
+                pin.package,
+                pin.version,
+                pin.suites.join(", ")
+            );
+            eprintln!(
+                "WARNING: taking {package} {} for {name}, on the word of apt's signatures alone.",
+                candidate.version
+            );
+        }
+
+        let staging = cache.join("staging");
+        let _ = fs::remove_dir_all(&staging);
+        let file = apt.download(&package, &candidate, &staging)?;
+        let expected = if is_pinned { &pin.package_sha256 } else { &candidate.sha256 };
+        let found = sha256(&file)?;
+        ensure!(&found == expected, "{package}: SHA-256 is {found}, not {expected}");
+
+        // A package that several names want is downloaded once.
+        for (other, wanted) in self.packages.iter().filter(|(other, wanted)| *other == name || wanted.same_package(pin))
+        {
+            place(wanted, &file, &package, &candidate.version, cache).with_context(|| other.clone())?;
+        }
+        fs::remove_dir_all(&staging)?;
+        println!("{name}: {package} {}", candidate.version);
+        match pin.contents()? {
+            Contents::File { member, .. } => Ok(cached(cache, &package, &candidate.version, member)),
+            Contents::Tree { .. } => pin.path(cache),
+        }
+    }
 }
 
 impl Pin {
-    fn path(&self, cache: &Path) -> PathBuf {
-        cached(cache, &self.package, &self.version, &self.member)
+    fn contents(&self) -> Result<Contents<'_>> {
+        match (&self.member, &self.sha256, &self.tree) {
+            (Some(member), Some(sha256), None) if self.members.is_empty() => Ok(Contents::File { member, sha256 }),
+            (None, None, Some(dir)) => Ok(Contents::Tree { dir }),
+            _ => bail!("a package needs either member and sha256, or tree"),
+        }
+    }
+
+    /// The file, or the directory of the tree.
+    fn path(&self, cache: &Path) -> Result<PathBuf> {
+        Ok(match self.contents()? {
+            Contents::File { member, .. } => cached(cache, &self.package, &self.version, member),
+            Contents::Tree { dir } => cache.join(dir),
+        })
+    }
+
+    /// File that says that a package is in a tree, with these members.
+    fn stamp(&self, tree: &Path, package: &str, version: &str) -> PathBuf {
+        let members: Vec<_> =
+            Sha256::digest(self.members.join(" ")).iter().take(4).map(|b| format!("{b:02x}")).collect();
+        tree.join(format!(".{}-{}", directory(package, version), members.concat()))
+    }
+
+    fn same_package(&self, other: &Self) -> bool {
+        let key = |pin: &Self| (pin.package.clone(), pin.version.clone(), pin.architecture.clone());
+        key(self) == key(other)
     }
 
     /// File that says what stands in for this package.
@@ -102,46 +201,46 @@ fn cached(cache: &Path, package: &str, version: &str, member: &str) -> PathBuf {
     cache.join(directory(package, version)).join(file)
 }
 
-fn fetch(name: &str, pin: &Pin, cache: &Path) -> Result<PathBuf> {
-    let apt = PrivateApt::new(&pin.suites)?;
-    let pinned = apt.candidates(&pin.package)?.into_iter().find(|candidate| candidate.version == pin.version);
-    let (package, candidate) = match pinned {
-        Some(candidate) => (pin.package.clone(), candidate),
-        None => newest(&apt, pin)?,
+/// Takes what is wanted out of a package file.
+fn place(pin: &Pin, file: &Path, package: &str, version: &str, cache: &Path) -> Result<()> {
+    let is_pinned = package == pin.package && version == pin.version;
+    let evidence = match pin.contents()? {
+        Contents::File { member, sha256: sum } => {
+            let path = cached(cache, package, version, member);
+            let staged = file.with_extension("member");
+            apt::extract(file, member, &staged)?;
+            if is_pinned {
+                let found = sha256(&staged)?;
+                ensure!(found == sum, "{member}: SHA-256 is {found}, not {sum}");
+            }
+            fs::create_dir_all(path.parent().context("the cache has a root")?)?;
+            fs::rename(&staged, &path)?;
+            path
+        }
+        Contents::Tree { dir } => {
+            let tree = cache.join(dir);
+            fs::create_dir_all(&tree)?;
+            apt::unpack(file, &pin.members, &tree)?;
+            decompress_modules(&tree)?;
+            let stamp = pin.stamp(&tree, package, version);
+            fs::write(&stamp, "")?;
+            stamp
+        }
     };
-    let is_pinned = package == pin.package && candidate.version == pin.version;
     if !is_pinned {
-        eprintln!(
-            "WARNING: {} {} is not in {} as this machine sees them.",
-            pin.package,
-            pin.version,
-            pin.suites.join(", ")
-        );
-        eprintln!("WARNING: taking {package} {} for {name}, on the word of apt's signatures alone.", candidate.version);
+        fs::write(pin.substitute_note(cache), evidence.strip_prefix(cache)?.display().to_string())?;
     }
+    Ok(())
+}
 
-    let staging = cache.join("staging");
-    let _ = fs::remove_dir_all(&staging);
-    let file = apt.download(&package, &candidate, &staging)?;
-    let expected = if is_pinned { &pin.package_sha256 } else { &candidate.sha256 };
-    let found = sha256(&file)?;
-    ensure!(&found == expected, "{package}: SHA-256 is {found}, not {expected}");
-
-    let path = cached(cache, &package, &candidate.version, &pin.member);
-    let staged = staging.join("member");
-    apt::extract(&file, &pin.member, &staged)?;
-    if is_pinned {
-        let found = sha256(&staged)?;
-        ensure!(found == pin.sha256, "{}: SHA-256 is {found}, not {}", pin.member, pin.sha256);
+/// Busybox cannot load compressed modules.
+fn decompress_modules(tree: &Path) -> Result<()> {
+    let compressed: Vec<_> =
+        workspace::files_below(tree)?.into_iter().filter(|path| path.to_string_lossy().ends_with(".ko.xz")).collect();
+    if compressed.is_empty() {
+        return Ok(());
     }
-    fs::create_dir_all(path.parent().context("the cache has a root")?)?;
-    fs::rename(&staged, &path)?;
-    if !is_pinned {
-        fs::write(pin.substitute_note(cache), path.strip_prefix(cache)?.display().to_string())?;
-    }
-    fs::remove_dir_all(&staging)?;
-    println!("{name}: {package} {}", candidate.version);
-    Ok(path)
+    process::run(Command::new("xz").args(["--decompress", "--force"]).args(compressed))
 }
 
 /// The newest version of the newest package that may stand in for a pinned one.
@@ -193,7 +292,7 @@ mod tests {
             assert!(manifest.packages.contains_key(name), "{name}");
         }
         for (name, pin) in &manifest.packages {
-            for sum in [&pin.package_sha256, &pin.sha256] {
+            for sum in [Some(&pin.package_sha256), pin.sha256.as_ref()].into_iter().flatten() {
                 assert!(sum.len() == 64 && sum.chars().all(|c| c.is_ascii_hexdigit()), "{name}: {sum}");
             }
             let [prefix, suffix] = &pin.successors;

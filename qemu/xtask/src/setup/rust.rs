@@ -13,17 +13,30 @@ use crate::{process, workspace};
 /// The target of the hypervisor and of the EL1 payloads.
 pub(crate) const BARE_METAL: &str = "aarch64-unknown-none-softfloat";
 
+/// The target of programs that run on the host: static, so that the initramfs needs no library.
+pub(crate) const MUSL: &str = "aarch64-unknown-linux-musl";
+
 /// Suite that has the source of recent compilers.
 const SOURCE_SUITE: &str = "trixie-backports";
 
+/// Makes sure that programs of the host can be built.
+pub(crate) fn ensure_musl() -> Result<()> {
+    if !installed(MUSL)? {
+        println!("Adding the Rust target {MUSL}");
+        process::run(Command::new("rustup").args(["target", "add", MUSL]))?;
+        ensure!(installed(MUSL)?, "rustup added it to another toolchain");
+    }
+    Ok(())
+}
+
 /// Makes sure that code can be built for the target.
 pub(crate) fn ensure() -> Result<()> {
-    if installed()? || source_dir()?.is_dir() {
+    if installed(BARE_METAL)? || source_dir()?.is_dir() {
         return Ok(());
     }
     println!("Adding the Rust target {BARE_METAL}");
     let added = process::run(Command::new("rustup").args(["target", "add", BARE_METAL]));
-    if added.is_ok() && installed()? {
+    if added.is_ok() && installed(BARE_METAL)? {
         return Ok(());
     }
     eprintln!("warning: rustup cannot add it; building it from Debian's source of the compiler instead");
@@ -34,7 +47,7 @@ pub(crate) fn ensure() -> Result<()> {
 pub(crate) fn cargo(subcommand: &str) -> Result<Command> {
     let mut command = process::cargo();
     command.arg(subcommand);
-    if !installed()? {
+    if !installed(BARE_METAL)? {
         // Only nightly compilers have the option officially; the library is that of this very compiler.
         command.env("RUSTC_BOOTSTRAP", "1").env("__CARGO_TESTS_ONLY_SRC_ROOT", source_dir()?);
         command.arg("-Zbuild-std=core,alloc,compiler_builtins");
@@ -45,9 +58,9 @@ pub(crate) fn cargo(subcommand: &str) -> Result<Command> {
     Ok(command)
 }
 
-/// Whether the compiler has the target's `core`.
-fn installed() -> Result<bool> {
-    let dir = process::output(rustc().args(["--print", "target-libdir", "--target", BARE_METAL]))?;
+/// Whether the compiler has a target's `core`.
+fn installed(target: &str) -> Result<bool> {
+    let dir = process::output(rustc().args(["--print", "target-libdir", "--target", target]))?;
     let Ok(files) = fs::read_dir(dir.trim()) else { return Ok(false) };
     Ok(files.flatten().any(|file| file.file_name().to_string_lossy().starts_with("libcore-")))
 }
@@ -74,7 +87,7 @@ fn source_dir() -> Result<PathBuf> {
 
 fn fetch_source() -> Result<()> {
     let version = version()?;
-    let apt = PrivateApt::new(&[SOURCE_SUITE.into()])?;
+    let apt = PrivateApt::new(&[SOURCE_SUITE.into()], "amd64")?;
     let same = |candidate: &super::apt::Candidate| candidate.version.starts_with(&format!("{version}+"));
     let candidate = apt.candidates("rust-src")?.into_iter().find(same);
     let candidate = candidate.with_context(|| format!("{SOURCE_SUITE} has no rust-src {version}"))?;

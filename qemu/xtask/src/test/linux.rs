@@ -186,7 +186,7 @@ const USUAL: Config = Config::new("cortex-a76", 2, "1G");
 
 /// Runs the suite.
 pub(super) fn run(full: bool, report: &mut Report) -> Result<()> {
-    setup::ensure(&Needs { qemu: true, bare_metal: true, gdb: false, packages: &[DEFAULT_KERNEL, BUSYBOX] })?;
+    setup::ensure(&Needs { qemu: true, bare_metal: true, packages: &[DEFAULT_KERNEL, BUSYBOX], ..Needs::default() })?;
     let probe = fs::read(build_probe()?)?;
     let mut suite = Suite { probe, without: Vec::new() };
     let mut rows = Vec::new();
