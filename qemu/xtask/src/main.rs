@@ -11,6 +11,7 @@ mod guest_kernel;
 mod image;
 mod initramfs;
 mod machine;
+mod module;
 mod placement;
 mod process;
 mod qemu;
@@ -51,6 +52,8 @@ enum Command {
     Run(Box<run::Options>),
     /// Build the guest kernel with the mainline pKVM driver; the result is kept, and `run` and `demo` offer it
     GuestKernel,
+    /// Build the kernel module that gives a Linux host its /dev/kvm
+    Module(module::Options),
     /// Run the tests
     Test(test::Options),
     /// Boot as `run` does, stopped before the first instruction, under gdb
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
             println!("{}", image.display());
             ExitCode::SUCCESS
         }),
+        Command::Module(options) => module::module(&options),
         Command::Run(options) => run::run(&options),
         Command::Test(options) => test::test(&options),
         Command::Gdb(options) => gdb::gdb(&options),
