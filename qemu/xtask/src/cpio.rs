@@ -1,25 +1,40 @@
 //! Writes cpio archives in the "newc" format, which the kernel unpacks as its initramfs
 //! (Linux, `Documentation/driver-api/early-userspace/buffer-format.rst`).
 
+use std::collections::BTreeSet;
+
 const DIRECTORY: u32 = 0o040_000;
 const REGULAR: u32 = 0o100_000;
 const CHARACTER: u32 = 0o020_000;
 
-/// An archive under construction. Paths are relative, without a leading slash; parents come before children.
+/// An archive under construction. Paths are relative, without a leading slash.
 #[derive(Default)]
 pub(crate) struct Archive {
     bytes: Vec<u8>,
     entries: u32,
+    directories: BTreeSet<String>,
 }
 
 impl Archive {
-    /// Adds an empty directory.
+    /// Adds a directory, and those that it lies in.
     pub(crate) fn directory(&mut self, path: &str) {
+        if !self.directories.insert(path.to_owned()) {
+            return;
+        }
+        self.parents(path);
         self.entry(path, DIRECTORY | 0o755, (0, 0), &[]);
+    }
+
+    /// The kernel makes no directories by itself.
+    fn parents(&mut self, path: &str) {
+        if let Some((parent, _)) = path.rsplit_once('/') {
+            self.directory(parent);
+        }
     }
 
     /// Adds a file with its permission bits.
     pub(crate) fn file(&mut self, path: &str, permissions: u32, contents: &[u8]) {
+        self.parents(path);
         self.entry(path, REGULAR | permissions, (0, 0), contents);
     }
 
@@ -74,6 +89,18 @@ mod tests {
         assert_eq!(&bytes[124..130], b"070701");
         assert!(bytes.len().is_multiple_of(4));
         assert!(bytes.windows(10).any(|window| window == b"TRAILER!!!"));
+    }
+
+    #[test]
+    fn directories_come_once_and_before_what_is_in_them() {
+        let mut archive = Archive::default();
+        archive.file("a/b/c", 0o644, b"");
+        archive.directory("a/b");
+        archive.file("a/b/d", 0o644, b"");
+        let bytes = archive.finish();
+        let names: Vec<_> = bytes.split(|&byte| byte == 0).filter(|part| part.starts_with(b"070701")).collect();
+        let names: Vec<_> = names.iter().map(|entry| String::from_utf8_lossy(&entry[110..])).collect();
+        assert_eq!(names, ["a", "a/b", "a/b/c", "a/b/d", "TRAILER!!!"]);
     }
 
     #[test]

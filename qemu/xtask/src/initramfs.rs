@@ -20,7 +20,7 @@ pub(crate) enum Task<'a> {
 /// A file that is added to the root file system.
 #[derive(Clone, Debug)]
 pub(crate) struct ExtraFile {
-    /// Path below the root, without a leading slash. Its directory must be one of `bin`, `tmp` and `root`.
+    /// Path below the root, without a leading slash.
     pub(crate) path: String,
     /// Contents; the file is executable.
     pub(crate) contents: Vec<u8>,
@@ -35,6 +35,7 @@ mount -t tmpfs tmpfs /tmp
 hostname ravelin
 export HOME=/root PATH=/bin:/sbin:/usr/bin:/usr/sbin
 cd /root
+[ -e /lib/ravelin/start ] && sh /lib/ravelin/start
 ";
 
 /// Builds the archive. `terminal` has the rows and columns of the user's terminal, and its type.
@@ -51,8 +52,9 @@ pub(crate) fn build(
     archive.character_device("dev/console", 5, 1);
     archive.file("bin/busybox", 0o755, busybox);
     for file in extra {
-        let known = ["bin/", "tmp/", "root/"].iter().any(|dir| file.path.starts_with(dir));
-        ensure!(known && file.path.matches('/').count() == 1, "{}: the initramfs has no such directory", file.path);
+        // What is mounted there would hide it.
+        let hidden = ["dev/", "proc/", "sys/", "tmp/", "/"].iter().any(|dir| file.path.starts_with(dir));
+        ensure!(!hidden, "{}: not a place for a file of the initramfs", file.path);
         archive.file(&file.path, 0o755, &file.contents);
     }
     let mut init = String::from(PRELUDE);
@@ -105,10 +107,12 @@ mod tests {
     }
 
     #[test]
-    fn extra_files_go_into_known_directories_only() {
+    fn extra_files_stay_visible() {
         let file = |path: &str| ExtraFile { path: path.into(), contents: b"probe".to_vec() };
-        assert!(build(b"", &Task::Shell, None, &[file("bin/probe")]).is_ok());
-        for path in ["probe", "/bin/probe", "etc/probe", "bin/a/b"] {
+        for path in ["bin/probe", "lib/a/b", "root/x"] {
+            assert!(build(b"", &Task::Shell, None, &[file(path)]).is_ok(), "{path}");
+        }
+        for path in ["/bin/probe", "tmp/a", "dev/x", "proc/1"] {
             assert!(build(b"", &Task::Shell, None, &[file(path)]).is_err(), "{path}");
         }
     }

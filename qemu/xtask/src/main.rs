@@ -8,6 +8,7 @@ mod console;
 mod cpio;
 mod gdb;
 mod guest_kernel;
+mod guests;
 mod image;
 mod initramfs;
 mod machine;

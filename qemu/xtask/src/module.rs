@@ -55,6 +55,14 @@ impl Kernel {
         }
     }
 
+    /// The name of the drivers that the host loads, in the manifest.
+    pub(crate) const fn drivers(self) -> &'static str {
+        match self {
+            Self::Linux => "linux-modules",
+            Self::LinuxNew => "linux-new-modules",
+        }
+    }
+
     /// What the module is built with, in the manifest. All but the library lie in one tree.
     pub(crate) const fn packages(self) -> &'static [&'static str] {
         match self {

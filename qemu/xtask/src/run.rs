@@ -10,12 +10,14 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 
 use crate::console::{Filter, Symbolize};
+use crate::guests;
 use crate::image::{self, Variant};
 use crate::initramfs::{self, ExtraFile, Task, Terminal};
 use crate::machine::Machine;
+use crate::module::Kernel;
 use crate::qemu::{self, Boot, Outcome, Scratch};
 use crate::setup::packages::Manifest;
-use crate::setup::{self, BUSYBOX, DEFAULT_KERNEL, Needs};
+use crate::setup::{self, BUSYBOX, Needs};
 use crate::symbols::Symbols;
 
 /// Exit status after a timeout, as timeout(1) has it.
@@ -42,7 +44,10 @@ pub(crate) struct Options {
     /// Size of RAM, such as 512M or 8G
     #[arg(long, value_name = "SIZE")]
     pub(crate) memory: Option<String>,
-    /// Linux Image to boot as the host, in place of Debian's
+    /// Kernel of Debian to boot as the host
+    #[arg(long, value_name = "NAME", default_value = "linux", conflicts_with_all = ["host_kernel", "host_image"])]
+    pub(crate) kernel: Kernel,
+    /// Linux Image to boot as the host, in place of Debian's; it gets no kernel module
     #[arg(long, value_name = "FILE")]
     pub(crate) host_kernel: Option<PathBuf>,
     /// initrd of the host, in place of a busybox with a shell
@@ -78,6 +83,12 @@ pub(crate) struct Options {
     /// Let what runs use semihosting, which reaches this machine's files
     #[arg(long)]
     pub(crate) semihosting: bool,
+    /// Leave the kernel module, the VMM and the guests out of the host's initramfs
+    #[arg(long)]
+    pub(crate) bare: bool,
+    /// Whether the host gets the kernel module, the VMM and guests.
+    #[arg(skip)]
+    pub(crate) guests: bool,
     /// Files that tests add to the initramfs.
     #[arg(skip)]
     pub(crate) extra_files: Vec<ExtraFile>,
@@ -117,7 +128,7 @@ impl Ready {
         let linux = options.host_image.is_none();
         let mut packages = Vec::new();
         if linux && options.host_kernel.is_none() {
-            packages.push(DEFAULT_KERNEL);
+            packages.push(options.kernel.name());
         }
         if linux && options.host_initrd.is_none() {
             packages.push(BUSYBOX);
@@ -134,7 +145,7 @@ impl Ready {
         let (kernel, address) = match (&options.host_image, &options.host_kernel) {
             (Some(image), _) => parse_host_image(image)?,
             (None, Some(kernel)) => (kernel.clone(), None),
-            (None, None) => (Manifest::load()?.ensure(DEFAULT_KERNEL)?, None),
+            (None, None) => (Manifest::load()?.ensure(options.kernel.name())?, None),
         };
         let initrd = match &options.host_initrd {
             Some(initrd) => Some(initrd.clone()),
@@ -148,7 +159,9 @@ impl Ready {
                     }
                     None => Task::Shell,
                 };
-                let archive = initramfs::build(&busybox, &task, terminal().as_ref(), &options.extra_files)?;
+                let mut files = if options.guests { guests::host_files(options.kernel)? } else { Vec::new() };
+                files.extend_from_slice(&options.extra_files);
+                let archive = initramfs::build(&busybox, &task, terminal().as_ref(), &files)?;
                 Some(scratch.file("initramfs.cpio", &archive)?)
             }
             None => None,
@@ -197,6 +210,8 @@ impl Ready {
 
 /// `cargo xtask run`.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    let own_host = options.host_kernel.is_some() || options.host_initrd.is_some() || options.host_image.is_some();
+    let options = &Options { guests: !options.bare && !own_host, ..options.clone() };
     let ready = Ready::new(options)?;
     let timeout = options.timeout.map(Duration::from_secs);
     let mut stdout = std::io::stdout().lock();

@@ -500,7 +500,16 @@ fn build_probe() -> Result<PathBuf> {
 /// `cargo xtask run --exec` as a user calls it.
 fn exit_status(command: &str, expected: i32) -> Result<()> {
     let mut xtask = Command::new(std::env::current_exe()?);
-    xtask.current_dir(workspace::root()).args(["run", "--append", "quiet", "--timeout", "300", "--exec", command]);
+    xtask.current_dir(workspace::root()).args([
+        "run",
+        "--bare",
+        "--append",
+        "quiet",
+        "--timeout",
+        "300",
+        "--exec",
+        command,
+    ]);
     let output = xtask.output().context("cannot start xtask")?;
     let status = output.status.code();
     let (console, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
