@@ -7,6 +7,7 @@
 
 #include <linux/hrtimer.h>
 #include <linux/sched.h>
+#include <linux/slab.h>
 #include <linux/version.h>
 
 #include <asm/neon.h>
@@ -36,5 +37,9 @@ static inline void rv_leave_streaming_mode(void)
 	kernel_neon_end(&state);
 #endif
 }
+
+#ifndef kzalloc_obj
+#define kzalloc_obj(obj, gfp) kzalloc(sizeof(obj), gfp)
+#endif
 
 #endif /* RV_COMPAT_H */

@@ -158,9 +158,12 @@ static int __init rv_init(void)
 	ret = rv_gmem_init();
 	if (ret)
 		return ret;
-	ret = rv_setup_ppis();
+	ret = rv_irq_setup();
 	if (ret)
 		goto exit_gmem;
+	ret = rv_setup_ppis();
+	if (ret)
+		goto exit_irq;
 	/*
 	 * The last step, for from here on VMs can be made. EBUSY if Linux's own KVM works here.
 	 */
@@ -171,6 +174,8 @@ static int __init rv_init(void)
 
 remove_ppis:
 	rv_remove_ppis();
+exit_irq:
+	rv_irq_exit();
 exit_gmem:
 	rv_gmem_exit();
 	return ret;
@@ -180,6 +185,7 @@ static void __exit rv_exit(void)
 {
 	misc_deregister(&rv_dev);
 	rv_remove_ppis();
+	rv_irq_exit();
 	rv_gmem_exit();
 }
 

@@ -10,12 +10,11 @@
  *   the gmem's lock     states of its pages
  *   rv_slot.map_lock    what an ordinary VM has of a process's memory
  *   hypercalls
- * rv_vm.irq_lock is a raw spinlock and stands alone.
+ * rv_irqs.mutex is taken inside vm->lock, and rv_irqs.lock, a raw spinlock, stands alone.
  */
 #ifndef RAVELIN_KVM_H
 #define RAVELIN_KVM_H
 
-#include <linux/bitmap.h>
 #include <linux/hrtimer.h>
 #include <linux/kref.h>
 #include <linux/list.h>
@@ -26,20 +25,16 @@
 #include <linux/rcuwait.h>
 #include <linux/rwsem.h>
 #include <linux/spinlock.h>
-#include <linux/srcu.h>
 #include <linux/types.h>
-#include <linux/workqueue.h>
 #include <linux/xarray.h>
 
 #include "compat.h"
 #include "hyp.h"
+#include "irq.h"
 #include "uapi_compat.h"
 
 #define RV_MAX_SLOTS	512
-#define RV_FIRST_SPI	32
-#define RV_NR_SPIS	256
 #define RV_BLOCK_PAGES	512		/* of a 2 MiB block of stage 2 */
-#define RV_NO_ADDRESS	(~0ULL)
 
 struct rv_gmem;
 
@@ -77,17 +72,8 @@ struct rv_slot {
 	unsigned long *blocks;
 };
 
-/* vgic.c */
-struct rv_vgic {
-	bool created;
-	bool initialized;
-	u32 nr_irqs;
-	u64 dist;		/* RV_NO_ADDRESS until it is set */
-	u64 redist;
-};
-
 struct rv_vm {
-	struct kref refs;	/* the VM's fd, those of vCPUs, guest_memfds and devices, irqfds */
+	struct kref refs;	/* the VM's fd, those of vCPUs, guest_memfds and devices */
 	struct mm_struct *mm;
 	enum rv_kind kind;
 	u8 ipa_bits;		/* those of a realm include the one that marks shared memory */
@@ -110,19 +96,7 @@ struct rv_vm {
 	bool created;			/* the hypervisor knows handle */
 
 	struct rv_vgic vgic;
-
-	/* irq.c */
-	raw_spinlock_t irq_lock;
-	DECLARE_BITMAP(spi_level, RV_NR_SPIS);
-	DECLARE_BITMAP(spi_deferred, RV_NR_SPIS);
-	struct work_struct spi_work;
-	void *irq_routing;
-	/* irqfd.c, ioeventfd.c */
-	struct srcu_struct irq_srcu;
-	struct mutex irqfds_lock;
-	struct list_head irqfds;
-	struct mutex ioeventfds_lock;
-	struct list_head ioeventfds;
+	struct rv_irqs irqs;
 };
 
 /* What KVM_RUN does first, because userspace owes an answer to the last exit. */
@@ -268,33 +242,5 @@ void rv_gmem_shared(struct rv_slot *slot, u64 gfn, u64 pages);
 void rv_gmem_relinquished(struct rv_slot *slot, u64 gfn, u64 pages);
 /* After the teardown of the VM: all pages of the slot are the host's. slots_lock is held. */
 void rv_gmem_reclaim(struct rv_slot *slot);
-
-/* vgic.c */
-int rv_vgic_create(struct rv_vm *vm, struct kvm_create_device *args);
-/*
- * Where the guest finds it. If no vGIC was made, the top of the address space. vm->lock is held,
- * at finalize.
- */
-int rv_vgic_addresses(struct rv_vm *vm, u64 *dist, u64 *redist);
-void rv_vgic_init(struct rv_vm *vm);
-/* The VM is live: raises the interrupts that were raised before. */
-void rv_vgic_replay(struct rv_vm *vm);
-
-/* irq.c */
-int rv_irq_init(struct rv_vm *vm);
-/* The VM's fd is closed: irqfds go, which hold references to the VM. */
-void rv_irq_close(struct rv_vm *vm);
-void rv_irq_release(struct rv_vm *vm);
-int rv_irq_line(struct rv_vm *vm, struct kvm_irq_level *level);
-int rv_signal_msi(struct rv_vm *vm, const struct kvm_msi *msi);
-int rv_set_gsi_routing(struct rv_vm *vm, const struct kvm_irq_routing __user *routing);
-/* Any context. Sets the level of an SPI, and wakes who has to know. */
-int rv_spi(struct rv_vm *vm, u32 intid, bool level);
-
-/* irqfd.c, ioeventfd.c */
-int rv_irqfd(struct rv_vm *vm, const struct kvm_irqfd *args);
-int rv_ioeventfd(struct rv_vm *vm, const struct kvm_ioeventfd *args);
-/* A store to @gpa: true if an eventfd took it. */
-bool rv_ioeventfd_signal(struct rv_vm *vm, u64 gpa, u32 len, u64 value);
 
 #endif /* RAVELIN_KVM_H */
