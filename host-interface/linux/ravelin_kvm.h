@@ -62,6 +62,7 @@ struct rv_slot {
 	/* gmem.c */
 	struct rv_gmem *gmem;
 	pgoff_t gmem_index;
+	struct list_head gmem_link;
 
 	/*
 	 * anon.c: a bit for each page, and for each aligned 2 MiB that were mapped as one block
@@ -153,6 +154,7 @@ long __rv_vm_hyp(struct rv_vm *vm, u32 fn, struct rv_result *result,
 int rv_vm_create(unsigned long type);
 struct rv_vm *rv_vm_get(struct rv_vm *vm);
 void rv_vm_put(struct rv_vm *vm);
+int rv_vm_donate_tables(struct rv_vm *vm, u64 pages);
 /* Makes the VM at EL2, if it is not there. Called by the first KVM_RUN. */
 int rv_vm_finalize(struct rv_vm *vm);
 /* Takes a live ordinary VM from EL2, so that KVM_RUN makes it anew. */

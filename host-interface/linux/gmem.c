@@ -1,0 +1,465 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * guest_memfd: the file, and what processes do with it.
+ *
+ * A file belongs to the VM that it was made for, for ever, and is one struct file with an inode
+ * of its own: its release is the end of both, and of all mappings.
+ */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
+#include <linux/fs.h>
+#include <linux/falloc.h>
+#include <linux/file.h>
+#include <linux/fs_context.h>
+#include <linux/module.h>
+#include <linux/mount.h>
+#include <linux/pagemap.h>
+#include <linux/pseudo_fs.h>
+#include <linux/sched/signal.h>
+#include <linux/splice.h>
+#include <linux/uio.h>
+
+#include "gmem.h"
+#include "ravelin_kvm.h"
+
+#define RV_GMEM_MAGIC 0x52764c6e
+#define RV_GMEM_FLAGS (GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED)
+
+static struct vfsmount *rv_gmem_mount;
+
+/* Makes the page at @index one that the host may touch. NULL for a hole, if @hole is fine. */
+static struct page *rv_gmem_make_usable(struct rv_gmem *gmem, pgoff_t index, bool hole)
+{
+	struct page *page = xa_load(&gmem->pages, index);
+	int err;
+
+	if (page && gmem->vm->kind != RV_ORDINARY &&
+	    xa_get_mark(&gmem->pages, index, RV_GMEM_GIVEN)) {
+		err = xa_get_mark(&gmem->pages, index, RV_GMEM_CLAIMED) ?
+			      0 : rv_gmem_claim(gmem, index);
+		return err ? ERR_PTR(err) : page;
+	}
+	if (!gmem->open)
+		return ERR_PTR(-EFAULT);
+	if (!page) {
+		if (hole)
+			return NULL;
+		err = rv_gmem_alloc(gmem, index);
+		if (err)
+			return ERR_PTR(err);
+		page = xa_load(&gmem->pages, index);
+	}
+	xa_set_mark(&gmem->pages, index, RV_GMEM_TOUCHED);
+	return page;
+}
+
+/*
+ * Returns the page at @index for the host to touch, NULL for a hole if @hole is fine, or an errno.
+ * Holds the lock for reading in each case. Until it is dropped the guest does not get the page.
+ */
+static struct page *rv_gmem_lock_page(struct rv_gmem *gmem, pgoff_t index, bool hole)
+{
+	struct page *page;
+
+	down_read(&gmem->lock);
+	page = xa_load(&gmem->pages, index);
+	if (page && (xa_get_mark(&gmem->pages, index, RV_GMEM_TOUCHED) ||
+		     xa_get_mark(&gmem->pages, index, RV_GMEM_CLAIMED)))
+		return page;
+	up_read(&gmem->lock);
+
+	down_write(&gmem->lock);
+	page = rv_gmem_make_usable(gmem, index, hole);
+	downgrade_write(&gmem->lock);
+	return page;
+}
+
+/* The same with a reference in place of the lock. */
+static struct page *rv_gmem_get_page(struct rv_gmem *gmem, pgoff_t index, bool hole)
+{
+	struct page *page = rv_gmem_lock_page(gmem, index, hole);
+
+	if (!IS_ERR_OR_NULL(page))
+		get_page(page);
+	up_read(&gmem->lock);
+	return page;
+}
+
+static vm_fault_t rv_gmem_vm_fault(struct vm_fault *vmf)
+{
+	struct rv_gmem *gmem = vmf->vma->vm_file->private_data;
+	struct page *page;
+	int err;
+
+	if (vmf->pgoff >= gmem->nr)
+		return VM_FAULT_SIGBUS;
+	page = rv_gmem_lock_page(gmem, vmf->pgoff, false);
+	if (IS_ERR(page))
+		err = PTR_ERR(page);
+	else
+		err = vm_insert_page(vmf->vma, vmf->address & PAGE_MASK, page);
+	up_read(&gmem->lock);
+
+	/* EBUSY: another thread was faster. */
+	return err && err != -EBUSY ? vmf_error(err) : VM_FAULT_NOPAGE;
+}
+
+static const struct vm_operations_struct rv_gmem_vm_ops = {
+	.fault = rv_gmem_vm_fault,
+};
+
+static int rv_gmem_mmap(struct file *file, struct vm_area_struct *vma)
+{
+	struct rv_gmem *gmem = file->private_data;
+
+	if (!(gmem->flags & GUEST_MEMFD_FLAG_MMAP))
+		return -ENODEV;
+	if ((vma->vm_flags & (VM_SHARED | VM_MAYSHARE)) != (VM_SHARED | VM_MAYSHARE))
+		return -EINVAL;
+	vm_flags_set(vma, VM_MIXEDMAP | VM_DONTDUMP);
+	vma->vm_ops = &rv_gmem_vm_ops;
+	return 0;
+}
+
+/*
+ * Copies page by page, with a reference and without the lock, because the other side may be
+ * memory of the same file. Meanwhile the guest cannot have the page.
+ */
+static ssize_t rv_gmem_copy(struct kiocb *iocb, struct iov_iter *iter, bool write)
+{
+	struct rv_gmem *gmem = iocb->ki_filp->private_data;
+	loff_t size = (loff_t)gmem->nr << PAGE_SHIFT;
+	ssize_t done = 0;
+	int err = 0;
+
+	while (iov_iter_count(iter) && iocb->ki_pos < size) {
+		size_t offset = offset_in_page(iocb->ki_pos);
+		size_t bytes = min(PAGE_SIZE - offset, iov_iter_count(iter)), copied;
+		struct page *page;
+
+		if (fatal_signal_pending(current)) {
+			err = -EINTR;
+			break;
+		}
+		page = rv_gmem_get_page(gmem, iocb->ki_pos >> PAGE_SHIFT, !write);
+		if (IS_ERR(page)) {
+			err = PTR_ERR(page);
+			break;
+		}
+		if (!page)
+			copied = iov_iter_zero(bytes, iter);
+		else if (write)
+			copied = copy_page_from_iter(page, offset, bytes, iter);
+		else
+			copied = copy_page_to_iter(page, offset, bytes, iter);
+		if (page)
+			put_page(page);
+		done += copied;
+		iocb->ki_pos += copied;
+		if (copied < bytes) {
+			err = -EFAULT;
+			break;
+		}
+		cond_resched();
+	}
+	return done ?: err;
+}
+
+static ssize_t rv_gmem_read_iter(struct kiocb *iocb, struct iov_iter *to)
+{
+	return rv_gmem_copy(iocb, to, false);
+}
+
+static ssize_t rv_gmem_write_iter(struct kiocb *iocb, struct iov_iter *from)
+{
+	struct rv_gmem *gmem = iocb->ki_filp->private_data;
+	ssize_t bytes = generic_write_checks(iocb, from);
+
+	if (bytes <= 0)
+		return bytes;
+	/* The file does not grow. */
+	if (iocb->ki_pos >> PAGE_SHIFT >= gmem->nr)
+		return -ENOSPC;
+	return rv_gmem_copy(iocb, from, true);
+}
+
+/* Makes holes. Pages that a guest has are taken from it. */
+static int rv_gmem_punch(struct rv_gmem *gmem, pgoff_t first, pgoff_t last)
+{
+	unsigned long deadline = jiffies + RV_GMEM_PATIENCE;
+	struct rv_vm *vm = gmem->vm;
+	int err;
+
+	do {
+		down_read(&vm->slots_lock);
+		down_write(&gmem->lock);
+		err = rv_gmem_take_back(gmem, first, last);
+		if (!err) {
+			rv_gmem_unmap(gmem, first, last);
+			rv_gmem_free(gmem, first, last);
+		}
+		up_write(&gmem->lock);
+		up_read(&vm->slots_lock);
+	} while (err == -EAGAIN && rv_gmem_wait(deadline));
+	return err;
+}
+
+static int rv_gmem_punch_hole(struct rv_gmem *gmem, loff_t offset, loff_t len)
+{
+	pgoff_t index = offset >> PAGE_SHIFT;
+	pgoff_t end = min_t(pgoff_t, (offset + len) >> PAGE_SHIFT, gmem->nr);
+	int err = 0;
+
+	/* A block at a time, so that others get their turn. */
+	while (index < end && !err) {
+		pgoff_t next = min(end, round_down(index, RV_BLOCK_PAGES) + RV_BLOCK_PAGES);
+
+		err = fatal_signal_pending(current) ? -EINTR :
+						      rv_gmem_punch(gmem, index, next - 1);
+		index = next;
+		cond_resched();
+	}
+	return err;
+}
+
+static int rv_gmem_allocate(struct rv_gmem *gmem, loff_t offset, loff_t len)
+{
+	pgoff_t index = offset >> PAGE_SHIFT;
+	pgoff_t end = (offset + len) >> PAGE_SHIFT;
+	int err = 0;
+
+	if (end > gmem->nr)
+		return -EINVAL;
+	for (; index < end && !err; index++) {
+		if (signal_pending(current))
+			return -EINTR;
+		down_write(&gmem->lock);
+		if (!xa_load(&gmem->pages, index))
+			err = rv_gmem_alloc(gmem, index);
+		up_write(&gmem->lock);
+		cond_resched();
+	}
+	return err;
+}
+
+static long rv_gmem_fallocate(struct file *file, int mode, loff_t offset, loff_t len)
+{
+	struct rv_gmem *gmem = file->private_data;
+
+	if (!(mode & FALLOC_FL_KEEP_SIZE) ||
+	    mode & ~(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE))
+		return -EOPNOTSUPP;
+	if (!PAGE_ALIGNED(offset) || !PAGE_ALIGNED(len))
+		return -EINVAL;
+	if (mode & FALLOC_FL_PUNCH_HOLE)
+		return rv_gmem_punch_hole(gmem, offset, len);
+	return rv_gmem_allocate(gmem, offset, len);
+}
+
+/*
+ * Locks the slots for writing, when no protected guest that lives has pages of the file. It does
+ * not survive that they go.
+ */
+static void rv_gmem_end_guest(struct rv_gmem *gmem)
+{
+	struct rv_vm *vm = gmem->vm;
+
+	down_write(&vm->slots_lock);
+	while (vm->kind != RV_ORDINARY && vm->phase == RV_LIVE &&
+	       xa_marked(&gmem->pages, RV_GMEM_GIVEN)) {
+		up_write(&vm->slots_lock);
+		rv_vm_kill(vm);
+		down_write(&vm->slots_lock);
+	}
+}
+
+static int rv_gmem_release(struct inode *inode, struct file *file)
+{
+	struct rv_gmem *gmem = file->private_data;
+	struct rv_vm *vm = gmem->vm;
+	struct rv_slot *slot, *next;
+
+	rv_gmem_end_guest(gmem);
+	list_for_each_entry_safe(slot, next, &gmem->slots, gmem_link)
+		rv_gmem_unbind(slot);
+	up_write(&vm->slots_lock);
+
+	rv_gmem_free(gmem, 0, ULONG_MAX);
+	if (!xa_empty(&gmem->pages))
+		pr_warn_once("the hypervisor does not return pages of a VM: they are lost\n");
+	xa_destroy(&gmem->pages);
+	kfree(gmem);
+	rv_vm_put(vm);
+	return 0;
+}
+
+static const struct file_operations rv_gmem_fops = {
+	.owner = THIS_MODULE,
+	.llseek = generic_file_llseek,
+	.read_iter = rv_gmem_read_iter,
+	.write_iter = rv_gmem_write_iter,
+	.splice_read = copy_splice_read,
+	.splice_write = iter_file_splice_write,
+	.mmap = rv_gmem_mmap,
+	.fallocate = rv_gmem_fallocate,
+	.release = rv_gmem_release,
+};
+
+/* Mode, owner and size stay as they are. */
+static int rv_gmem_setattr(struct mnt_idmap *idmap, struct dentry *dentry, struct iattr *attr)
+{
+	return -EINVAL;
+}
+
+static const struct inode_operations rv_gmem_iops = {
+	.setattr = rv_gmem_setattr,
+};
+
+static struct inode *rv_gmem_inode(loff_t size)
+{
+	struct inode *inode = new_inode(rv_gmem_mount->mnt_sb);
+
+	if (!inode)
+		return ERR_PTR(-ENOMEM);
+	inode->i_ino = get_next_ino();
+	inode->i_mode = S_IFREG | 0600;
+	inode->i_uid = current_fsuid();
+	inode->i_gid = current_fsgid();
+	inode->i_op = &rv_gmem_iops;
+	simple_inode_init_ts(inode);
+	i_size_write(inode, size);
+	return inode;
+}
+
+static struct file *rv_gmem_file(struct rv_vm *vm, const struct kvm_create_guest_memfd *args)
+{
+	struct rv_gmem *gmem;
+	struct inode *inode;
+	struct file *file;
+
+	gmem = kzalloc(sizeof(*gmem), GFP_KERNEL_ACCOUNT);
+	if (!gmem)
+		return ERR_PTR(-ENOMEM);
+	inode = rv_gmem_inode(args->size);
+	if (IS_ERR(inode)) {
+		kfree(gmem);
+		return ERR_CAST(inode);
+	}
+	file = alloc_file_pseudo(inode, rv_gmem_mount, "[kvm-gmem]", O_RDWR | O_LARGEFILE,
+				 &rv_gmem_fops);
+	if (IS_ERR(file)) {
+		iput(inode);
+		kfree(gmem);
+		return file;
+	}
+	/* As the file's operations have an owner, whose reference goes with the file. */
+	__module_get(THIS_MODULE);
+	file->f_mode |= FMODE_LSEEK | FMODE_PREAD | FMODE_PWRITE;
+	file->private_data = gmem;
+
+	gmem->vm = rv_vm_get(vm);
+	gmem->inode = inode;
+	gmem->flags = args->flags;
+	gmem->nr = args->size >> PAGE_SHIFT;
+	gmem->open = args->flags & GUEST_MEMFD_FLAG_INIT_SHARED;
+	init_rwsem(&gmem->lock);
+	xa_init_flags(&gmem->pages, XA_FLAGS_ACCOUNT);
+	INIT_LIST_HEAD(&gmem->slots);
+	return file;
+}
+
+int rv_gmem_create(struct rv_vm *vm, const struct kvm_create_guest_memfd *args)
+{
+	struct file *file;
+	int fd;
+
+	if (args->flags & ~RV_GMEM_FLAGS)
+		return -EINVAL;
+	if ((loff_t)args->size <= 0 || !PAGE_ALIGNED(args->size))
+		return -EINVAL;
+	fd = get_unused_fd_flags(0);
+	if (fd < 0)
+		return fd;
+	file = rv_gmem_file(vm, args);
+	if (IS_ERR(file)) {
+		put_unused_fd(fd);
+		return PTR_ERR(file);
+	}
+	fd_install(fd, file);
+	return fd;
+}
+
+static int rv_gmem_bind_file(struct rv_slot *slot, struct file *file, u64 offset)
+{
+	struct rv_gmem *gmem = file->private_data;
+	struct rv_slot *other;
+	pgoff_t first, end;
+
+	if (file->f_op != &rv_gmem_fops || gmem->vm != slot->vm)
+		return -EINVAL;
+	first = offset >> PAGE_SHIFT;
+	end = first + rv_slot_pages(slot);
+	if (!PAGE_ALIGNED(offset) || end > gmem->nr)
+		return -EINVAL;
+	list_for_each_entry(other, &gmem->slots, gmem_link) {
+		if (first < other->gmem_index + rv_slot_pages(other) && other->gmem_index < end)
+			return -EEXIST;
+	}
+	down_write(&gmem->lock);
+	slot->gmem = gmem;
+	slot->gmem_index = first;
+	list_add(&slot->gmem_link, &gmem->slots);
+	up_write(&gmem->lock);
+	return 0;
+}
+
+int rv_gmem_bind(struct rv_slot *slot, int fd, u64 offset)
+{
+	struct file *file = fget(fd);
+	int err;
+
+	if (!file)
+		return -EBADF;
+	err = rv_gmem_bind_file(slot, file, offset);
+	fput(file);
+	return err;
+}
+
+void rv_gmem_unbind(struct rv_slot *slot)
+{
+	struct rv_gmem *gmem = slot->gmem;
+
+	if (!gmem)
+		return;
+	down_write(&gmem->lock);
+	rv_gmem_take_slot(slot);
+	list_del(&slot->gmem_link);
+	slot->gmem = NULL;
+	up_write(&gmem->lock);
+}
+
+static int rv_gmem_init_fs_context(struct fs_context *fc)
+{
+	if (!init_pseudo(fc, RV_GMEM_MAGIC))
+		return -ENOMEM;
+	fc->s_iflags |= SB_I_NOEXEC | SB_I_NODEV;
+	return 0;
+}
+
+/* Without an owner, because the mount of a module's own would keep it loaded for ever. */
+static struct file_system_type rv_gmem_fs = {
+	.name = "ravelin_gmem",
+	.init_fs_context = rv_gmem_init_fs_context,
+	.kill_sb = kill_anon_super,
+};
+
+int rv_gmem_init(void)
+{
+	rv_gmem_mount = kern_mount(&rv_gmem_fs);
+	return PTR_ERR_OR_ZERO(rv_gmem_mount);
+}
+
+void rv_gmem_exit(void)
+{
+	kern_unmount(rv_gmem_mount);
+}

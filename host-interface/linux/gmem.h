@@ -1,0 +1,76 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * guest_memfd: what its files share.
+ *
+ * gmem.c has the file and what processes do with it, gmem_pages.c where the pages are,
+ * gmem_convert.c how they go to the guest and come back.
+ */
+#ifndef RV_GMEM_H
+#define RV_GMEM_H
+
+#include <linux/fs.h>
+#include <linux/jiffies.h>
+#include <linux/list.h>
+#include <linux/mm.h>
+#include <linux/rwsem.h>
+#include <linux/xarray.h>
+
+struct rv_slot;
+struct rv_vm;
+
+/*
+ * States of a page. Without a mark it is the host's, and nobody has touched it.
+ *
+ *   TOUCHED          the host's, and it may be mapped by processes
+ *   GIVEN            a protected guest's, private or offered: the hypervisor knows; PageOffline
+ *   GIVEN | CLAIMED  a protected guest's, offered; we may touch it
+ *   GIVEN | TOUCHED  the host's, lent to an ordinary VM; GIVEN alone: as long as nobody touches it
+ */
+#define RV_GMEM_GIVEN	XA_MARK_0
+#define RV_GMEM_CLAIMED	XA_MARK_1
+#define RV_GMEM_TOUCHED	XA_MARK_2
+
+/* How long to wait for references that are about to go, such as those of a copy. */
+#define RV_GMEM_PATIENCE msecs_to_jiffies(100)
+
+struct rv_gmem {
+	struct rv_vm *vm;
+	struct inode *inode;
+	u64 flags;		/* GUEST_MEMFD_FLAG_* */
+	pgoff_t nr;		/* pages of the file */
+	bool open;		/* the host may touch what no guest has */
+
+	struct rw_semaphore lock;	/* all below, for writing */
+	struct xarray pages;
+	struct list_head slots;		/* by rv_slot.gmem_link */
+};
+
+/* Pages of the file that are contiguous memory. */
+struct rv_run {
+	pgoff_t first;
+	unsigned long nr;
+	struct page *page;
+};
+
+/* gmem_pages.c: the lock is held, for writing but for rv_gmem_next_run(). */
+int rv_gmem_alloc(struct rv_gmem *gmem, pgoff_t index);
+void rv_gmem_free(struct rv_gmem *gmem, pgoff_t first, pgoff_t last);
+bool rv_gmem_next_run(struct rv_gmem *gmem, pgoff_t first, pgoff_t last, xa_mark_t mark,
+		      struct rv_run *run);
+struct rv_run rv_gmem_run_around(struct rv_gmem *gmem, pgoff_t index, pgoff_t first, pgoff_t last);
+void rv_gmem_unmap(struct rv_gmem *gmem, pgoff_t first, pgoff_t last);
+int rv_gmem_isolate(struct rv_gmem *gmem, pgoff_t first, pgoff_t last, xa_mark_t mark,
+		    pgoff_t *busy);
+bool rv_gmem_wait(unsigned long deadline);
+void rv_gmem_given(struct rv_gmem *gmem, pgoff_t first, unsigned long nr);
+void rv_gmem_claimed(struct rv_gmem *gmem, pgoff_t index);
+void rv_gmem_released(struct rv_gmem *gmem, pgoff_t first, unsigned long nr);
+void rv_gmem_returned(struct rv_gmem *gmem, pgoff_t first, unsigned long nr);
+
+/* gmem_convert.c: the lock is held for writing. */
+int rv_gmem_claim(struct rv_gmem *gmem, pgoff_t index);
+/* slots_lock is held, too. */
+int rv_gmem_take_back(struct rv_gmem *gmem, pgoff_t first, pgoff_t last);
+int rv_gmem_take_slot(struct rv_slot *slot);
+
+#endif /* RV_GMEM_H */
