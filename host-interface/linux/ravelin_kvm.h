@@ -83,6 +83,7 @@ struct rv_vm {
 	enum rv_phase phase;	/* changes under lock, and under slots_lock for writing */
 	u64 handle;		/* while RV_LIVE, and RV_DEAD until it is destroyed */
 	u64 hypercall_exits;	/* KVM_CAP_EXIT_HYPERCALL */
+	bool stopping;		/* vCPUs stay out, for the VM is being reset */
 	unsigned int ended;	/* KVM_SYSTEM_EVENT_*, 0 while the guest has not ended itself */
 
 	struct rw_semaphore slots_lock;
@@ -118,6 +119,7 @@ struct rv_vcpu {
 	void *el2;			/* the hypervisor's run page */
 
 	bool initialized;		/* KVM_ARM_VCPU_INIT was done */
+	bool starts_off;	/* the guest turns it on */
 	bool powered;
 	bool failed;
 	u32 features;
@@ -150,7 +152,8 @@ long __rv_vm_hyp(struct rv_vm *vm, u32 fn, struct rv_result *result,
  */
 #define rv_vm_hyp(vm, fn, result, ...) __RV_VM_HYP(vm, fn, result, ##__VA_ARGS__, 0, 0, 0)
 
-/* vm.c */
+/* vm.c, vm_ioctl.c */
+extern const struct file_operations rv_vm_fops;
 int rv_vm_create(unsigned long type);
 struct rv_vm *rv_vm_get(struct rv_vm *vm);
 void rv_vm_put(struct rv_vm *vm);
@@ -164,7 +167,7 @@ int rv_vm_reset(struct rv_vm *vm);
  * May be called again. Takes vm->lock and vm->slots_lock, so the caller holds none of the gmem's
  * locks.
  */
-int rv_vm_kill(struct rv_vm *vm);
+void rv_vm_kill(struct rv_vm *vm);
 /* -EIO if the ioctl comes from another process than the VM's. */
 int rv_vm_check_mm(struct rv_vm *vm);
 int rv_check_extension(struct rv_vm *vm, long cap);
@@ -176,6 +179,8 @@ int rv_vm_setup(void);
 /* slots.c: slots_lock is held, for writing where they change */
 int rv_set_memory_region(struct rv_vm *vm, const struct kvm_userspace_memory_region2 *region);
 struct rv_slot *rv_slot_find(struct rv_vm *vm, u64 gpa);
+/* The guest needs the page at @gpa: 0, or an errno as rv_gmem_fault(). */
+int rv_slot_fault(struct rv_slot *slot, u64 gpa);
 void rv_slots_release(struct rv_vm *vm);
 
 static inline u64 rv_slot_pages(const struct rv_slot *slot)
@@ -190,9 +195,15 @@ int rv_anon_fault(struct rv_slot *slot, u64 gpa);
 /* The VM is torn down: its pages are the process's alone again. */
 void rv_anon_reclaim(struct rv_slot *slot);
 
+/* vcpu_ioctl.c */
+int rv_vcpu_create(struct rv_vm *vm, unsigned long id);
+
 /* vcpu.c */
-int rv_vcpu_create(struct rv_vm *vm, u32 id);
+struct rv_vcpu *rv_vcpu_alloc(struct rv_vm *vm, u32 id);
 void rv_vcpu_free(struct rv_vcpu *vcpu);
+int rv_vcpu_run(struct rv_vcpu *vcpu);
+/* Sleeps until the vCPU is woken, a value of the physical counter, or a signal. Always 1. */
+int rv_vcpu_wait(struct rv_vcpu *vcpu, u64 deadline);
 /* Any context: the vCPU has something to do. Ends its waiting, or the run that it is in. */
 void rv_vcpu_wake(struct rv_vcpu *vcpu);
 /* Any context: the same for a set that the hypervisor names. */
@@ -201,10 +212,8 @@ void rv_vm_wake_all(struct rv_vm *vm);
 
 /* exits.c: > 0 to run on, 0 to return to userspace, or an errno */
 int rv_handle_exit(struct rv_vcpu *vcpu);
-/* Answers the last exit with what userspace left in kvm_run. */
+/* Answers the last exit with what userspace left in kvm_run. 0, or an errno. */
 int rv_complete_exit(struct rv_vcpu *vcpu);
-/* A guest's access without a page, in a slot: 0, or an errno. */
-int rv_slot_fault(struct rv_slot *slot, u64 gpa);
 
 /* regs.c */
 int rv_regs_init(struct rv_vcpu *vcpu);
@@ -215,7 +224,7 @@ u64 rv_regs_pc(struct rv_vcpu *vcpu);
 u64 rv_regs_x0(struct rv_vcpu *vcpu);
 long rv_get_one_reg(struct rv_vcpu *vcpu, const struct kvm_one_reg *reg);
 long rv_set_one_reg(struct rv_vcpu *vcpu, const struct kvm_one_reg *reg);
-long rv_get_reg_list(struct rv_vcpu *vcpu, struct kvm_reg_list __user *list);
+long rv_get_reg_list(struct kvm_reg_list __user *list);
 
 /* gmem.c */
 int rv_gmem_init(void);

@@ -1,0 +1,334 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Why a vCPU has left the guest, and what is done about it.
+ */
+
+#include <linux/sched.h>
+#include <linux/string.h>
+
+#include "ravelin_kvm.h"
+
+/* What a realm's RSI_HOST_CALL is to userspace (Arm DEN0137). */
+#define RV_SMC_RSI_HOST_CALL	0xc4000199
+/* In a conversion that userspace is told of: the guest takes the pages back. */
+#define RV_MAP_GPA_PRIVATE	BIT(4)
+
+static const struct ravelin_run_exit *rv_exit(struct rv_vcpu *vcpu)
+{
+	return vcpu->el2 + RAVELIN_RUN_EXIT;
+}
+
+static void rv_answer(struct rv_vcpu *vcpu, u64 answer, u64 value)
+{
+	struct ravelin_run_entry *entry = vcpu->el2 + RAVELIN_RUN_ENTRY;
+
+	entry->answer = answer;
+	entry->value = value;
+}
+
+/* The guest address without the bit that says that a realm means the shared alias. */
+static u64 rv_exit_gpa(struct rv_vcpu *vcpu, bool *shared)
+{
+	u64 bit = vcpu->vm->kind == RV_REALM ? BIT_ULL(vcpu->vm->ipa_bits - 1) : 0;
+	u64 address = rv_exit(vcpu)->address;
+
+	if (shared)
+		*shared = address & bit;
+	return address & ~bit;
+}
+
+/* Userspace learns which page could not be had. */
+static int rv_memory_fault(struct rv_vcpu *vcpu, u64 gpa, int error)
+{
+	struct kvm_run *run = vcpu->run;
+
+	switch (error) {
+	case -EINTR:
+	case -ENOMEM:
+		return error;
+	case -EAGAIN:
+	case -EHWPOISON:
+		break;
+	default:
+		error = -EFAULT;
+	}
+	run->exit_reason = KVM_EXIT_MEMORY_FAULT;
+	run->memory_fault.flags =
+		vcpu->vm->kind == RV_ORDINARY ? 0 : KVM_MEMORY_EXIT_FLAG_PRIVATE;
+	run->memory_fault.gpa = gpa & PAGE_MASK;
+	run->memory_fault.size = PAGE_SIZE;
+	return error;
+}
+
+/*
+ * The guest wants memory. -ENXIO if there is no slot.
+ */
+static int rv_fault_in(struct rv_vcpu *vcpu, u64 gpa)
+{
+	struct rv_vm *vm = vcpu->vm;
+	struct rv_slot *slot;
+	int ret = -ENXIO;
+
+	if (down_read_killable(&vm->slots_lock))
+		return -EINTR;
+	slot = rv_slot_find(vm, gpa);
+	/* A VM that is torn down or made anew takes nothing. */
+	if (slot)
+		ret = vm->phase == RV_LIVE ? rv_slot_fault(slot, gpa) : 0;
+	up_read(&vm->slots_lock);
+	return ret;
+}
+
+static int rv_handle_fault(struct rv_vcpu *vcpu)
+{
+	u64 gpa = rv_exit_gpa(vcpu, NULL);
+	int ret;
+
+	ret = rv_fault_in(vcpu, gpa);
+	if (!ret)
+		return 1;
+	if (ret == -ENXIO && vcpu->vm->kind == RV_ORDINARY) {
+		/*
+		 * Code, or an access that is too complicated for a device, where there is
+		 * nothing.
+		 */
+		rv_answer(vcpu, RAVELIN_ANSWER_ABORT, 0);
+		return 1;
+	}
+	return rv_memory_fault(vcpu, gpa, ret);
+}
+
+static int rv_handle_mmio(struct rv_vcpu *vcpu)
+{
+	const struct ravelin_run_exit *exit = rv_exit(vcpu);
+	bool write = exit->flags & RAVELIN_RUN_FLAG_WRITE;
+	struct kvm_run *run = vcpu->run;
+	bool shared;
+	u64 gpa = rv_exit_gpa(vcpu, &shared);
+	int ret;
+
+	/*
+	 * Most guests do not say where devices are, so this may be memory that is not there yet.
+	 * A realm does; in its case the memory is its own, which it has not shared.
+	 */
+	if (shared) {
+		down_read(&vcpu->vm->slots_lock);
+		ret = rv_slot_find(vcpu->vm, gpa) ? 0 : -ENXIO;
+		up_read(&vcpu->vm->slots_lock);
+		if (!ret)
+			rv_answer(vcpu, RAVELIN_ANSWER_ABORT, 0);
+	} else {
+		ret = rv_fault_in(vcpu, gpa);
+	}
+	if (!ret)
+		return 1;
+	if (ret != -ENXIO)
+		return rv_memory_fault(vcpu, gpa, ret);
+
+	if (write) {
+		rv_answer(vcpu, RAVELIN_ANSWER_COMPLETE, 0);
+		if (rv_ioeventfd_signal(vcpu->vm, gpa, exit->size, exit->value))
+			return 1;
+	} else {
+		vcpu->pending = RV_PENDING_LOAD;
+	}
+	run->exit_reason = KVM_EXIT_MMIO;
+	run->mmio.phys_addr = gpa;
+	run->mmio.len = exit->size;
+	run->mmio.is_write = write;
+	memset(run->mmio.data, 0, sizeof(run->mmio.data));
+	if (write)
+		memcpy(run->mmio.data, &exit->value, min_t(u64, exit->size, sizeof(u64)));
+	return 0;
+}
+
+/* Does @f to the part of a range that each slot has. Stops at the first error. */
+static int rv_for_each_slot(struct rv_vm *vm, u64 gpa, u64 pages,
+			    int (*f)(struct rv_slot *slot, u64 gfn, u64 pages))
+{
+	u64 gfn = gpa >> PAGE_SHIFT, end = gfn + pages;
+	struct rv_slot *slot;
+	u64 slot_end;
+	int ret = 0;
+
+	down_read(&vm->slots_lock);
+	while (gfn < end && !ret) {
+		slot = rv_slot_find(vm, gfn << PAGE_SHIFT);
+		if (!slot) {
+			gfn++;
+			continue;
+		}
+		slot_end = min(end, (slot->gpa + slot->size) >> PAGE_SHIFT);
+		if (slot->gmem)
+			ret = f(slot, gfn, slot_end - gfn);
+		gfn = slot_end;
+	}
+	up_read(&vm->slots_lock);
+	return ret;
+}
+
+static int rv_note_shared(struct rv_slot *slot, u64 gfn, u64 pages)
+{
+	rv_gmem_shared(slot, gfn, pages);
+	return 0;
+}
+
+static int rv_note_relinquished(struct rv_slot *slot, u64 gfn, u64 pages)
+{
+	rv_gmem_relinquished(slot, gfn, pages);
+	return 0;
+}
+
+/* The guest takes pages back: it gets them, or is told that it does not. */
+static void rv_unshare(struct rv_vcpu *vcpu)
+{
+	int ret;
+
+	ret = rv_for_each_slot(vcpu->vm, rv_exit_gpa(vcpu, NULL), rv_exit(vcpu)->pages,
+			       rv_gmem_unshare);
+	rv_answer(vcpu, ret ? RAVELIN_ANSWER_REFUSE : RAVELIN_ANSWER_RETRY, 0);
+}
+
+/* Tells userspace of a conversion, if it wants to know. */
+static bool rv_conversion_exit(struct rv_vcpu *vcpu, u64 flags)
+{
+	struct kvm_run *run = vcpu->run;
+
+	if (!(READ_ONCE(vcpu->vm->hypercall_exits) & BIT(KVM_HC_MAP_GPA_RANGE)))
+		return false;
+	memset(&run->hypercall, 0, sizeof(run->hypercall));
+	run->exit_reason = KVM_EXIT_HYPERCALL;
+	run->hypercall.nr = KVM_HC_MAP_GPA_RANGE;
+	run->hypercall.args[0] = rv_exit_gpa(vcpu, NULL);
+	run->hypercall.args[1] = rv_exit(vcpu)->pages;
+	run->hypercall.args[2] = flags;
+	return true;
+}
+
+static int rv_handle_unshare(struct rv_vcpu *vcpu)
+{
+	if (rv_conversion_exit(vcpu, RV_MAP_GPA_PRIVATE)) {
+		vcpu->pending = RV_PENDING_CONVERT;
+		return 0;
+	}
+	rv_unshare(vcpu);
+	return 1;
+}
+
+static int rv_handle_shared(struct rv_vcpu *vcpu)
+{
+	rv_for_each_slot(vcpu->vm, rv_exit_gpa(vcpu, NULL), rv_exit(vcpu)->pages, rv_note_shared);
+	return !rv_conversion_exit(vcpu, 0);
+}
+
+static int rv_handle_host_call(struct rv_vcpu *vcpu)
+{
+	const u64 *registers = vcpu->el2 + RAVELIN_RUN_CALL;
+	struct kvm_run *run = vcpu->run;
+
+	memset(&run->hypercall, 0, sizeof(run->hypercall));
+	run->exit_reason = KVM_EXIT_HYPERCALL;
+	run->hypercall.nr = RV_SMC_RSI_HOST_CALL;
+	run->hypercall.flags = KVM_HYPERCALL_EXIT_SMC;
+	run->hypercall.args[0] = rv_exit(vcpu)->value;
+	memcpy(&run->hypercall.args[1], registers, 5 * sizeof(u64));
+	vcpu->pending = RV_PENDING_HOST_CALL;
+	return 0;
+}
+
+static int rv_handle_system_event(struct rv_vcpu *vcpu, u32 type)
+{
+	struct rv_vm *vm = vcpu->vm;
+
+	/* The guest has ended for all of its vCPUs. */
+	WRITE_ONCE(vm->ended, type);
+	rv_vm_wake_all(vm);
+	memset(&vcpu->run->system_event, 0, sizeof(vcpu->run->system_event));
+	vcpu->run->exit_reason = KVM_EXIT_SYSTEM_EVENT;
+	vcpu->run->system_event.type = type;
+	return 0;
+}
+
+int rv_handle_exit(struct rv_vcpu *vcpu)
+{
+	const struct ravelin_run_exit *exit = rv_exit(vcpu);
+	struct rv_vm *vm = vcpu->vm;
+
+	rv_vm_wake(vm, exit->wake_low, exit->wake_high);
+	rv_answer(vcpu, RAVELIN_ANSWER_RETRY, 0);
+
+	switch (exit->reason) {
+	case RAVELIN_EXIT_INTERRUPTED:
+	case RAVELIN_EXIT_WAKE:
+		return 1;
+	case RAVELIN_EXIT_WAIT:
+		return rv_vcpu_wait(vcpu, exit->deadline);
+	case RAVELIN_EXIT_YIELD:
+		/* Who the guest waits for may be another thread on this CPU. */
+		yield();
+		return 1;
+	case RAVELIN_EXIT_MMIO:
+		return rv_handle_mmio(vcpu);
+	case RAVELIN_EXIT_PAGE_FAULT:
+		return rv_handle_fault(vcpu);
+	case RAVELIN_EXIT_NEEDS_TABLES:
+		return rv_vm_donate_tables(vm, exit->pages) ?: 1;
+	case RAVELIN_EXIT_UNSHARE:
+		return rv_handle_unshare(vcpu);
+	case RAVELIN_EXIT_SHARED:
+		return rv_handle_shared(vcpu);
+	case RAVELIN_EXIT_RELINQUISHED:
+		rv_for_each_slot(vm, rv_exit_gpa(vcpu, NULL), exit->pages, rv_note_relinquished);
+		return 1;
+	case RAVELIN_EXIT_HOST_CALL:
+		return rv_handle_host_call(vcpu);
+	case RAVELIN_EXIT_CPU_ON:
+		if (exit->vcpu < 64)
+			rv_vm_wake(vm, BIT_ULL(exit->vcpu), 0);
+		else
+			rv_vm_wake(vm, 0, BIT_ULL(exit->vcpu - 64));
+		return 1;
+	case RAVELIN_EXIT_CPU_OFF:
+		/* Whoever turned it on since it ran has woken it. */
+		vcpu->powered = false;
+		return rv_vcpu_wait(vcpu, RAVELIN_RUN_NO_DEADLINE);
+	case RAVELIN_EXIT_SYSTEM_OFF:
+		return rv_handle_system_event(vcpu, KVM_SYSTEM_EVENT_SHUTDOWN);
+	case RAVELIN_EXIT_SYSTEM_RESET:
+		return rv_handle_system_event(vcpu, KVM_SYSTEM_EVENT_RESET);
+	default:
+		WRITE_ONCE(vcpu->failed, true);
+		return 1;
+	}
+}
+
+int rv_complete_exit(struct rv_vcpu *vcpu)
+{
+	enum rv_pending pending = vcpu->pending;
+	struct kvm_run *run = vcpu->run;
+	u64 value, *results;
+
+	vcpu->pending = RV_PENDING_NONE;
+	switch (pending) {
+	case RV_PENDING_NONE:
+		break;
+	case RV_PENDING_LOAD:
+		memcpy(&value, run->mmio.data, sizeof(value));
+		rv_answer(vcpu, RAVELIN_ANSWER_COMPLETE, value);
+		break;
+	case RV_PENDING_HOST_CALL:
+		results = vcpu->el2 + RAVELIN_RUN_RESULTS;
+		memcpy(results, vcpu->el2 + RAVELIN_RUN_CALL,
+		       RAVELIN_RUN_CALL_REGISTERS * sizeof(u64));
+		results[0] = READ_ONCE(run->hypercall.ret);
+		rv_answer(vcpu, RAVELIN_ANSWER_COMPLETE, 0);
+		break;
+	case RV_PENDING_CONVERT:
+		if (READ_ONCE(run->hypercall.ret))
+			rv_answer(vcpu, RAVELIN_ANSWER_REFUSE, 0);
+		else
+			rv_unshare(vcpu);
+		break;
+	}
+	return 0;
+}
