@@ -167,12 +167,6 @@ static int rv_for_each_slot(struct rv_vm *vm, u64 gpa, u64 pages,
 	return ret;
 }
 
-static int rv_note_shared(struct rv_slot *slot, u64 gfn, u64 pages)
-{
-	rv_gmem_shared(slot, gfn, pages);
-	return 0;
-}
-
 static int rv_note_relinquished(struct rv_slot *slot, u64 gfn, u64 pages)
 {
 	rv_gmem_relinquished(slot, gfn, pages);
@@ -213,12 +207,6 @@ static int rv_handle_unshare(struct rv_vcpu *vcpu)
 	}
 	rv_unshare(vcpu);
 	return 1;
-}
-
-static int rv_handle_shared(struct rv_vcpu *vcpu)
-{
-	rv_for_each_slot(vcpu->vm, rv_exit_gpa(vcpu, NULL), rv_exit(vcpu)->pages, rv_note_shared);
-	return !rv_conversion_exit(vcpu, 0);
 }
 
 static int rv_handle_host_call(struct rv_vcpu *vcpu)
@@ -276,7 +264,8 @@ int rv_handle_exit(struct rv_vcpu *vcpu)
 	case RAVELIN_EXIT_UNSHARE:
 		return rv_handle_unshare(vcpu);
 	case RAVELIN_EXIT_SHARED:
-		return rv_handle_shared(vcpu);
+		/* The first access to a page claims it. */
+		return !rv_conversion_exit(vcpu, 0);
 	case RAVELIN_EXIT_RELINQUISHED:
 		rv_for_each_slot(vm, rv_exit_gpa(vcpu, NULL), exit->pages, rv_note_relinquished);
 		return 1;

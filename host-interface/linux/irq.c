@@ -314,16 +314,23 @@ void rv_irq_close(struct rv_vm *vm)
 	rv_irqfd_close(vm);
 }
 
-void rv_irq_release(struct rv_vm *vm)
+void rv_irq_stop(struct rv_vm *vm)
 {
 	struct rv_irqs *irqs = &vm->irqs;
 	unsigned long flags;
 
-	rv_ioeventfd_release(vm);
-	/* The work queues itself as long as the hypervisor is busy. */
 	raw_spin_lock_irqsave(&irqs->lock, flags);
 	irqs->live = false;
 	raw_spin_unlock_irqrestore(&irqs->lock, flags);
+}
+
+void rv_irq_release(struct rv_vm *vm)
+{
+	struct rv_irqs *irqs = &vm->irqs;
+
+	rv_ioeventfd_release(vm);
+	/* The work queues itself as long as the hypervisor is busy. */
+	rv_irq_stop(vm);
 	cancel_delayed_work_sync(&irqs->late_work);
 	/* Without irqfds there are no readers. */
 	kvfree(rcu_dereference_protected(irqs->routes, true));

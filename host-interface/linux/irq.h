@@ -73,6 +73,8 @@ int rv_spi(struct rv_vm *vm, u32 intid, bool level);
 int rv_spi_pulse(struct rv_vm *vm, u32 intid);
 /* The VM is live, as vm->handle: tells the hypervisor all levels. */
 void rv_vgic_replay(struct rv_vm *vm);
+/* The VM is not live any more. Its devices keep their levels. */
+void rv_irq_stop(struct rv_vm *vm);
 
 int rv_vgic_create(struct rv_vm *vm, struct kvm_create_device *args);
 /*

@@ -226,6 +226,7 @@ static long rv_el2_teardown(struct rv_vm *vm)
 {
 	long status;
 
+	rv_irq_stop(vm);
 	for (;;) {
 		rv_vm_wake_all(vm);
 		status = rv_hyp(RAVELIN_CALL_VM_TEARDOWN, NULL, vm->handle);
@@ -390,10 +391,11 @@ static void rv_vm_free(struct rv_vm *vm)
 	struct rv_vcpu *vcpu;
 	unsigned long id;
 
+	/* Interrupts wake vCPUs. */
+	rv_irq_release(vm);
 	xa_for_each(&vm->vcpus, id, vcpu)
 		rv_vcpu_free(vcpu);
 	xa_destroy(&vm->vcpus);
-	rv_irq_release(vm);
 	mmdrop(vm->mm);
 	kfree(vm);
 }
@@ -473,7 +475,6 @@ int rv_vm_create(unsigned long type)
 	xa_init(&vm->vcpus);
 	mutex_init(&vm->donated_lock);
 	INIT_LIST_HEAD(&vm->donated);
-	rv_vgic_init(vm);
 	ret = rv_irq_init(vm);
 	if (ret)
 		goto free;
