@@ -134,6 +134,9 @@ int rv_irq_line(struct rv_vm *vm, const struct kvm_irq_level *args)
 	u32 type = (args->irq >> KVM_ARM_IRQ_TYPE_SHIFT) & KVM_ARM_IRQ_TYPE_MASK;
 	u32 number = (args->irq >> KVM_ARM_IRQ_NUM_SHIFT) & KVM_ARM_IRQ_NUM_MASK;
 
+	/* There is always an interrupt controller before the CPU. */
+	if (type == KVM_ARM_IRQ_TYPE_CPU)
+		return -ENXIO;
 	/* What is private to a vCPU is the hypervisor's to raise. */
 	if (type != KVM_ARM_IRQ_TYPE_SPI)
 		return -EINVAL;

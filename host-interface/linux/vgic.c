@@ -26,18 +26,13 @@ static u64 rv_address_space(const struct rv_vm *vm)
 	return 1ULL << (vm->kind == RV_REALM ? vm->ipa_bits - 1 : vm->ipa_bits);
 }
 
-static int rv_check_range(const struct rv_vm *vm, u64 base, u64 size)
+static int rv_check_range(struct rv_vm *vm, u64 base, u64 size)
 {
 	u64 end;
 
 	if (!IS_ALIGNED(base, SZ_64K) || check_add_overflow(base, size, &end))
 		return -EINVAL;
 	return end > rv_address_space(vm) ? -E2BIG : 0;
-}
-
-static bool rv_overlap(u64 a, u64 a_size, u64 b, u64 b_size)
-{
-	return a < b + b_size && b < a + a_size;
 }
 
 /* How many redistributors the guest has: their place tells whose they are. */
@@ -52,10 +47,25 @@ static u32 rv_redists(struct rv_vm *vm)
 	return count;
 }
 
-/* The range that the redistributors take, for at least so many of them. */
-static u64 rv_redist_size(const struct rv_vgic *vgic, u32 redists)
+/* What the redistributors take, with the vCPUs that there are so far. */
+static u64 rv_redist_size(struct rv_vm *vm)
 {
-	return (u64)max(vgic->redists, redists) * KVM_VGIC_V3_REDIST_SIZE;
+	return (u64)max(vm->vgic.redists, rv_redists(vm)) *
+	       KVM_VGIC_V3_REDIST_SIZE;
+}
+
+/* Whether both are where they can be. */
+static int rv_check_frames(struct rv_vm *vm)
+{
+	const struct rv_vgic *vgic = &vm->vgic;
+	u64 size = rv_redist_size(vm);
+	int ret;
+
+	ret = rv_check_range(vm, vgic->redist, size);
+	if (ret)
+		return ret;
+	return vgic->dist < vgic->redist + size &&
+	       vgic->redist < vgic->dist + KVM_VGIC_V3_DIST_SIZE ? -EINVAL : 0;
 }
 
 static int rv_set_dist(struct rv_vm *vm, u64 base)
@@ -81,15 +91,18 @@ static int rv_set_redist(struct rv_vm *vm, u64 base, u32 count)
 	u64 size = (u64)count * KVM_VGIC_V3_REDIST_SIZE;
 	int ret;
 
+	/* The two ways to set it do not mix, and there is one region. */
 	if (vgic->has_redist)
-		return !count == !vgic->redists ? -EEXIST : -EINVAL;
+		return count || vgic->redists ? -EINVAL : -EEXIST;
 	ret = rv_check_range(vm, base, size);
 	if (ret)
 		return ret;
 	vgic->redist = base;
 	vgic->redists = count;
-	vgic->has_redist = true;
-	return 0;
+	if (vgic->has_dist)
+		ret = rv_check_frames(vm);
+	vgic->has_redist = !ret;
+	return ret;
 }
 
 static int rv_set_region(struct rv_vm *vm, u64 value)
@@ -312,24 +325,19 @@ int rv_vgic_create(struct rv_vm *vm, struct kvm_create_device *args)
 int rv_vgic_addresses(struct rv_vm *vm, u64 *dist, u64 *redist)
 {
 	const struct rv_vgic *vgic = &vm->vgic;
-	u32 redists = rv_redists(vm);
-	u64 size = rv_redist_size(vgic, redists);
 	int ret;
 
 	if (!vgic->created) {
-		*redist = rv_address_space(vm) - size;
+		*redist = rv_address_space(vm) - rv_redist_size(vm);
 		*dist = *redist - KVM_VGIC_V3_DIST_SIZE;
 		return 0;
 	}
-	if (!vgic->has_dist || !vgic->has_redist)
+	if (!vgic->has_dist || !vgic->has_redist ||
+	    (vgic->redists && vgic->redists < rv_redists(vm)))
 		return -ENXIO;
-	if (vgic->redists && vgic->redists < redists)
-		return -ENXIO;
-	ret = rv_check_range(vm, vgic->redist, size);
+	ret = rv_check_frames(vm);
 	if (ret)
 		return ret;
-	if (rv_overlap(vgic->dist, KVM_VGIC_V3_DIST_SIZE, vgic->redist, size))
-		return -EINVAL;
 	if (!vgic->ready)
 		return -EBUSY;
 	*dist = vgic->dist;
