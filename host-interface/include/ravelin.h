@@ -13,7 +13,7 @@
 #define RAVELIN_UID_2 0x617c529d
 #define RAVELIN_UID_3 0x50a3b9e8
 #define RAVELIN_VERSION_MAJOR 1
-#define RAVELIN_VERSION_MINOR 2
+#define RAVELIN_VERSION_MINOR 3
 #define RAVELIN_PAGE_SIZE 4096
 
 /* Calls: function identifiers. */
@@ -56,6 +56,12 @@
 
 /* Writes the statistics to the start of a page that the host has lent to the hypervisor. The rest of the page keeps its contents. */
 #define RAVELIN_CALL_STATISTICS 0xc6001008
+
+/* Returns a register of a vCPU that does not run, of an ordinary VM: of others it is WRONG_STATE. */
+#define RAVELIN_CALL_VCPU_GET_REGISTER 0xc600100e
+
+/* Sets a register of a vCPU that does not run, of an ordinary VM: of others it is WRONG_STATE. What is set before the VM is sealed stays, but for what the seal sets: program counter, x0 and power of vCPU 0. */
+#define RAVELIN_CALL_VCPU_SET_REGISTER 0xc600100f
 
 /* Makes a VM in pages that the host donates with the call, as many as VM_SIZES says. */
 #define RAVELIN_CALL_VM_CREATE 0xc6001010
@@ -145,6 +151,21 @@
 #define RAVELIN_VM_IPA_BITS_SHIFT 8
 #define RAVELIN_VM_VCPUS_SHIFT 16
 #define RAVELIN_MAX_VCPUS 128
+
+/* Registers of a vCPU. */
+#define RAVELIN_REGISTER_X(n) (2 * (n))
+#define RAVELIN_REGISTER_SP_EL0 62
+#define RAVELIN_REGISTER_PC 64
+#define RAVELIN_REGISTER_PSTATE 66
+#define RAVELIN_REGISTER_SP_EL1 68
+#define RAVELIN_REGISTER_ELR_EL1 70
+#define RAVELIN_REGISTER_SPSR_EL1 72
+#define RAVELIN_REGISTER_V(n) (84 + 4 * (n))
+#define RAVELIN_REGISTER_V_HIGH(n) (86 + 4 * (n))
+#define RAVELIN_REGISTER_FPSR 212
+#define RAVELIN_REGISTER_FPCR 213
+#define RAVELIN_REGISTER_POWER 0x4000
+#define RAVELIN_REGISTER_SYSTEM(op0, op1, crn, crm, op2) ((op0) << 14 | (op1) << 11 | (crn) << 7 | (crm) << 3 | (op2))
 
 #define RAVELIN_STATISTICS_VERSION 2
 #define RAVELIN_STATISTICS_SIZE 424

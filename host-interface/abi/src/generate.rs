@@ -4,7 +4,7 @@ use core::fmt::{self, Display, Formatter};
 
 use crate::{
     ADDRESS_END, CALL_COUNTERS, CALLS, Kind, MAX_IPA_BITS, MAX_VCPUS, MIN_IPA_BITS, PAGE_SIZE, PageStateCode,
-    Statistics, Status, VENDOR_UID, VERSION_MAJOR, VERSION_MINOR, VmAttributes, VmKind, run,
+    Statistics, Status, VENDOR_UID, VERSION_MAJOR, VERSION_MINOR, VmAttributes, VmKind, registers, run,
     statistics::{FIELDS, LATER_FIELDS},
 };
 
@@ -61,6 +61,8 @@ impl Display for CHeader {
         writeln!(f, "#define RAVELIN_VM_IPA_BITS_SHIFT {}", VmAttributes::IPA_BITS_SHIFT)?;
         writeln!(f, "#define RAVELIN_VM_VCPUS_SHIFT {}", VmAttributes::VCPUS_SHIFT)?;
         writeln!(f, "#define RAVELIN_MAX_VCPUS {MAX_VCPUS}")?;
+
+        registers::header(f)?;
 
         writeln!(f, "\n#define RAVELIN_STATISTICS_VERSION {}", Statistics::VERSION)?;
         writeln!(f, "#define RAVELIN_STATISTICS_SIZE {}", Statistics::SIZE)?;
@@ -164,6 +166,7 @@ impl Display for Reference {
         for kind in VmKind::ALL {
             writeln!(f, "| {} | `{}` | {} |", kind.code(), kind.name(), kind.doc())?;
         }
+        registers::reference(f)?;
 
         write!(
             f,
@@ -197,6 +200,7 @@ impl Display for Kind {
             Self::GuestAddress { align: PAGE_SIZE } => f.write_str("guest address of a page"),
             Self::GuestAddress { align } => write!(f, "guest address, a multiple of {align}"),
             Self::Number { first: 0, last: 0 } => f.write_str("0; others are `INVALID`"),
+            Self::Number { first: 0, last: u64::MAX } => f.write_str("any number"),
             Self::Number { first, last } => write!(f, "a number, {first} to {last}"),
             Self::Handle => f.write_str("what VM_CREATE returned"),
             Self::Attributes => f.write_str("see [attributes](#attributes-of-a-vm)"),

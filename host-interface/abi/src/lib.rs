@@ -24,6 +24,7 @@
 mod calls;
 mod codes;
 mod generate;
+mod registers;
 mod request;
 mod run;
 mod statistics;
@@ -36,6 +37,10 @@ pub use calls::{
 };
 pub use codes::{PageStateCode, Status, VmKind};
 pub use generate::{CHeader, Reference};
+pub use registers::{
+    REGISTER_ELR_EL1, REGISTER_FPCR, REGISTER_FPSR, REGISTER_LAST, REGISTER_PC, REGISTER_POWER, REGISTER_PSTATE,
+    REGISTER_SP_EL0, REGISTER_SP_EL1, REGISTER_SPSR_EL1, REGISTER_V, REGISTER_X, system_register,
+};
 pub use request::{HostCall, Pages};
 pub use run::{
     Answer, ExitReason, RUN_CALL_REGISTERS, RUN_FLAG_EXECUTE, RUN_FLAG_WRITE, RUN_NO_DEADLINE, RunEntry, RunExit,
@@ -52,7 +57,7 @@ pub const VENDOR_UID: [u32; 4] = [0x6e4c_1d2f, 0x0e4b_a783, 0x617c_529d, 0x50a3_
 pub const VERSION_MAJOR: u32 = 1;
 
 /// Minor part of the interface's version. It changes when calls or fields are added.
-pub const VERSION_MINOR: u32 = 2;
+pub const VERSION_MINOR: u32 = 3;
 
 /// Size of the pages that the calls count, in bytes.
 pub const PAGE_SIZE: u64 = 4096;

@@ -108,6 +108,21 @@ pub enum VmCall {
         /// Guest address of its redistributors, two frames for each vCPU that the VM may have; a multiple of [`GIC_FRAME_SIZE`].
         redistributors: u64,
     },
+    /// Asks for a register of a vCPU.
+    GetRegister {
+        handle: u64,
+        index: u64,
+        /// Its number, at most [`REGISTER_LAST`](crate::REGISTER_LAST).
+        register: u64,
+    },
+    /// Sets a register of a vCPU.
+    SetRegister {
+        handle: u64,
+        index: u64,
+        /// Its number, at most [`REGISTER_LAST`](crate::REGISTER_LAST).
+        register: u64,
+        value: u64,
+    },
     /// Runs a vCPU.
     Run { handle: u64, index: u64 },
     /// Ends a VM's life.

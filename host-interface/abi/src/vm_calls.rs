@@ -3,6 +3,7 @@
 use crate::{
     GIC_FRAME_SIZE, MAX_VCPUS, PAGE_SIZE, VmCall,
     calls::{Argument, Call, FIRST_FAILED, Kind, MAX_RANGE_PAGES, MAX_TAKE_BACK_PAGES, STATUS},
+    registers::REGISTER_LAST,
     request::HostCall,
 };
 
@@ -11,6 +12,7 @@ const ATTRIBUTES: Argument = Argument { name: "attributes", kind: Kind::Attribut
 const ADDRESS: Argument = Argument { name: "address", kind: Kind::PageAddress };
 const GUEST_PAGE: Argument = Argument { name: "guest_address", kind: Kind::GuestAddress { align: PAGE_SIZE } };
 const VCPU: Argument = Argument { name: "vcpu", kind: Kind::Number { first: 0, last: MAX_VCPUS - 1 } };
+const REGISTER: Argument = Argument { name: "register", kind: Kind::Number { first: 0, last: REGISTER_LAST } };
 const PAGES: Argument = Argument { name: "pages", kind: Kind::PageCount { max: MAX_RANGE_PAGES } };
 const FEW_PAGES: Argument = Argument { name: "pages", kind: Kind::PageCount { max: MAX_TAKE_BACK_PAGES } };
 
@@ -18,6 +20,41 @@ const FIRST_FAILED_FRAME: &str = "0, or after a failure the guest address of the
 
 /// Those about VMs.
 pub(crate) const VM_CALLS: &[Call] = &[
+    Call {
+        number: 0xc600_100e,
+        name: "VCPU_GET_REGISTER",
+        doc: "Returns a register of a vCPU that does not run, of an ordinary VM: of others it is WRONG_STATE.",
+        arguments: &[HANDLE, VCPU, REGISTER],
+        results: &[STATUS, "value"],
+        request: |parsed| {
+            HostCall::Vm(VmCall::GetRegister {
+                handle: parsed.value(0),
+                index: parsed.value(1),
+                register: parsed.value(2),
+            })
+        },
+    },
+    Call {
+        number: 0xc600_100f,
+        name: "VCPU_SET_REGISTER",
+        doc: "Sets a register of a vCPU that does not run, of an ordinary VM: of others it is WRONG_STATE. What is set \
+              before the VM is sealed stays, but for what the seal sets: program counter, x0 and power of vCPU 0.",
+        arguments: &[
+            HANDLE,
+            VCPU,
+            REGISTER,
+            Argument { name: "value", kind: Kind::Number { first: 0, last: u64::MAX } },
+        ],
+        results: &[STATUS, "0"],
+        request: |parsed| {
+            HostCall::Vm(VmCall::SetRegister {
+                handle: parsed.value(0),
+                index: parsed.value(1),
+                register: parsed.value(2),
+                value: parsed.value(3),
+            })
+        },
+    },
     Call {
         number: 0xc600_1010,
         name: "VM_CREATE",

@@ -42,6 +42,10 @@ impl<P: TablePool, F: Firmware, O: ObjectMemory> Host<'_, P, F, O> {
                 let start = Start { entry, device_tree, distributor, redistributors };
                 vms.seal(memory, vm(handle), &start).map(nothing)?
             }
+            VmCall::GetRegister { handle, index, register } => vms.register(machine, vm(handle), index, register)?,
+            VmCall::SetRegister { handle, index, register, value } => {
+                vms.set_register(machine, vm(handle), index, register, value).map(nothing)?
+            }
             VmCall::Run { handle, index } => vms.run_vcpu(memory, machine, vm(handle), index).map(nothing)?,
             VmCall::Teardown { handle } => vms.teardown(memory, vm(handle)).map(nothing)?,
             VmCall::Reclaim { handle, range: pages } => vms.reclaim(memory, vm(handle), range(pages)?)?,

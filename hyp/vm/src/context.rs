@@ -51,7 +51,7 @@ pub struct Context {
     pub cntv_cval_el0: u64,
     pub cntp_ctl_el0: u64,
     pub cntp_cval_el0: u64,
-    /// The same for all vCPUs of a VM.
+    /// The same for all vCPUs of a VM, and zero in a protected one.
     pub cntvoff_el2: u64,
 
     /// What the guest knows as MPIDR_EL1.
@@ -199,8 +199,8 @@ impl Context {
     /// Returns when the virtual timer fires, as [`Context::physical_timer`].
     #[must_use]
     pub fn virtual_timer(&self) -> Option<u64> {
-        // The virtual counter is behind the physical one by the offset; a sum beyond 64 bits is never reached.
-        armed(self.cntv_ctl_el0).then(|| self.cntv_cval_el0.saturating_add(self.cntvoff_el2))
+        // The virtual counter is behind the physical one by the offset, or ahead of it; a sum beyond 64 bits is never reached.
+        armed(self.cntv_ctl_el0).then(|| self.cntv_cval_el0.saturating_add_signed(self.cntvoff_el2.cast_signed()))
     }
 }
 
@@ -318,6 +318,8 @@ mod tests {
         assert_eq!(next(1, 10, 1, 5, 7), Some(10));
         assert_eq!(next(0, 10, 5, 5, 7), Some(12), "ISTATUS does not matter");
         assert_eq!(next(0, 0, 1, u64::MAX, 7), Some(u64::MAX));
+        assert_eq!(next(0, 0, 1, 12, 2_u64.wrapping_neg()), Some(10), "the virtual counter is ahead");
+        assert_eq!(with(0, 0, 1, 12, 13_u64.wrapping_neg()).virtual_timer(), Some(0), "and has passed");
         let both = with(1, 10, 1, 5, 7);
         assert_eq!([9, 10, 11, 12].map(|now| both.next_timer(now)), [Some(10), Some(12), Some(12), None], "fired");
     }

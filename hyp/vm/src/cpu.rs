@@ -1,7 +1,7 @@
 //! What running a vCPU asks of the CPU.
 
 use ravelin_abi::Status;
-use ravelin_memory::PhysRange;
+use ravelin_memory::{PhysAddr, PhysRange};
 use ravelin_pgtable::{Geometry, Vttbr};
 use ravelin_vgic::ListRegisters;
 
@@ -47,6 +47,9 @@ pub trait GuestCpu: EntropySource + PageAccess {
     /// Takes a guest's registers out of the CPU, and puts the host's in, which [`GuestCpu::load_vectors`] took.
     fn unload_vectors(&self, area: PhysRange);
 
+    /// Returns where in `area` a guest's registers are while they are not in the CPU.
+    fn guest_vectors(&self, area: PhysRange) -> VectorPlaces;
+
     /// Zeroes what `area` has of a guest.
     fn clear_vectors(&self, area: PhysRange);
 
@@ -91,6 +94,17 @@ pub struct Entry<'a> {
     pub vectors: Vectors,
     /// Value of the physical counter at which the guest is to be left at the latest.
     pub deadline: Option<u64>,
+}
+
+/// Where vector registers are, in memory of EL2 that [`PageAccess`] gets at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VectorPlaces {
+    /// 64 bits with FPSR, and then as many with FPCR.
+    pub status: PhysAddr,
+    /// The 128 bits of V0.
+    pub first: PhysAddr,
+    /// How far apart registers are, in bytes.
+    pub stride: u64,
 }
 
 /// Vector registers that do not trap.

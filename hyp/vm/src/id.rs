@@ -194,6 +194,37 @@ impl IdRegisters {
         self.common(&most)
     }
 
+    /// Returns whether they say that there is pointer authentication.
+    pub(crate) const fn has_pointer_authentication(&self) -> bool {
+        self.id_aa64isar1_el1 & ISAR1_POINTER_AUTHENTICATION != 0
+            || self.id_aa64isar2_el1 & ISAR2_POINTER_AUTHENTICATION != 0
+    }
+
+    /// Returns whether they say that there is RAS.
+    pub(crate) const fn has_ras(&self) -> bool {
+        self.id_aa64pfr0_el1 & Fields::NONE.with(28, 0xf).0 != 0
+    }
+
+    /// Returns whether they say that there is TCR2_EL1.
+    pub(crate) const fn has_tcr2(&self) -> bool {
+        self.id_aa64mmfr3_el1 & Fields::NONE.with(0, 0xf).0 != 0
+    }
+
+    /// Returns whether they say that there is SCTLR2_EL1.
+    pub(crate) const fn has_sctlr2(&self) -> bool {
+        self.id_aa64mmfr3_el1 & Fields::NONE.with(4, 0xf).0 != 0
+    }
+
+    /// Returns whether they say that there is permission indirection at stage 1.
+    pub(crate) const fn has_s1pie(&self) -> bool {
+        self.id_aa64mmfr3_el1 & Fields::NONE.with(8, 0xf).0 != 0
+    }
+
+    /// Returns whether they say that there are permission overlays at stage 1.
+    pub(crate) const fn has_s1poe(&self) -> bool {
+        self.id_aa64mmfr3_el1 & Fields::NONE.with(16, 0xf).0 != 0
+    }
+
     /// Returns whether they say that there is SVE.
     #[must_use]
     pub const fn has_sve(&self) -> bool {

@@ -41,7 +41,7 @@ mod transitions;
 mod vm;
 
 pub use context::Context;
-pub use cpu::{Entry, GuestCpu, Left, Vectors};
+pub use cpu::{Entry, GuestCpu, Left, VectorPlaces, Vectors};
 pub use entropy::{EntropySource, MAX_BITS, call as entropy_call};
 pub use exception::{Exception, PstateFeatures, Trapped};
 pub use exit::{Abort, Backing, GuestExit, Pending, Report, Syndrome, WrongAnswer};
@@ -53,7 +53,7 @@ pub use machine_memory::{MachineMemory, PageAccess};
 pub use measurement::Digest;
 pub use mmio::MmioAccess;
 pub use object::ObjectMemory;
-pub use psci::{FirmwareCall, Power, Readiness, firmware_call, mpidr};
+pub use psci::{FirmwareCall, FirstInstruction, Power, Readiness, firmware_call, mpidr};
 pub use refusal::Refusal;
 pub use run::VcpuState;
 pub use sysreg::{SysregAccess, SysregAction};

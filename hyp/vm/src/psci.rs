@@ -5,12 +5,15 @@
 //! [`Power`], and who may touch that is decided by the state:
 //!
 //! ```text
-//!          claim              publish              first run
-//!   Off ----------> Claimed -----------> Pending --------------> On
-//!    ^               (written)                       (read)       |
-//!    +------------------------------------------------------------+
-//!                              CPU_OFF
+//!          claim              publish               reset            first run
+//!   Off ----------> Claimed -----------> Pending ----------> Ready ------------> On
+//!    ^               (written)            (read)                                  |
+//!    +----------------------------------------------------------------------------+
+//!                                      CPU_OFF
 //! ```
+//!
+//! With the seal, the one that boots is Booting in place of Pending: it keeps what the host has set of its registers. A vCPU of
+//! an ordinary VM that its host turns on is Ready at once.
 
 use core::sync::atomic::{
     AtomicU8, AtomicU64,
@@ -27,7 +30,9 @@ use crate::guest::NOT_SUPPORTED;
 const OFF: u8 = 0;
 const CLAIMED: u8 = 1;
 const PENDING: u8 = 2;
-const ON: u8 = 3;
+const BOOTING: u8 = 3;
+const READY: u8 = 4;
+const ON: u8 = 5;
 
 /// Whether a vCPU is on, and where it starts. All vCPUs of its VM may use it at the same time.
 #[derive(Debug)]
@@ -42,15 +47,21 @@ pub struct Power {
 pub enum Readiness {
     /// It is off: it cannot be run.
     Off,
-    /// It has been turned on, and starts out of [reset](crate::Context::reset).
-    Starts {
-        /// Guest address of the first instruction.
-        pc: u64,
-        /// Value of x0.
-        x0: u64,
-    },
+    /// It has been turned on, and its registers are as it starts.
+    Starts,
     /// It goes on.
     On,
+}
+
+/// How a vCPU starts that has been turned on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FirstInstruction {
+    /// Its guest address.
+    pub pc: u64,
+    /// Value of x0.
+    pub x0: u64,
+    /// Whether all else is out of [reset](crate::Context::reset), not as the registers are.
+    pub reset: bool,
 }
 
 impl Power {
@@ -60,29 +71,68 @@ impl Power {
         Self { state: AtomicU8::new(OFF), pc: AtomicU64::new(0), x0: AtomicU64::new(0) }
     }
 
-    /// Turns the vCPU on, as a guest does with CPU_ON and the start of the VM with the one that boots. Of several that try,
-    /// one does.
+    /// Turns the vCPU on, as a guest does with CPU_ON. Of several that try, one does.
     ///
     /// # Errors
     ///
     /// `AlreadyOn` or `OnPending`.
     pub fn turn_on(&self, pc: u64, x0: u64) -> Result<(), ErrorCode> {
         self.state.compare_exchange(OFF, CLAIMED, Acquire, Relaxed).map_err(|state| match state {
-            CLAIMED | PENDING => ErrorCode::OnPending,
-            _ => ErrorCode::AlreadyOn,
+            ON => ErrorCode::AlreadyOn,
+            _ => ErrorCode::OnPending,
         })?;
-        self.pc.store(pc, Relaxed);
-        self.x0.store(x0, Relaxed);
-        self.state.store(PENDING, Release);
+        self.publish(PENDING, pc, x0);
         Ok(())
     }
 
-    /// Returns what there is to be run. By the one CPU that is about to run the vCPU.
-    pub fn run(&self) -> Readiness {
-        if self.state.compare_exchange(PENDING, ON, Acquire, Relaxed).is_ok() {
-            return Readiness::Starts { pc: self.pc.load(Relaxed), x0: self.x0.load(Relaxed) };
+    /// Turns the vCPU on with which its VM boots, while nobody else can. Its other registers stay as they are.
+    pub(crate) fn boot(&self, pc: u64, x0: u64) {
+        self.publish(BOOTING, pc, x0);
+    }
+
+    fn publish(&self, state: u8, pc: u64, x0: u64) {
+        self.pc.store(pc, Relaxed);
+        self.x0.store(x0, Relaxed);
+        self.state.store(state, Release);
+    }
+
+    /// Returns once how the vCPU starts after it has been turned on. By the one CPU that has it, which sets its registers so.
+    pub fn take_start(&self) -> Option<FirstInstruction> {
+        let state = self.state.load(Acquire);
+        if !matches!(state, PENDING | BOOTING) {
+            return None;
         }
-        if self.state.load(Relaxed) == ON { Readiness::On } else { Readiness::Off }
+        let start = FirstInstruction { pc: self.pc.load(Relaxed), x0: self.x0.load(Relaxed), reset: state == PENDING };
+        self.state.store(READY, Relaxed);
+        Some(start)
+    }
+
+    /// Returns what there is to be run, after [`Power::take_start`]. By the one CPU that is about to run the vCPU.
+    pub fn run(&self) -> Readiness {
+        match self.state.load(Relaxed) {
+            READY => {
+                self.state.store(ON, Relaxed);
+                Readiness::Starts
+            }
+            ON => Readiness::On,
+            _ => Readiness::Off,
+        }
+    }
+
+    /// Returns whether the vCPU is on, or has been turned on.
+    pub(crate) fn is_on(&self) -> bool {
+        self.state.load(Relaxed) != OFF
+    }
+
+    /// Turns the vCPU on or off for its host, whose CPU has it. Returns whether it could: not while a guest is turning it on.
+    pub(crate) fn set(&self, on: bool) -> bool {
+        let state = self.state.load(Relaxed);
+        if on {
+            // Who else has turned it on meanwhile has done the same.
+            let _ = self.state.compare_exchange(OFF, READY, Acquire, Relaxed);
+            return true;
+        }
+        state == OFF || state != CLAIMED && self.state.compare_exchange(state, OFF, Release, Relaxed).is_ok()
     }
 
     /// Turns off the vCPU, which made the call itself. From now on others may turn it on.
@@ -93,8 +143,8 @@ impl Power {
     fn affinity_info(&self) -> AffinityInfo {
         match self.state.load(Relaxed) {
             OFF => AffinityInfo::Off,
-            CLAIMED | PENDING => AffinityInfo::OnPending,
-            _ => AffinityInfo::On,
+            ON => AffinityInfo::On,
+            _ => AffinityInfo::OnPending,
         }
     }
 }
@@ -251,9 +301,19 @@ mod tests {
 
     fn vm(count: usize) -> Vec<Power> {
         let vcpus: Vec<_> = (0..count).map(|_| Power::off()).collect();
-        vcpus[0].turn_on(ENTRY, 0).unwrap();
-        assert_eq!(vcpus[0].run(), Readiness::Starts { pc: ENTRY, x0: 0 });
+        vcpus[0].boot(ENTRY, 0);
+        assert_eq!(vcpus[0].take_start(), Some(FirstInstruction { pc: ENTRY, x0: 0, reset: false }));
+        assert_eq!(vcpus[0].run(), Readiness::Starts);
         vcpus
+    }
+
+    /// Runs a vCPU that has been turned on for the first time since.
+    fn starts(power: &Power) -> Option<(u64, u64)> {
+        let start = power.take_start()?;
+        assert!(start.reset);
+        assert_eq!(power.take_start(), None);
+        assert_eq!(power.run(), Readiness::Starts);
+        Some((start.pc, start.x0))
     }
 
     fn call_of(vcpus: &[Power], vcpu: usize, registers: [u64; 4]) -> Option<FirmwareCall> {
@@ -278,7 +338,7 @@ mod tests {
             assert_eq!(call(&vcpus, [CPU_ON, 1, pc, x0]), FirmwareCall::TurnedOn(1));
             assert_eq!(call(&vcpus, [AFFINITY_INFO, 1, 0, 0]), FirmwareCall::Returns(2));
             assert_eq!(call(&vcpus, [CPU_ON, 1, ENTRY, 0]), error(ErrorCode::OnPending));
-            assert_eq!(vcpus[1].run(), Readiness::Starts { pc, x0 });
+            assert_eq!(starts(&vcpus[1]), Some((pc, x0)));
             assert_eq!(vcpus[1].run(), Readiness::On);
             assert_eq!(call(&vcpus, [AFFINITY_INFO, 1, 0, 0]), FirmwareCall::Returns(0));
             assert_eq!(call(&vcpus, [CPU_ON, 1, ENTRY, 0]), error(ErrorCode::AlreadyOn));
@@ -289,11 +349,45 @@ mod tests {
     }
 
     #[test]
+    fn a_host_turns_vcpus_on_and_off() {
+        let vcpus = vm(2);
+        assert!(!vcpus[1].is_on());
+        assert!(vcpus[1].set(false) && !vcpus[1].is_on());
+        assert!(vcpus[1].set(true) && vcpus[1].set(true) && vcpus[1].is_on());
+        assert_eq!(call(&vcpus, [AFFINITY_INFO, 1, 0, 0]), FirmwareCall::Returns(2));
+        assert_eq!(call(&vcpus, [CPU_ON, 1, ENTRY, 0]), error(ErrorCode::OnPending));
+        // With the registers that it has.
+        assert_eq!((vcpus[1].take_start(), vcpus[1].run()), (None, Readiness::Starts));
+        assert_eq!(call(&vcpus, [CPU_ON, 1, ENTRY, 0]), error(ErrorCode::AlreadyOn));
+        assert!(vcpus[1].set(true));
+        assert_eq!(vcpus[1].run(), Readiness::On);
+        assert!(vcpus[1].set(false));
+        assert_eq!(vcpus[1].run(), Readiness::Off);
+        assert_eq!(call(&vcpus, [CPU_ON, 1, ENTRY, 3]), FirmwareCall::TurnedOn(1));
+        assert!(vcpus[1].set(true));
+        assert_eq!(starts(&vcpus[1]), Some((ENTRY, 3)));
+        assert_eq!(call_of(&vcpus, 1, [CPU_OFF, 0, 0, 0]), Some(FirmwareCall::TurnedOff));
+        assert_eq!(call(&vcpus, [CPU_ON, 1, ENTRY, 3]), FirmwareCall::TurnedOn(1));
+        assert!(vcpus[1].set(false));
+        assert_eq!((vcpus[1].take_start(), vcpus[1].run()), (None, Readiness::Off));
+    }
+
+    #[test]
+    fn a_host_waits_for_a_guest_that_turns_a_vcpu_on() {
+        let power = Power::off();
+        power.state.store(CLAIMED, Relaxed);
+        assert!(!power.set(false) && power.set(true));
+        assert_eq!((power.take_start(), power.run()), (None, Readiness::Off));
+        power.publish(PENDING, ENTRY, 1);
+        assert_eq!(starts(&power), Some((ENTRY, 1)));
+    }
+
+    #[test]
     fn a_32_bit_call_takes_w_registers() {
         let vcpus = vm(2);
         let high = 0xdead_0000_0000_0000;
         assert_eq!(call(&vcpus, [0x8400_0003, high | 1, high | ENTRY, high | 9]), FirmwareCall::TurnedOn(1));
-        assert_eq!(vcpus[1].run(), Readiness::Starts { pc: ENTRY, x0: 9 });
+        assert_eq!(starts(&vcpus[1]), Some((ENTRY, 9)));
         assert_eq!(call(&vcpus, [0x8400_0004, high | 1, high, 0]), FirmwareCall::Returns(0));
     }
 
@@ -443,8 +537,8 @@ mod tests {
             for _ in 0..ROUNDS {
                 barrier.wait();
                 let (pc, x0) = loop {
-                    if let Readiness::Starts { pc, x0 } = vcpus[CALLERS].run() {
-                        break (pc, x0);
+                    if let Some(start) = starts(&vcpus[CALLERS]) {
+                        break start;
                     }
                 };
                 assert_eq!(pc, ENTRY + 4 * (x0 & 0xff));

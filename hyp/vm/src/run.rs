@@ -3,15 +3,17 @@
 //! Exits that concern the hypervisor alone are handled here, and the guest goes on. Each turn enters the guest, in which an
 //! interrupt for the host is taken first of all, so that no guest keeps a CPU from its host.
 
+mod registers;
+
 use ravelin_abi::{Answer, RUN_CALL_REGISTERS, RunEntry, RunExit, RunPage, Status};
 use ravelin_memory::{PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_vgic::{Access, Frame, Gic, ListRegisters, VcpuSet, Vcpus};
 
 use crate::{
-    Abort, Context, Entry, FirmwareCall, GuestCpu, GuestExit, GuestFeatures, Handle, IdRegisters, Left, MmioAccess,
-    ObjectMemory, Outcome, Pending, Power, PstateFeatures, Readiness, Refusal, Report, Syndrome, SysregAccess,
-    SysregAction, Transitions, Vectors, Vm, Vms, entropy_call, firmware_call, gic::VcpuGics, guest::NOT_SUPPORTED,
-    guest_call, mpidr, rsi,
+    Abort, Context, Entry, FirmwareCall, FirstInstruction, GuestCpu, GuestExit, GuestFeatures, Handle, IdRegisters,
+    Left, MmioAccess, ObjectMemory, Outcome, Pending, Power, PstateFeatures, Readiness, Refusal, Report, Syndrome,
+    SysregAccess, SysregAction, Transitions, Vectors, Vm, Vms, entropy_call, firmware_call, gic::VcpuGics,
+    guest::NOT_SUPPORTED, guest_call, mpidr, rsi,
 };
 
 /// INTID of the virtual timer, as Arm's Base System Architecture has it.
@@ -70,14 +72,21 @@ impl VcpuState {
     pub fn new(cpu: &impl GuestCpu, index: usize, ipa_bits: u64, area: PhysRange) -> Self {
         let features = GuestFeatures { ipa_bits, sve: true, pointer_authentication: true };
         let ids = cpu.id_registers().for_guest(features);
+        cpu.clear_vectors(area);
         Self { context: Context::reset(0, 0, mpidr(index)), ids, open: Open::Nothing, area }
     }
 
-    /// Starts anew, as PSCI has it.
-    fn reset(&mut self, cpu: &impl GuestCpu, index: usize, pc: u64, x0: u64) {
-        self.context = Context::reset(pc, x0, mpidr(index));
-        self.open = Open::Nothing;
-        cpu.clear_vectors(self.area);
+    /// Sets the registers of a vCPU that has been turned on as PSCI has it, and those of the one that boots as the seal has it.
+    fn start(&mut self, cpu: &impl GuestCpu, index: usize, power: &Power) {
+        let Some(FirstInstruction { pc, x0, reset }) = power.take_start() else { return };
+        if reset {
+            self.context = Context::reset(pc, x0, mpidr(index));
+            self.open = Open::Nothing;
+            cpu.clear_vectors(self.area);
+        } else {
+            self.context.pc = pc;
+            self.context.set_register(0, x0);
+        }
     }
 }
 
@@ -155,10 +164,11 @@ where
         if state.open == Open::Ended {
             return Err(Status::WrongState.into());
         }
+        state.start(self.cpu, self.index, self.power);
+        state.context.cntvoff_el2 = self.vm.counter_offset();
         match self.power.run() {
             Readiness::Off => return Err(Status::WrongState.into()),
-            Readiness::Starts { pc, x0 } => {
-                state.reset(self.cpu, self.index, pc, x0);
+            Readiness::Starts => {
                 let index = self.index;
                 self.gic(|gic| gic.reset_interface(index));
             }

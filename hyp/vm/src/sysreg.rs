@@ -43,11 +43,22 @@ const OS_LOCK_IMPLEMENTED: u64 = 1 << 3;
 /// ICC_SRE_EL1: system registers only, no bypass of FIQ and IRQ.
 const SYSTEM_REGISTER_ENABLE: u64 = 0b111;
 
-/// Bits of CNTP_CTL_EL0.
+/// Bits of CNTV_CTL_EL0 and CNTP_CTL_EL0.
 mod timer {
     pub(super) const ENABLE: u64 = 1 << 0;
     pub(super) const IMASK: u64 = 1 << 1;
     pub(super) const ISTATUS: u64 = 1 << 2;
+}
+
+/// Returns what is kept of a value for CNTV_CTL_EL0 or CNTP_CTL_EL0.
+pub(crate) const fn timer_control(value: u64) -> u64 {
+    value & (timer::ENABLE | timer::IMASK)
+}
+
+/// Returns CNTV_CTL_EL0 or CNTP_CTL_EL0 of a timer that fires when `counter` reaches `deadline`.
+pub(crate) const fn timer_status(control: u64, counter: u64, deadline: u64) -> u64 {
+    let control = timer_control(control);
+    if control & timer::ENABLE != 0 && counter >= deadline { control | timer::ISTATUS } else { control }
 }
 
 impl SysregAccess {
@@ -93,7 +104,19 @@ impl SysregAccess {
         action
     }
 
-    fn read(&self, context: &Context, ids: &IdRegisters, now: u64) -> SysregAction {
+    /// Returns the access to the system register of this [number](ravelin_abi::system_register), for [`SysregAccess::read`] and
+    /// [`SysregAccess::write`] only.
+    pub(crate) fn of(number: u64) -> Self {
+        let field = |shift: u32, mask: u8| {
+            let [byte, ..] = (number >> shift).to_le_bytes();
+            byte & mask
+        };
+        let (op0, op1, crn, crm, op2) = (field(14, 3), field(11, 7), field(7, 15), field(3, 15), field(0, 7));
+        Self { op0, op1, crn, crm, op2, register: 31, write: false }
+    }
+
+    /// Returns what the register reads as.
+    pub(crate) fn read(&self, context: &Context, ids: &IdRegisters, now: u64) -> SysregAction {
         let &Self { op0, op1, crn, crm, op2, .. } = self;
         let value = match (op0, op1, crn, crm, op2) {
             // The space of ID registers.
@@ -111,11 +134,7 @@ impl SysregAccess {
             // CNTP_TVAL_EL0: the low 32 bits of what is left.
             (3, 3, 14, 2, 0) => context.cntp_cval_el0.wrapping_sub(now) & 0xffff_ffff,
             // CNTP_CTL_EL0.
-            (3, 3, 14, 2, 1) => {
-                let control = context.cntp_ctl_el0 & (timer::ENABLE | timer::IMASK);
-                let fires = control & timer::ENABLE != 0 && now >= context.cntp_cval_el0;
-                if fires { control | timer::ISTATUS } else { control }
-            }
+            (3, 3, 14, 2, 1) => timer_status(context.cntp_ctl_el0, now, context.cntp_cval_el0),
             // CNTP_CVAL_EL0.
             (3, 3, 14, 2, 2) => context.cntp_cval_el0,
             _ if self.is_inert() => 0,
@@ -124,7 +143,8 @@ impl SysregAccess {
         SysregAction::Read(value)
     }
 
-    fn write(&self, context: &mut Context, value: u64, now: u64) -> SysregAction {
+    /// Writes the register.
+    pub(crate) fn write(&self, context: &mut Context, value: u64, now: u64) -> SysregAction {
         let &Self { op0, op1, crn, crm, op2, .. } = self;
         match (op0, op1, crn, crm, op2) {
             (3, 0, 12, 11, 1) => return SysregAction::Deactivate(value),
@@ -139,7 +159,7 @@ impl SysregAccess {
                 let left = (value & 0xffff_ffff ^ SIGN).wrapping_sub(SIGN);
                 context.cntp_cval_el0 = now.wrapping_add(left);
             }
-            (3, 3, 14, 2, 1) => context.cntp_ctl_el0 = value & (timer::ENABLE | timer::IMASK),
+            (3, 3, 14, 2, 1) => context.cntp_ctl_el0 = timer_control(value),
             (3, 3, 14, 2, 2) => context.cntp_cval_el0 = value,
             _ if self.is_inert() => {}
             _ => return SysregAction::Undefined,

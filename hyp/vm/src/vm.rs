@@ -6,7 +6,7 @@
 
 use core::{
     mem::size_of,
-    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
 };
 
 use ravelin_abi::{MAX_TAKE_BACK_PAGES, Status, VmAttributes};
@@ -102,6 +102,8 @@ pub struct Vm<O: ObjectMemory, G: Send + Sync, V: Send + Sync> {
     gic: TicketMutex<VmGic<O>>,
     /// Since it is sealed.
     gic_frames: Option<GicFrames>,
+    /// CNTVOFF_EL2 of all vCPUs.
+    counter_offset: AtomicU64,
     metadata: PhysRange,
 }
 
@@ -132,6 +134,16 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vm<O, G, V> {
     /// Returns whether a vCPU is on, if it exists.
     pub fn power(&self, vcpu: usize) -> Option<&Power> {
         self.vcpus.get(vcpu).filter(|slot| slot.exists.load(Relaxed)).map(|slot| &slot.power)
+    }
+
+    /// Returns how far the virtual counters of the VM are behind the physical one.
+    pub(crate) fn counter_offset(&self) -> u64 {
+        self.counter_offset.load(Relaxed)
+    }
+
+    /// Changes that, from the next run of each vCPU on.
+    pub(crate) fn set_counter_offset(&self, offset: u64) {
+        self.counter_offset.store(offset, Relaxed);
     }
 
     /// Runs `f` on the VM's interrupt controller. No other lock may be taken meanwhile.
@@ -213,6 +225,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
                 vcpus: objects.place_slice(parts.vcpus, vcpus, |_| VcpuSlot::default()),
                 gic: TicketMutex::new(VmGic::new(spis, gics)),
                 gic_frames: None,
+                counter_offset: AtomicU64::new(0),
                 metadata,
             };
             Ok(objects.place(parts.vm, vm))
@@ -359,8 +372,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
             }
             let exist = vm.vcpus.iter().filter(|slot| slot.exists.load(Relaxed)).count();
             let measurement = vm.measurement.get_mut().as_ref().ok_or(Status::WrongState)?.clone();
-            // It has never been on.
-            vm.power(0).ok_or(Status::Absent)?.turn_on(entry, device_tree).map_err(|_| Status::WrongState)?;
+            vm.power(0).ok_or(Status::Absent)?.boot(entry, device_tree);
             let seal = Seal { attributes, vcpus: u64::try_from(exist).unwrap_or(u64::MAX), start: *start };
             *vm.guest.measurements.get_mut() = Measurements::new(measurement.seal(&seal));
             vm.gic.get_mut().reset();
@@ -381,8 +393,33 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
         index: u64,
         f: impl FnOnce(&Vm<O, G, V>, &mut Vcpu<V>) -> Result<R, Refusal>,
     ) -> Result<R, Refusal> {
+        self.with_vcpu(handle, index, |vm| vm.demand(&[Stage::Sealed]), f)
+    }
+
+    /// Runs `f` on a vCPU of an ordinary VM, which nobody can run meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// WRONG_STATE if the VM is not an ordinary one, or dying; ABSENT; BUSY if another CPU has it; those of `f`.
+    pub(crate) fn with_vcpu_of_ordinary<R>(
+        &self,
+        handle: Handle,
+        index: u64,
+        f: impl FnOnce(&Vm<O, G, V>, &mut Vcpu<V>) -> Result<R, Refusal>,
+    ) -> Result<R, Refusal> {
+        let admits = |vm: &Vm<O, G, V>| vm.demand(if vm.guest.kind().is_protected() { &[] } else { ALIVE });
+        self.with_vcpu(handle, index, admits, f)
+    }
+
+    fn with_vcpu<R>(
+        &self,
+        handle: Handle,
+        index: u64,
+        admits: impl FnOnce(&Vm<O, G, V>) -> Result<(), Refusal>,
+        f: impl FnOnce(&Vm<O, G, V>, &mut Vcpu<V>) -> Result<R, Refusal>,
+    ) -> Result<R, Refusal> {
         self.table.shared(handle, |vm| {
-            vm.demand(&[Stage::Sealed])?;
+            admits(vm)?;
             let slot = usize::try_from(index).ok().and_then(|index| vm.vcpus.get(index)).ok_or(Status::Absent)?;
             let mut vcpu = slot.vcpu.try_lock().ok_or(Status::Busy)?;
             f(vm, vcpu.as_mut().ok_or(Status::Absent)?)

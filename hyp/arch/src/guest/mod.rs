@@ -12,7 +12,9 @@ use core::{arch::global_asm, mem::offset_of, ptr, sync::atomic::Ordering::Relaxe
 
 use ravelin_abi::Status;
 use ravelin_memory::{PhysAddr, PhysRange};
-use ravelin_vm::{Context, EntropySource, Entry, GuestCpu, IdRegisters, Left, PageAccess, PstateFeatures, Syndrome};
+use ravelin_vm::{
+    Context, EntropySource, Entry, GuestCpu, IdRegisters, Left, PageAccess, PstateFeatures, Syndrome, VectorPlaces,
+};
 
 use crate::{
     boot::CpuStart,
@@ -118,6 +120,10 @@ impl GuestCpu for Hardware {
 
     fn unload_vectors(&self, area: PhysRange) {
         vectors::load_host(area, self.guests.features.sve);
+    }
+
+    fn guest_vectors(&self, area: PhysRange) -> VectorPlaces {
+        vectors::places(area, self.guests.features.sve)
     }
 
     fn clear_vectors(&self, area: PhysRange) {

@@ -3,7 +3,8 @@
 
 use core::{arch::global_asm, ptr};
 
-use ravelin_memory::{PAGE_SIZE, PhysRange};
+use ravelin_memory::{PAGE_SIZE, PhysAddr, PhysRange};
+use ravelin_vm::VectorPlaces;
 
 use crate::sysreg::{maintain, write_lower_sysreg};
 
@@ -26,14 +27,26 @@ const HEADER: u64 = 32;
 
 /// Returns how many pages the vector registers of a guest and those of the host take. CPTR_EL2 is that of the host.
 pub(super) fn area_pages(sve: bool) -> u64 {
-    let half = if sve {
-        // SAFETY: There is SVE, and neither the host nor EL2 is kept from it.
-        let length = unsafe { sve_length() };
-        HEADER + 32 * length + 17 * length / 8
-    } else {
-        HEADER + 32 * 16
-    };
+    let length = length(sve);
+    // With SVE, predicates of an eighth of that.
+    let half = HEADER + 32 * length + if sve { 17 * length / 8 } else { 0 };
     (2 * half.next_multiple_of(16)).div_ceil(PAGE_SIZE)
+}
+
+/// Returns the bytes of a vector register.
+fn length(sve: bool) -> u64 {
+    if !sve {
+        return 16;
+    }
+    // SAFETY: There is SVE, and neither the host nor EL2 is kept from it.
+    unsafe { sve_length() }
+}
+
+/// Returns where the guest's registers are. CPTR_EL2 is that of the host.
+pub(super) fn places(area: PhysRange, sve: bool) -> VectorPlaces {
+    let [_, guest] = halves(area);
+    let at = PhysAddr::from_bits_truncating;
+    VectorPlaces { status: at(guest), first: at(guest + HEADER), stride: length(sve) }
 }
 
 /// Returns where the host's and the guest's are.

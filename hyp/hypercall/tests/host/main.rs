@@ -34,8 +34,8 @@ const STATISTICS: u64 = 0xc600_1008;
 fn discovery() {
     in_world(64, |world| {
         assert_eq!(world.hvc([0x8600_ff01, 1, 2, 3]), VENDOR_UID.map(u64::from));
-        assert_eq!(world.hvc([0x8600_ff03, 1, 2, 3]), [1, 2, 2, 3]);
-        assert_eq!(world.hvc([FEATURES, 0, 2, 3]), [0, 0x7fff_01ff, 1 << 18, 512]);
+        assert_eq!(world.hvc([0x8600_ff03, 1, 2, 3]), [1, 3, 2, 3]);
+        assert_eq!(world.hvc([FEATURES, 0, 2, 3]), [0, 0x7fff_c1ff, 1 << 18, 512]);
         world.fails([FEATURES, 1, 2, 3], Status::Invalid, 0);
     });
 }

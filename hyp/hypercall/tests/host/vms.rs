@@ -4,8 +4,8 @@ use std::{sync::Barrier, thread};
 
 use proptest::prelude::{any, proptest};
 use ravelin_abi::{
-    CALLS, ExitReason, Kind, MAX_TAKE_BACK_PAGES, PageStateCode, RunExit, RunPage, Statistics, Status, VmAttributes,
-    VmKind,
+    CALLS, ExitReason, Kind, MAX_TAKE_BACK_PAGES, PageStateCode, REGISTER_LAST, RunExit, RunPage, Statistics, Status,
+    VmAttributes, VmKind,
 };
 use ravelin_memory::PAGE_SIZE;
 use ravelin_ownership::{Counts, PageReport};
@@ -35,6 +35,7 @@ const fn attributes(kind: VmKind) -> u64 {
 }
 
 const PKVM: u64 = attributes(VmKind::Pkvm);
+const ORDINARY: u64 = attributes(VmKind::Ordinary);
 
 /// Returns the registers of a call.
 fn call(name: &str, arguments: &[u64]) -> Vec<u64> {
@@ -351,7 +352,7 @@ fn every_way_to_fail_with_a_vm() {
 }
 
 /// Calls that name a VM, as they could succeed at some point of the life of one with four pages.
-fn calls_about(handle: u64, vcpu_pages: u64) -> [(&'static str, Vec<u64>); 13] {
+fn calls_about(handle: u64, vcpu_pages: u64) -> [(&'static str, Vec<u64>); 15] {
     [
         ("VM_DONATE_TABLES", vec![handle, TABLES + 0x2_0000, 1]),
         ("VCPU_CREATE", vec![handle, 1, VCPU + 0x1_0000, vcpu_pages, RUN_PAGE + PAGE_SIZE]),
@@ -359,6 +360,8 @@ fn calls_about(handle: u64, vcpu_pages: u64) -> [(&'static str, Vec<u64>); 13] {
         ("VM_UNMAP", vec![handle, ENTRY, 1]),
         ("VM_SEAL", vec![handle, ENTRY, ENTRY, DISTRIBUTOR, REDISTRIBUTORS]),
         ("VCPU_RUN", vec![handle, 0]),
+        ("VCPU_GET_REGISTER", vec![handle, 0, 0]),
+        ("VCPU_SET_REGISTER", vec![handle, 0, 0, 0]),
         ("VM_TEARDOWN", vec![handle]),
         ("VM_RECLAIM", vec![handle, ENTRY, 1]),
         ("VM_DESTROY", vec![handle]),
@@ -383,7 +386,7 @@ fn steps_out_of_order() {
         };
         let handle = world.create(PKVM);
         world.does("VM_MAP", &[handle, ENTRY, PAYLOAD, 4]);
-        let always = ["VM_UNMAP", "VM_RECLAIM", "VM_DESTROY"];
+        let always = ["VM_UNMAP", "VM_RECLAIM", "VM_DESTROY", "VCPU_GET_REGISTER", "VCPU_SET_REGISTER"];
         refuses(handle, &always, Status::WrongState);
         refuses(handle, &["VCPU_RUN", "SPI"], Status::WrongState);
         world.seal(handle);
@@ -430,6 +433,30 @@ fn handles_that_name_nothing() {
 
 #[test]
 #[cfg_attr(miri, ignore = "walks the tables of all RAM after each call")]
+fn registers_of_an_ordinary_vms_vcpu() {
+    const PC: u64 = 64;
+    in_world(64, |world| {
+        let handle = world.create(ORDINARY);
+        for register in [0, 60, PC, 84, 210, 213, 0xc080] {
+            world.does("VCPU_SET_REGISTER", &[handle, 0, register, register << 40 | 5]);
+            assert_eq!(world.does("VCPU_GET_REGISTER", &[handle, 0, register]), register << 40 | 5);
+        }
+        for register in [1, 0xffff, 0x1_0000, 0x1_0000_0000 | PC] {
+            world.refuses("VCPU_GET_REGISTER", &[handle, 0, register], Status::Invalid, 0);
+            world.refuses("VCPU_SET_REGISTER", &[handle, 0, register, 0], Status::Invalid, 0);
+        }
+        world.refuses("VCPU_GET_REGISTER", &[handle, 1, PC], Status::Absent, 0);
+        world.refuses("VCPU_SET_REGISTER", &[handle, 128, PC, 0], Status::Invalid, 0);
+        world.does("VM_MAP", &[handle, ENTRY, PAYLOAD, 4]);
+        world.seal(handle);
+        assert_eq!(world.does("VCPU_GET_REGISTER", &[handle, 0, PC]), ENTRY);
+        assert_eq!(world.does("VCPU_GET_REGISTER", &[handle, 0, 60]), 60 << 40 | 5);
+        world.end(handle);
+    });
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "walks the tables of all RAM after each call")]
 fn a_running_vcpu_keeps_others_away() {
     static MEETING: Barrier = Barrier::new(2);
     in_world(64, |world| {
@@ -471,6 +498,7 @@ fn argument(kind: Kind, seed: u64, handles: &[u64], sizes: [u64; 2]) -> u64 {
         Kind::GuestAddress { align: 0x1_0000 } => choose(&[DISTRIBUTOR, REDISTRIBUTORS, ENTRY]),
         Kind::GuestAddress { .. } => ENTRY,
         Kind::PageCount { .. } => choose(&[1, 1, 2, 4, sizes[0], sizes[0], sizes[1], 512]),
+        Kind::Number { last: REGISTER_LAST, .. } => choose(&[0, 64, 66, 84, 212, 0x4000, 0xc080, 0xdf02]),
         Kind::Number { first, .. } => first + u64::from(high % 2),
         Kind::Handle if handles.is_empty() => seed,
         Kind::Handle => choose(handles),

@@ -16,6 +16,7 @@ use ravelin_pgtable::{
 };
 use ravelin_vm::{
     Context, EntropySource, Entry, GuestCpu, IdRegisters, Left, ObjectMemory, PageAccess, PstateFeatures, Syndrome,
+    VectorPlaces,
 };
 
 use crate::{PAGE_STATE, SHARE, STATISTICS};
@@ -158,6 +159,10 @@ impl GuestCpu for TestMachine {
     fn load_vectors(&self, _: PhysRange) {}
 
     fn unload_vectors(&self, _: PhysRange) {}
+
+    fn guest_vectors(&self, area: PhysRange) -> VectorPlaces {
+        VectorPlaces { status: area.base(), first: area.base().checked_add(32).unwrap(), stride: 16 }
+    }
 
     fn clear_vectors(&self, area: PhysRange) {
         area.iter().for_each(|page| self.assert_mapped(page));

@@ -12,7 +12,8 @@ use ravelin_pgtable::{Geometry, Vttbr};
 use ravelin_vgic::{ListRegisters, ich};
 
 use crate::{
-    Context, EntropySource, Entry, GuestCpu, IdRegisters, Left, PageAccess, PstateFeatures, Syndrome, Vectors,
+    Context, EntropySource, Entry, GuestCpu, IdRegisters, Left, PageAccess, PstateFeatures, Syndrome, VectorPlaces,
+    Vectors,
 };
 
 /// Registers that the host has in the CPU, less what a guest runs with. Not to be copied: it is taken out once and put back once.
@@ -250,9 +251,15 @@ impl GuestCpu for FakeCpu {
         state.calls.push(Call::UnloadVectors(area));
     }
 
+    fn guest_vectors(&self, area: PhysRange) -> VectorPlaces {
+        let at = |offset| area.base().checked_add(offset).unwrap();
+        VectorPlaces { status: at(0x800), first: at(0x820), stride: 32 }
+    }
+
     fn clear_vectors(&self, area: PhysRange) {
         let mut state = self.state();
         assert_eq!(state.vectors, None, "those in the CPU would come back");
+        state.page(area.base().raw()).fill(0);
         state.calls.push(Call::ClearVectors(area));
     }
 

@@ -8,7 +8,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::*;
 use crate::{
-    Readiness,
+    FirstInstruction, Readiness,
     fake::{Fake, FakeGuest, GuestState, Heap, Owner},
 };
 
@@ -113,9 +113,10 @@ fn a_life() {
             assert_eq!((vcpu.state, vcpu.index()), (100 + index, index as usize));
             assert_eq!(vcpu.run_page().raw(), RUN_PAGES + index * PAGE_SIZE);
             assert_eq!(vm.handle(), handle);
-            let first = Readiness::Starts { pc: GUEST, x0: GUEST + 0x1000 };
-            let expected = if index == 0 { first } else { Readiness::Off };
-            assert_eq!(vm.power(vcpu.index()).unwrap().run(), expected);
+            let first = FirstInstruction { pc: GUEST, x0: GUEST + 0x1000, reset: false };
+            let power = vm.power(vcpu.index()).unwrap();
+            assert_eq!(power.take_start(), (index == 0).then_some(first));
+            assert_eq!(power.run(), if index == 0 { Readiness::Starts } else { Readiness::Off });
             assert!(vm.power(4).is_none());
             Ok(())
         })
