@@ -179,8 +179,8 @@
 #define RAVELIN_EXIT_PAGE_FAULT 5 /* The guest accesses `address`, where it has no page. `flags` says how, if the VM is an ordinary one. Answers: RETRY; ABORT. */
 #define RAVELIN_EXIT_CPU_ON 6 /* The guest has turned on another vCPU, the one with index `vcpu`. It can be run now. */
 #define RAVELIN_EXIT_CPU_OFF 7 /* The guest has turned off this vCPU. It cannot be run until the guest turns it on again. */
-#define RAVELIN_EXIT_SYSTEM_OFF 8 /* The guest wants the VM to end. */
-#define RAVELIN_EXIT_SYSTEM_RESET 9 /* The guest wants the VM to start anew. */
+#define RAVELIN_EXIT_SYSTEM_OFF 8 /* The guest wants the VM to end. No vCPU is entered any more; `wake_low` and `wake_high` name the others that are on. The next run of each other one, even if it is off, gives this same reason, and after that none can be run again. */
+#define RAVELIN_EXIT_SYSTEM_RESET 9 /* The guest wants the VM to start anew. As SYSTEM_OFF. */
 #define RAVELIN_EXIT_UNSHARE 10 /* The guest takes back `pages` pages at `address`, some of which the host has claimed. Answers: RETRY, after the host has released them; REFUSE. */
 #define RAVELIN_EXIT_SHARED 11 /* The guest has offered `pages` pages at `address`. */
 #define RAVELIN_EXIT_RELINQUISHED 12 /* The guest has given up `pages` pages at `address`, which are the host's again, and lifted poison among them. */

@@ -30,9 +30,10 @@ codes! {
         CpuOn = 6, "CPU_ON";
         /// The guest has turned off this vCPU. It cannot be run until the guest turns it on again.
         CpuOff = 7, "CPU_OFF";
-        /// The guest wants the VM to end.
+        /// The guest wants the VM to end. No vCPU is entered any more; `wake_low` and `wake_high` name the others that are on. The
+        /// next run of each other one, even if it is off, gives this same reason, and after that none can be run again.
         SystemOff = 8, "SYSTEM_OFF";
-        /// The guest wants the VM to start anew.
+        /// The guest wants the VM to start anew. As SYSTEM_OFF.
         SystemReset = 9, "SYSTEM_RESET";
         /// The guest takes back `pages` pages at `address`, some of which the host has claimed. Answers: RETRY, after the host
         /// has released them; REFUSE.

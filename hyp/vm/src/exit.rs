@@ -6,7 +6,7 @@
 use ravelin_abi::{Answer, ExitReason, RUN_FLAG_EXECUTE, RUN_FLAG_WRITE, RUN_NO_DEADLINE, RunEntry, RunExit, VmKind};
 use ravelin_memory::{Ipa, IpaRange};
 
-use crate::{Context, MmioAccess, PstateFeatures, SysregAccess};
+use crate::{Context, MmioAccess, PstateFeatures, SysregAccess, vm::VmEnd};
 
 /// Registers in which the CPU says why it took a synchronous exception from the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -264,6 +264,14 @@ pub enum Report {
 }
 
 impl Report {
+    /// Returns what the host is told when its guest has ended a VM.
+    pub(crate) const fn of_end(end: VmEnd) -> Self {
+        match end {
+            VmEnd::Off => Self::SystemOff,
+            VmEnd::Reset => Self::SystemReset,
+        }
+    }
+
     /// Returns what goes into the run page.
     #[must_use]
     pub fn run_exit(&self) -> RunExit {

@@ -13,7 +13,7 @@ use crate::{
     Abort, Context, Entry, FirmwareCall, FirstInstruction, GuestCpu, GuestExit, GuestFeatures, Handle, IdRegisters,
     Left, MmioAccess, ObjectMemory, Outcome, Pending, Power, PstateFeatures, Readiness, Refusal, Report, Syndrome,
     SysregAccess, SysregAction, Transitions, Vectors, Vm, Vms, entropy_call, firmware_call, gic::VcpuGics,
-    guest::NOT_SUPPORTED, guest_call, mpidr, rsi,
+    guest::NOT_SUPPORTED, guest_call, mpidr, rsi, vm::VmEnd,
 };
 
 /// INTID of the virtual timer, as Arm's Base System Architecture has it.
@@ -164,6 +164,10 @@ where
         if state.open == Open::Ended {
             return Err(Status::WrongState.into());
         }
+        if let Some(report) = self.end() {
+            state.open = Open::Ended;
+            return Ok(report);
+        }
         state.start(self.cpu, self.index, self.power);
         state.context.cntvoff_el2 = self.vm.counter_offset();
         match self.power.run() {
@@ -179,6 +183,9 @@ where
         }
         let mut loan = Loan { vectors: Vectors::None, timer_held: false };
         let report = loop {
+            if let Some(report) = self.end() {
+                break report;
+            }
             if !self.wake.is_empty() {
                 break Report::Wake;
             }
@@ -280,7 +287,7 @@ where
         let left = self.cpu.enter(self.host, &mut entry, |syndrome, context| {
             let Some(report) = self.handle_at_once(open, context, ids, syndrome) else { return false };
             // A timer's interrupt that is held has to be looked after.
-            let goes_on = report.is_none() && !timer_held;
+            let goes_on = report.is_none() && !timer_held && self.vm.end().is_none();
             if !goes_on {
                 handled = Some(report);
             }
@@ -395,7 +402,7 @@ where
     }
 
     /// Performs a call that is not about memory. The program counter is at the instruction.
-    fn call(&self, context: &mut Context, immediate: u16) -> Option<Report> {
+    fn call(&mut self, context: &mut Context, immediate: u16) -> Option<Report> {
         if immediate != 0 {
             context.set_results([NOT_SUPPORTED]);
             context.skip_instruction();
@@ -407,7 +414,7 @@ where
     }
 
     /// Performs a call of firmware's, whichever way it comes.
-    fn standard_call(&self, context: &mut Context) -> Option<Report> {
+    fn standard_call(&mut self, context: &mut Context) -> Option<Report> {
         if entropy_call(self.cpu, context) {
             return None;
         }
@@ -431,9 +438,21 @@ where
                 context.set_results([0]);
                 self.wait(context)
             }
-            FirmwareCall::SystemOff => Some(Report::SystemOff),
-            FirmwareCall::SystemReset => Some(Report::SystemReset),
+            FirmwareCall::SystemOff => Some(self.end_as(VmEnd::Off)),
+            FirmwareCall::SystemReset => Some(self.end_as(VmEnd::Reset)),
         }
+    }
+
+    /// Returns what the host is told if the guest has ended the VM.
+    fn end(&self) -> Option<Report> {
+        self.vm.end().map(Report::of_end)
+    }
+
+    /// Ends the VM. The others are to find out.
+    fn end_as(&mut self, end: VmEnd) -> Report {
+        let end = self.vm.end_as(end);
+        self.wake.extend(self.vm.on().without(self.index));
+        Report::of_end(end)
     }
 
     /// Ends a call, or leaves it open.

@@ -6,7 +6,7 @@
 
 use core::{
     mem::size_of,
-    sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed},
 };
 
 use ravelin_abi::{MAX_TAKE_BACK_PAGES, Status, VmAttributes};
@@ -89,6 +89,19 @@ enum Stage {
     Dying,
 }
 
+/// How a guest ends its VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum VmEnd {
+    /// For good.
+    Off,
+    /// To start anew.
+    Reset,
+}
+
+const RUNS: u8 = 0;
+const OFF: u8 = 1;
+const RESET: u8 = 2;
+
 /// A VM.
 pub struct Vm<O: ObjectMemory, G: Send + Sync, V: Send + Sync> {
     handle: Handle,
@@ -102,6 +115,8 @@ pub struct Vm<O: ObjectMemory, G: Send + Sync, V: Send + Sync> {
     gic: TicketMutex<VmGic<O>>,
     /// Since it is sealed.
     gic_frames: Option<GicFrames>,
+    /// How the guest has ended it.
+    end: AtomicU8,
     /// CNTVOFF_EL2 of all vCPUs.
     counter_offset: AtomicU64,
     metadata: PhysRange,
@@ -134,6 +149,35 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vm<O, G, V> {
     /// Returns whether a vCPU is on, if it exists.
     pub fn power(&self, vcpu: usize) -> Option<&Power> {
         self.vcpus.get(vcpu).filter(|slot| slot.exists.load(Relaxed)).map(|slot| &slot.power)
+    }
+
+    /// Returns how the guest has ended the VM, if it has.
+    pub(crate) fn end(&self) -> Option<VmEnd> {
+        match self.end.load(Relaxed) {
+            RUNS => None,
+            OFF => Some(VmEnd::Off),
+            _ => Some(VmEnd::Reset),
+        }
+    }
+
+    /// Ends the VM for its guest, unless it has ended. From now on no vCPU is entered; those that run have to be left. Returns
+    /// how the VM has ended.
+    pub(crate) fn end_as(&self, end: VmEnd) -> VmEnd {
+        let state = if end == VmEnd::Off { OFF } else { RESET };
+        // What other vCPUs have written and read has nothing to do with it.
+        let _ = self.end.compare_exchange(RUNS, state, Relaxed, Relaxed);
+        self.end().unwrap_or(end)
+    }
+
+    /// Returns the vCPUs that are on.
+    pub(crate) fn on(&self) -> VcpuSet {
+        let mut on = VcpuSet::EMPTY;
+        for (vcpu, slot) in self.vcpus.iter().enumerate() {
+            if slot.power.is_on() {
+                on.insert(vcpu);
+            }
+        }
+        on
     }
 
     /// Returns how far the virtual counters of the VM are behind the physical one.
@@ -225,6 +269,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
                 vcpus: objects.place_slice(parts.vcpus, vcpus, |_| VcpuSlot::default()),
                 gic: TicketMutex::new(VmGic::new(spis, gics)),
                 gic_frames: None,
+                end: AtomicU8::new(RUNS),
                 counter_offset: AtomicU64::new(0),
                 metadata,
             };

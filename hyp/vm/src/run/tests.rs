@@ -1,4 +1,4 @@
-use std::array;
+use std::{array, rc::Rc};
 
 use proptest::prelude::*;
 use ravelin_abi::{ExitReason, RUN_FLAG_EXECUTE, RUN_FLAG_WRITE, RUN_NO_DEADLINE, VmAttributes, VmKind};
@@ -659,6 +659,53 @@ fn an_ended_vcpu_cannot_be_turned_on() {
     let already_on = u64::MAX - 3;
     assert_eq!(world.goes_on().x[0], already_on);
     assert_eq!(world.run(1), Err(Status::WrongState));
+}
+
+#[test]
+fn the_guest_ends_the_vm_for_all_vcpus() {
+    for (function, reason) in [(SYSTEM_OFF, ExitReason::SystemOff), (SYSTEM_RESET, ExitReason::SystemReset)] {
+        let world = World::new(VmKind::Pkvm);
+        world.turn_on(1);
+        assert_eq!(world.run(1), Ok(exit(ExitReason::Interrupted)));
+        world.cpu.entered();
+        world.then(move |guest| call(guest, Conduit::Hvc, [function]));
+        // The one that is on is to be woken, the one that is off is not.
+        assert_eq!(world.run(1), Ok(RunExit { wake_low: 1, ..exit(reason) }));
+        assert_eq!(world.cpu.entered().len(), 1);
+        for index in [0, 2] {
+            assert_eq!(world.run(index), Ok(exit(reason)), "vCPU {index}");
+        }
+        for index in 0..EXISTING {
+            assert_eq!(world.run(index), Err(Status::WrongState), "vCPU {index}");
+        }
+        assert!(world.cpu.entered().is_empty(), "no guest's code runs any more");
+    }
+}
+
+#[test]
+fn a_vcpu_that_runs_finds_out_with_its_next_exit() {
+    let acts: [Act; 4] = [
+        |guest| call(guest, Conduit::Hvc, [MEM_SHARE, GUEST, 1, 0]),
+        |guest| call(guest, Conduit::Hvc, [PSCI_VERSION]),
+        |guest| call(guest, Conduit::Hvc, [SYSTEM_OFF]),
+        |_| sysreg([3, 0, 0, 4, 0], 3, false),
+    ];
+    for act in acts {
+        let world = Rc::new(World::new(VmKind::Pkvm));
+        let other = Rc::clone(&world);
+        world.then(move |guest| {
+            other.vms.run(other.handle, 1, |vm, _| Ok(vm.end_as(VmEnd::Reset))).unwrap();
+            act(guest)
+        });
+        let told = world.run(0).unwrap();
+        // What happened just before may be told first.
+        if told.reason == ExitReason::Shared.code() {
+            assert_eq!(world.run(0), Ok(exit(ExitReason::SystemReset)));
+        } else {
+            assert_eq!(told, exit(ExitReason::SystemReset), "the first end counts");
+        }
+        assert_eq!((world.cpu.entered().len(), world.run(0)), (1, Err(Status::WrongState)));
+    }
 }
 
 #[test]
