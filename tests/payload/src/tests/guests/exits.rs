@@ -509,7 +509,7 @@ pub(crate) fn host_registers_are_kept() -> Outcome {
 /// A vCPU that runs on another CPU is BUSY, and so is what would take its VM from it.
 pub(crate) fn one_vcpu_on_two_cpus() -> Outcome {
     let pages = Pages::new(4 * MIB);
-    let vm = Vm::boot(&pages, VmKind::Pkvm, 1)?;
+    let vm = Vm::boot(&pages, VmKind::Ordinary, 1)?;
     let mut guest = vm.guest(0);
     begin_to_spin(&mut guest)?;
     let started = memory_flag(&pages)?;
@@ -525,6 +525,8 @@ pub(crate) fn one_vcpu_on_two_cpus() -> Outcome {
         let outcome = (|| {
             for _ in 0..10 {
                 refused("VCPU_RUN", [vm.handle, 0], Status::Busy)?;
+                refused("VCPU_GET_REGISTER", [vm.handle, 0, 0], Status::Busy)?;
+                refused("VCPU_SET_REGISTER", [vm.handle, 0, 0, 0], Status::Busy)?;
                 refused("VM_TEARDOWN", [vm.handle], Status::Busy)?;
                 refused("VM_DESTROY", [vm.handle], Status::Busy)?;
                 refused("VM_SEAL", vm.seal_arguments(), Status::Busy)?;

@@ -1,15 +1,21 @@
 //! The life of a VM: its steps in order, out of order, and very often.
 
+use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
 use arrayvec::ArrayVec;
 use ravelin_abi::{ExitReason, MAX_VCPUS, Status, VmAttributes, VmKind};
 use ravelin_guest::IMAGE;
 
 use crate::{
     rt::{
+        cpu, gic,
         memory::{self, BLOCK, PAGE},
         vm::{DISTRIBUTOR, IPA_BITS, MEMORY, Pages, REDISTRIBUTORS, Sizes, Vm, block_of, call, refused, succeed},
     },
-    tests::{Failure, OWNED, Op, Outcome, SHARED, check, check_eq, check_state, page_counts, state, statistics},
+    tests::{
+        Failure, OWNED, Op, Outcome, SHARED, check, check_eq, check_state, guests::exits::begin_to_spin, page_counts,
+        state, statistics,
+    },
 };
 
 const MIB: u64 = 1 << 20;
@@ -49,17 +55,78 @@ pub(crate) fn runs_to_its_end() -> Outcome {
     Ok(())
 }
 
+/// A vCPU ends the VM of another one, which tells its host once.
+pub(crate) fn ends_for_all_vcpus() -> Outcome {
+    for &kind in VmKind::ALL {
+        for (function, reason) in [(SYSTEM_OFF, ExitReason::SystemOff), (SYSTEM_RESET, ExitReason::SystemReset)] {
+            let pages = Pages::new(4 * MIB);
+            let vm = Vm::boot(&pages, kind, 3)?;
+            vm.guest(0).turn_on(1)?;
+            let mut guest = vm.guest(1);
+            guest.begin_call(&[function])?;
+            check_eq!(guest.exit(reason)?.wake_low, 1, "the vCPUs that are to find out");
+            for index in [0, 2] {
+                let told = vm.guest(index).run_once()?;
+                check_eq!((told.reason, told.wake_low), (reason.code(), 0), "what vCPU {index} is told");
+            }
+            for index in 0..3 {
+                refused("VCPU_RUN", [vm.handle, index], Status::WrongState)?;
+            }
+            vm.finish()?;
+        }
+    }
+    Ok(())
+}
+
+/// A vCPU that runs on another CPU does not go on once that is interrupted.
+pub(crate) fn ends_for_vcpus_that_run() -> Outcome {
+    let pages = Pages::new(4 * MIB);
+    let vm = Vm::boot(&pages, VmKind::Pkvm, 2)?;
+    vm.guest(0).turn_on(1)?;
+    let mut spins = vm.guest(1);
+    begin_to_spin(&mut spins)?;
+    let runs = AtomicU64::new(0);
+    let last = AtomicU64::new(0);
+    let run = |_: usize| {
+        runs.fetch_add(1, Relaxed);
+        while let Ok(exit) = spins.run_once() {
+            last.store(exit.reason, Relaxed);
+            if exit.reason != ExitReason::Interrupted.code() {
+                break;
+            }
+            let _ = gic::take();
+        }
+    };
+    let mut guest = vm.guest(0);
+    guest.begin_call(&[SYSTEM_OFF])?;
+    let outcome = cpu::run_on(&[1], &run, || {
+        while runs.load(Relaxed) == 0 {
+            cpu::wait();
+        }
+        cpu::wait();
+        let exit = guest.exit(ExitReason::SystemOff);
+        gic::send(1);
+        exit
+    });
+    check_eq!(outcome?.wake_low, 2, "the vCPU that is to find out");
+    check_eq!(last.load(Relaxed), ExitReason::SystemOff.code(), "what it was told");
+    refused("VCPU_RUN", [vm.handle, 1], Status::WrongState)?;
+    vm.finish()
+}
+
 /// What a call does at a point of a VM's life where it is not to do anything.
 fn refusals(vm: &Vm<'_>, spare: u64, expected: impl Fn(&str) -> Option<Status>, when: &str) -> Outcome {
     let sizes = Sizes::of(Vm::attributes(vm.kind, 2))?;
     let handle = vm.handle;
-    let calls: [(&str, ArrayVec<u64, 5>); 12] = [
+    let calls: [(&str, ArrayVec<u64, 5>); 14] = [
         ("VM_DONATE_TABLES", ArrayVec::from_iter([handle, spare, 1])),
         ("VCPU_CREATE", ArrayVec::from_iter([handle, 1, spare, sizes.vcpu, spare + sizes.vcpu * PAGE])),
         ("VM_MAP", ArrayVec::from_iter([handle, MEMORY, spare, 1])),
         ("VM_UNMAP", ArrayVec::from_iter([handle, MEMORY, 1])),
         ("VM_SEAL", ArrayVec::from_iter(vm.seal_arguments())),
         ("VCPU_RUN", ArrayVec::from_iter([handle, 0])),
+        ("VCPU_GET_REGISTER", ArrayVec::from_iter([handle, 0, 0])),
+        ("VCPU_SET_REGISTER", ArrayVec::from_iter([handle, 0, 0, 0])),
         ("VM_TEARDOWN", ArrayVec::from_iter([handle])),
         ("VM_RECLAIM", ArrayVec::from_iter([handle, MEMORY, 1])),
         ("VM_DESTROY", ArrayVec::from_iter([handle])),
@@ -87,14 +154,15 @@ pub(crate) fn steps_out_of_order() -> Outcome {
         let vm = Vm::create(&pages, kind, 2)?;
         let spare = pages.take(16)?;
         let protected = kind.is_protected();
-        let unmap = |absent| if protected { WrongState } else { absent };
+        let of_ordinary = |absent| if protected { WrongState } else { absent };
         refusals(
             &vm,
             spare,
             |name| match name {
                 "VM_SEAL" => Some(Absent), // without a vCPU 0
                 "VCPU_RUN" | "VM_RECLAIM" | "VM_DESTROY" | "SPI" => Some(WrongState),
-                "VM_UNMAP" => Some(unmap(Absent)),
+                // It has no vCPU yet.
+                "VM_UNMAP" | "VCPU_GET_REGISTER" | "VCPU_SET_REGISTER" => Some(of_ordinary(Absent)),
                 "CLAIM" | "RELEASE" => Some(Absent),
                 _ => None,
             },
@@ -108,7 +176,8 @@ pub(crate) fn steps_out_of_order() -> Outcome {
             spare,
             |name| match name {
                 "VCPU_CREATE" | "VM_SEAL" | "VM_RECLAIM" | "VM_DESTROY" => Some(WrongState),
-                "VM_UNMAP" => Some(unmap(Absent)),
+                "VM_UNMAP" => Some(of_ordinary(Absent)),
+                "VCPU_GET_REGISTER" | "VCPU_SET_REGISTER" if protected => Some(WrongState),
                 "CLAIM" | "RELEASE" => Some(Absent),
                 _ => None,
             },

@@ -8,6 +8,7 @@ mod faults;
 mod features;
 mod interrupts;
 mod life;
+mod registers;
 mod stale;
 mod stress;
 mod world;
@@ -42,8 +43,12 @@ pub(crate) use interrupts::{
     timers_are_levels,
 };
 pub(crate) use life::{
-    all_slots, all_vcpus, bad_arguments, handles, life_cycle, measurement, runs_to_its_end, steps_out_of_order,
-    ten_thousand_lives, vcpus_that_are_not_made,
+    all_slots, all_vcpus, bad_arguments, ends_for_all_vcpus, ends_for_vcpus_that_run, handles, life_cycle, measurement,
+    runs_to_its_end, steps_out_of_order, ten_thousand_lives, vcpus_that_are_not_made,
+};
+pub(crate) use registers::{
+    counter_of_a_guest, registers_before_the_seal, registers_by_number, registers_of_protected_vms,
+    registers_that_are_fixed,
 };
 pub(crate) use stale::{
     stale_after_a_realm_converts, stale_after_force_reclaim, stale_after_relinquish,
