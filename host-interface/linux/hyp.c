@@ -6,7 +6,10 @@
 
 #include <linux/arm-smccc.h>
 #include <linux/errno.h>
+#include <linux/of.h>
 #include <linux/printk.h>
+
+#include <asm/virt.h>
 
 #include "hyp.h"
 
@@ -75,13 +78,26 @@ int rv_errno(long status)
 	}
 }
 
+/* Whether the device tree says so: without a hypervisor HVC is an undefined instruction. */
+static bool rv_hyp_in_device_tree(void)
+{
+	struct device_node *parent, *node;
+	bool found;
+
+	parent = of_find_node_by_path("/reserved-memory");
+	node = of_get_child_by_name(parent, "ravelin");
+	found = node;
+	of_node_put(node);
+	of_node_put(parent);
+	return found;
+}
+
 int rv_hyp_probe(void)
 {
 	struct rv_result uid, version;
 	long word0, major;
 
-	/* Every conduit but HVC would reach the firmware, not the hypervisor. */
-	if (arm_smccc_1_1_get_conduit() != SMCCC_CONDUIT_HVC)
+	if (is_kernel_in_hyp_mode() || !rv_hyp_in_device_tree())
 		return -ENODEV;
 	word0 = rv_hyp(RAVELIN_CALL_UID, &uid);
 	if ((u32)word0 != RAVELIN_UID_0 || (u32)uid.x1 != RAVELIN_UID_1 ||
