@@ -167,7 +167,7 @@ static int rv_get_pages(struct rv_slot *slot, u64 index, long count, struct page
 	unsigned long hva = slot->hva + (index << PAGE_SHIFT);
 	long got, i;
 
-	got = get_user_pages_fast(hva, count, FOLL_WRITE | FOLL_HWPOISON, pages);
+	got = get_user_pages_fast(hva, count, FOLL_WRITE, pages);
 	if (got != count) {
 		rv_put_pages(pages, got);
 		return got < 0 ? got : -EFAULT;
