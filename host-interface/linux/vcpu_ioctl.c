@@ -253,7 +253,7 @@ int rv_vcpu_create(struct rv_vm *vm, unsigned long id)
 
 	mutex_lock(&vm->lock);
 	ret = -EBUSY;
-	if (vm->phase != RV_NEW)
+	if (vm->phase != RV_NEW || vm->vgic.ready)
 		goto unlock;
 	ret = -EEXIST;
 	if (xa_load(&vm->vcpus, id))

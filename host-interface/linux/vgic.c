@@ -249,7 +249,7 @@ static int rv_vgic_get_attr(struct rv_vm *vm, const struct kvm_device_attr *attr
 			return ret;
 		return copy_to_user(data, &value, sizeof(value)) ? -EFAULT : 0;
 	case KVM_DEV_ARM_VGIC_GRP_NR_IRQS:
-		return put_user(READ_ONCE(vm->vgic.nr_intids),
+		return put_user(READ_ONCE(vm->vgic.nr_intids) ?: RV_FIRST_SPI,
 				(u32 __user *)data);
 	default:
 		return -ENXIO;
