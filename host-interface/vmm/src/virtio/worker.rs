@@ -1,7 +1,7 @@
 //! The thread of a device.
 
 use std::io;
-use std::os::fd::{AsRawFd as _, RawFd};
+use std::os::fd::AsRawFd as _;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
 use std::thread::{self, JoinHandle};
@@ -47,8 +47,8 @@ impl Worker {
         let (commands, receiver) = channel();
         let wake = EventFd::new(0)?;
         let epoll = Epoll::new()?;
-        for fd in notify.iter().chain([&wake]) {
-            epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), EpollEvent::new(EventSet::IN, token(fd.as_raw_fd())))?;
+        for (fd, token) in notify.iter().zip(0..).chain([(&wake, WAKE)]) {
+            epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), EpollEvent::new(EventSet::IN, token))?;
         }
         let state = State {
             device,
@@ -95,9 +95,9 @@ impl Drop for Worker {
     }
 }
 
-fn token(fd: RawFd) -> u64 {
-    u64::from(fd.unsigned_abs())
-}
+/// What epoll says of the eventfd that comes with commands, and of the device's source; queues have their numbers.
+const WAKE: u64 = u64::MAX;
+const SOURCE: u64 = u64::MAX - 1;
 
 struct State {
     device: Box<dyn Device>,
@@ -123,11 +123,12 @@ impl State {
                 Err(error) => return self.fail(&error.into()),
             };
             for event in &events[..ready] {
-                if event.data() == token(self.wake.as_raw_fd()) {
-                    let _ = self.wake.read();
-                } else if let Some(fd) = self.notify.iter().find(|fd| event.data() == token(fd.as_raw_fd())) {
-                    let _ = fd.read();
-                }
+                let fd = match event.data() {
+                    WAKE => Some(&self.wake),
+                    token => self.notify.get(usize::try_from(token).unwrap_or(usize::MAX)),
+                };
+                // What is read is how often it was signalled. The source is the device's.
+                let _ = fd.map(EventFd::read);
             }
             for command in commands.try_iter() {
                 match command {
@@ -166,7 +167,7 @@ impl State {
             && listen != self.listening
         {
             let operation = if listen { ControlOperation::Add } else { ControlOperation::Delete };
-            self.epoll.ctl(operation, fd, EpollEvent::new(EventSet::IN, token(fd)))?;
+            self.epoll.ctl(operation, fd, EpollEvent::new(EventSet::IN, SOURCE))?;
             self.listening = listen;
         }
         Ok(())
