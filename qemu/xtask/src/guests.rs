@@ -2,18 +2,19 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use object::read::elf::ElfFile64;
 use object::{Object, ObjectSection};
+use sha2::{Digest, Sha256};
 
 use crate::cpio::Archive;
 use crate::initramfs::ExtraFile;
 use crate::module::{self, Kernel};
 use crate::setup::packages::Manifest;
-use crate::setup::{self, BUSYBOX, Needs, rust};
-use crate::{guest_kernel, process, workspace};
+use crate::setup::{self, BUSYBOX, Needs};
+use crate::{guest_kernel, programs, workspace};
 
 /// The stock guest kernel and its drivers, in the manifest.
 const STOCK: [&str; 2] = ["guest", "guest-modules"];
@@ -24,7 +25,7 @@ const COMMANDS: [&str; 3] = ["realm-guest", "pkvm-guest", "plain-guest"];
 /// The files of such a host.
 pub(crate) fn host_files(kernel: Kernel) -> Result<Vec<ExtraFile>> {
     let packages = [&STOCK[..], &[BUSYBOX, kernel.drivers()]].concat();
-    setup::ensure(&Needs { musl: true, packages: &packages, ..Needs::default() })?;
+    setup::ensure(&Needs { bare_metal: true, musl: true, packages: &packages, ..Needs::default() })?;
     let manifest = Manifest::load()?;
     let file = |path: &str, contents: Vec<u8>| ExtraFile { path: path.into(), contents };
 
@@ -35,10 +36,13 @@ pub(crate) fn host_files(kernel: Kernel) -> Result<Vec<ExtraFile>> {
         Err(error) => eprintln!("warning: no kernel module: {error:#}"),
     }
     if workspace::root().join("host-interface/vmm").exists() {
-        files.push(file("bin/ravelin-vmm", read(&build_vmm()?)?));
+        files.push(file("bin/ravelin-vmm", read(&programs::vmm()?)?));
     }
     let starter = script("guest")?;
     files.extend(COMMANDS.map(|name| file(&format!("bin/{name}"), starter.clone())));
+    files.push(file("bin/demo", script("demo")?));
+    files.push(file("bin/probe", read(&programs::probe()?)?));
+    files.push(file("lib/ravelin/secrets", secrets().into_bytes()));
     let drivers = drivers(&manifest.ensure(kernel.drivers())?)?;
     files.extend(drivers.into_iter().map(|(name, contents)| file(&format!("lib/drivers/{name}"), contents)));
 
@@ -52,14 +56,16 @@ pub(crate) fn host_files(kernel: Kernel) -> Result<Vec<ExtraFile>> {
     Ok(files)
 }
 
-/// Builds the VMM, a static program of the host.
-fn build_vmm() -> Result<PathBuf> {
-    let mut cargo = process::cargo();
-    // The linker of the Rust toolchain needs no C compiler for arm64.
-    cargo.env("CARGO_TARGET_AARCH64_UNKNOWN_LINUX_MUSL_LINKER", "rust-lld");
-    cargo.args(["build", "--quiet", "--release", "--package", "ravelin-vmm", "--target", rust::MUSL]);
-    process::run(&mut cargo)?;
-    Ok(workspace::target_dir()?.join(rust::MUSL).join("release/ravelin-vmm"))
+/// How to recognise the secrets of the guests of the demo: a line with the name of each and the complement of the text
+/// that it puts into its memory. The text itself is nowhere in the host.
+fn secrets() -> String {
+    let line = |name: &str| {
+        let digest = Sha256::digest(format!("the secret of the {name} guest"));
+        let text: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        let complement: String = text.bytes().map(|byte| format!("{:02x}", !byte)).collect();
+        format!("{name} {complement}\n")
+    };
+    ["realm", "pkvm", "plain"].map(line).concat()
 }
 
 fn script(name: &str) -> Result<Vec<u8>> {
@@ -79,6 +85,7 @@ fn initrd(busybox: &[u8], drivers: &[(String, Vec<u8>)]) -> Result<Vec<u8>> {
     archive.character_device("dev/console", 5, 1);
     archive.file("bin/busybox", 0o755, busybox);
     archive.file("init", 0o755, &script("guest-init")?);
+    archive.file("bin/guest-demo", 0o755, &script("guest-demo")?);
     for (name, contents) in drivers {
         archive.file(&format!("lib/drivers/{name}"), 0o644, contents);
     }
@@ -114,4 +121,27 @@ fn dependencies(module: &[u8]) -> Result<Vec<String>> {
     let mut fields = information.split(|byte| *byte == 0).filter_map(|field| std::str::from_utf8(field).ok());
     let depends = fields.find_map(|field| field.strip_prefix("depends=")).context("no list of dependencies")?;
     Ok(depends.split(',').filter(|name| !name.is_empty()).map(|name| name.replace('-', "_")).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_host_does_not_know_the_secrets() {
+        let lines = secrets();
+        let (name, complement) = lines.lines().next().unwrap().split_once(' ').unwrap();
+        assert_eq!((name, complement.len()), ("realm", 128));
+        let byte = |index: usize| !u8::from_str_radix(&complement[2 * index..][..2], 16).unwrap();
+        let text: Vec<u8> = (0..64).map(byte).collect();
+        assert!(text.iter().all(u8::is_ascii_hexdigit));
+        assert!(!lines.contains(std::str::from_utf8(&text).unwrap()));
+    }
+
+    #[test]
+    fn scripts_are_busybox_scripts() {
+        for name in ["start", "guest", "guest-init", "guest-demo", "demo"] {
+            assert!(script(name).unwrap().starts_with(b"#!/bin/busybox sh\n"), "{name}");
+        }
+    }
 }

@@ -6,6 +6,7 @@ mod arm64_image;
 mod bench;
 mod console;
 mod cpio;
+mod demo;
 mod gdb;
 mod guest_kernel;
 mod guests;
@@ -15,6 +16,7 @@ mod machine;
 mod module;
 mod placement;
 mod process;
+mod programs;
 mod qemu;
 mod run;
 mod setup;
@@ -51,6 +53,8 @@ enum Command {
     },
     /// Boot a host on the hypervisor in QEMU: a Linux with a shell on this terminal, unless told otherwise
     Run(Box<run::Options>),
+    /// Boot a host on the hypervisor, let protected guests work on it, and show that it cannot read their memory
+    Demo(demo::Options),
     /// Build the guest kernel with the mainline pKVM driver; the result is kept, and `run` and `demo` offer it
     GuestKernel,
     /// Build the kernel module that gives a Linux host its /dev/kvm
@@ -74,6 +78,7 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }),
         Command::Module(options) => module::module(&options),
+        Command::Demo(options) => demo::demo(&options),
         Command::Run(options) => run::run(&options),
         Command::Test(options) => test::test(&options),
         Command::Gdb(options) => gdb::gdb(&options),

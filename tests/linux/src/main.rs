@@ -9,6 +9,8 @@
 //! probe hotplug ROUNDS        takes CPUs off and on again
 //! probe memory LEAVE          fills and verifies all free memory but LEAVE MiB
 //! probe kcore STEP            reads a page of RAM in every STEP KiB through /proc/kcore
+//! probe peek PID SECRET       looks for a guest's secret, of which it gets the complement, in the memory of a VMM
+//! probe peek-kernel SECRET    looks for it in all of RAM
 //! probe kexec                 starts /root/kernel with /root/initrd
 //! ```
 //!
@@ -46,6 +48,8 @@ mod kcore;
 mod kexec;
 #[cfg(target_os = "none")]
 mod memory;
+#[cfg(target_os = "none")]
+mod peek;
 #[cfg(target_os = "none")]
 mod pmu;
 #[cfg(target_os = "none")]

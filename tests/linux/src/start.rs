@@ -5,7 +5,7 @@ use core::ffi::{CStr, c_char};
 use core::panic::PanicInfo;
 
 use crate::cpu::Hwcaps;
-use crate::{carve_out, cpu, hotplug, instructions, kcore, kexec, memory, pmu, report, sys};
+use crate::{carve_out, cpu, hotplug, instructions, kcore, kexec, memory, peek, pmu, report, sys};
 
 // execve(2) leaves argc, argv, envp and the auxiliary vector on the stack.
 global_asm!(".global _start", "_start:", "mov x29, xzr", "mov x30, xzr", "mov x0, sp", "bl {start}", "udf #0", start = sym start);
@@ -51,6 +51,11 @@ unsafe extern "C" fn start(stack: *const usize) -> ! {
         (Some(b"hotplug"), _, Some(rounds)) => hotplug::run(rounds),
         (Some(b"memory"), _, Some(leave)) => memory::run(leave),
         (Some(b"kcore"), _, Some(step)) => kcore::run(step),
+        (Some(b"peek"), _, Some(id)) => match argument(3) {
+            Some(secret) => peek::process(id, secret),
+            None => sys::exit(2),
+        },
+        (Some(b"peek-kernel"), Some(secret), _) => peek::kernel(secret),
         (Some(b"kexec"), ..) => kexec::run(),
         _ => sys::exit(2),
     }

@@ -15,6 +15,7 @@ pub(crate) mod number {
     pub(crate) const PREAD64: usize = 67;
     pub(crate) const PWRITE64: usize = 68;
     pub(crate) const VMSPLICE: usize = 75;
+    pub(crate) const FSTAT: usize = 80;
     pub(crate) const EXIT_GROUP: usize = 94;
     pub(crate) const FUTEX: usize = 98;
     pub(crate) const SET_ROBUST_LIST: usize = 99;
@@ -42,6 +43,8 @@ pub(crate) mod number {
     pub(crate) const PROCESS_VM_READV: usize = 270;
     pub(crate) const PROCESS_VM_WRITEV: usize = 271;
     pub(crate) const GETRANDOM: usize = 278;
+    pub(crate) const PIDFD_OPEN: usize = 434;
+    pub(crate) const PIDFD_GETFD: usize = 438;
 }
 use number as nr;
 
@@ -52,6 +55,7 @@ pub(crate) struct Errno(pub(crate) usize);
 impl Errno {
     pub(crate) const NOENT: Self = Self(2);
     pub(crate) const NOEXEC: Self = Self(8);
+    pub(crate) const BADF: Self = Self(9);
     pub(crate) const FAULT: Self = Self(14);
     pub(crate) const INVAL: Self = Self(22);
 }
@@ -107,6 +111,29 @@ impl File {
         // SAFETY: Writes the two numbers.
         unsafe { call(nr::PIPE2, [ends.as_mut_ptr() as usize, 0, 0, 0, 0, 0]) }?;
         Ok((Self(ends[0] as usize), Self(ends[1] as usize)))
+    }
+
+    /// pidfd_open(2).
+    pub(crate) fn of_process(id: usize) -> Result<Self, Errno> {
+        // SAFETY: Touches no memory.
+        unsafe { call(nr::PIDFD_OPEN, [id, 0, 0, 0, 0, 0]) }.map(Self)
+    }
+
+    /// pidfd_getfd(2): what another process has open.
+    pub(crate) fn taken(process: &Self, descriptor: usize) -> Result<Self, Errno> {
+        // SAFETY: Touches no memory.
+        unsafe { call(nr::PIDFD_GETFD, [process.0, descriptor, 0, 0, 0, 0]) }.map(Self)
+    }
+
+    /// The size that fstat(2) gives.
+    pub(crate) fn size(&self) -> Result<usize, Errno> {
+        /// Words of `struct stat`, and that of `st_size`.
+        const WORDS: usize = 16;
+        const SIZE: usize = 6;
+        let mut words = [0_usize; WORDS];
+        // SAFETY: Writes to the array, which has the size of the structure.
+        unsafe { call(nr::FSTAT, [self.0, words.as_mut_ptr() as usize, 0, 0, 0, 0]) }?;
+        Ok(words[SIZE])
     }
 
     /// read(2).
@@ -213,6 +240,20 @@ impl Drop for Mapping {
         // SAFETY: No reference points into a mapping. It is there, so there is no error.
         let _ = unsafe { call(nr::MUNMAP, [self.address(), self.length, 0, 0, 0, 0]) };
     }
+}
+
+/// process_vm_readv(2): how many bytes it gave.
+pub(crate) fn read_process(id: usize, buffer: &mut [u8], address: usize) -> Result<usize, Errno> {
+    let (local, remote) = ([buffer.as_mut_ptr() as usize, buffer.len()], [address, buffer.len()]);
+    let (local, remote) = (local.as_ptr() as usize, remote.as_ptr() as usize);
+    // SAFETY: Writes to the buffer only.
+    unsafe { call(nr::PROCESS_VM_READV, [id, local, 1, remote, 1, 0]) }
+}
+
+/// getpid(2).
+pub(crate) fn process_id() -> Result<usize, Errno> {
+    // SAFETY: Touches no memory.
+    unsafe { call(nr::GETPID, [0; 6]) }
 }
 
 /// Ends this process.

@@ -8,7 +8,6 @@ mod transcript;
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 use std::{fs, io};
@@ -21,8 +20,8 @@ use crate::machine::parse_size;
 use crate::qemu::{Outcome, Scratch};
 use crate::run::{Options, Ready};
 use crate::setup::packages::Manifest;
-use crate::setup::{BUSYBOX, DEFAULT_KERNEL, Needs, rust};
-use crate::{process, setup, workspace};
+use crate::setup::{BUSYBOX, DEFAULT_KERNEL, Needs};
+use crate::{programs, setup, workspace};
 use transcript::{Check, Transcript};
 
 const CPUS: [&str; 6] = ["cortex-a53", "cortex-a72", "cortex-a76", "neoverse-n1", "neoverse-v1", "max"];
@@ -187,7 +186,7 @@ const USUAL: Config = Config::new("cortex-a76", 2, "1G");
 /// Runs the suite.
 pub(super) fn run(full: bool, report: &mut Report) -> Result<()> {
     setup::ensure(&Needs { qemu: true, bare_metal: true, packages: &[DEFAULT_KERNEL, BUSYBOX], ..Needs::default() })?;
-    let probe = fs::read(build_probe()?)?;
+    let probe = fs::read(programs::probe()?)?;
     let mut suite = Suite { probe, without: Vec::new() };
     let mut rows = Vec::new();
     for (config, extras) in matrix(full, report)? {
@@ -488,13 +487,6 @@ fn new_warnings(with: &Transcript, without: &Transcript) -> BTreeSet<String> {
     new.retain(|text| !known.contains(text) && !known_warnings.contains(text));
     new.retain(|text| !FROM_LOAD.iter().any(|start| text.starts_with(start)));
     new
-}
-
-/// Builds the program of `tests/linux`, which needs no library and thus the hypervisor's target only.
-fn build_probe() -> Result<PathBuf> {
-    let mut cargo = rust::cargo("build")?;
-    process::run(cargo.args(["--release", "--quiet", "--package", "ravelin-linux-probe"]))?;
-    Ok(workspace::target_dir()?.join(rust::BARE_METAL).join("release/probe"))
 }
 
 /// `cargo xtask run --exec` as a user calls it.
