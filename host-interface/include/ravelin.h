@@ -107,7 +107,7 @@
 #define RAVELIN_CALL_RELEASE 0xc600101b
 #define RAVELIN_RELEASE_MAX_PAGES 262144
 
-/* Takes private pages from a guest that is alive and returns them to the host, zeroed. The guest gets an abort where they were, from then on. */
+/* Takes pages that the host has no access to, private or offered, from a guest that is alive and returns them to the host, zeroed. The guest gets an abort where they were, from then on. */
 #define RAVELIN_CALL_FORCE_RECLAIM 0xc600101c
 #define RAVELIN_FORCE_RECLAIM_MAX_PAGES 512
 

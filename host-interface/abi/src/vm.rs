@@ -147,7 +147,7 @@ pub enum VmCall {
         /// Guest addresses of the pages.
         range: Pages,
     },
-    /// Takes private pages from a living guest.
+    /// Takes private and offered pages from a living guest.
     ForceReclaim {
         /// Where they are.
         range: Pages,

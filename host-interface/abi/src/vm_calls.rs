@@ -194,8 +194,8 @@ pub(crate) const VM_CALLS: &[Call] = &[
     Call {
         number: 0xc600_101c,
         name: "FORCE_RECLAIM",
-        doc: "Takes private pages from a guest that is alive and returns them to the host, zeroed. The guest gets an abort \
-              where they were, from then on.",
+        doc: "Takes pages that the host has no access to, private or offered, from a guest that is alive and returns them to the host, \
+              zeroed. The guest gets an abort where they were, from then on.",
         arguments: &[ADDRESS, FEW_PAGES],
         results: &[STATUS, FIRST_FAILED],
         request: |parsed| HostCall::Vm(VmCall::ForceReclaim { range: parsed.range(0) }),

@@ -306,15 +306,17 @@ impl Transitions for Fake {
 
     fn force_reclaim(&self, guest: &FakeGuest, range: PhysRange) -> Result<(), Refusal> {
         let mut world = self.lock();
-        let private = |owner| match owner {
-            Owner::Guest { slot, frame, state: GuestState::Private } if slot == guest.slot => Some(frame),
+        let takes = |owner| match owner {
+            Owner::Guest { slot, frame, state: GuestState::Private | GuestState::Offered } if slot == guest.slot => {
+                Some(frame)
+            }
             _ => None,
         };
-        if let Some(page) = pages(range).find(|&page| private(world.owner(page)).is_none()) {
+        if let Some(page) = pages(range).find(|&page| takes(world.owner(page)).is_none()) {
             return Err(refusal(Status::Denied, page));
         }
         for page in pages(range) {
-            let frame = private(world.owner(page)).unwrap();
+            let frame = takes(world.owner(page)).unwrap();
             world.poisoned.push((guest.slot, frame));
             world.scrub(page);
         }

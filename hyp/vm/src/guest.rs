@@ -99,8 +99,10 @@ impl<G> Guest<G> {
         match (frame, marked) {
             (GuestPage::Offered | GuestPage::Claimed, Some(true) | None)
             | (GuestPage::Private | GuestPage::Lent, Some(false) | None) => None,
+            // What was shared there may be what was taken: no device comes in its place.
+            (GuestPage::Poisoned, _) => Some(Backing::Nothing),
             (_, Some(true)) => Some(Backing::Device),
-            (GuestPage::Offered | GuestPage::Claimed | GuestPage::Poisoned, _) => Some(Backing::Nothing),
+            (GuestPage::Offered | GuestPage::Claimed, _) => Some(Backing::Nothing),
             (GuestPage::Absent, Some(false)) => Some(Backing::Memory),
             (GuestPage::Absent, None) => {
                 let guard = self.mmio.lock();
@@ -212,7 +214,7 @@ pub(crate) mod tests {
         test.poison(PAYLOAD + 0x1000);
         assert_eq!([backing(GUEST), backing(GUEST | bit)], [Some(Backing::Nothing), None], "shared");
         assert_eq!(backing(GUEST + 0x1000), Some(Backing::Nothing), "poisoned");
-        assert_eq!(backing((GUEST + 0x1000) | bit), Some(Backing::Device));
+        assert_eq!(backing((GUEST + 0x1000) | bit), Some(Backing::Nothing), "of a poisoned frame");
         assert_eq!(
             [backing(GUEST + 0x2000), backing((GUEST + 0x2000) | bit)],
             [None, Some(Backing::Device)],

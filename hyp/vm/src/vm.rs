@@ -516,7 +516,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
         self.on_frames(handle, range, |vm, range| transitions.release(&vm.guest.memory, range))
     }
 
-    /// Takes private pages from a living guest, all of the same one.
+    /// Takes pages that are private or offered from a living guest, all of the same one.
     ///
     /// # Errors
     ///

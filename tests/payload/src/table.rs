@@ -185,7 +185,9 @@ tests! {
     guests.relinquish_of_poison("what was taken by force may be replaced once the guest has given it up", calls: [FORCE_RECLAIM, VM_MAP], memory: 16 * MIB);
     guests.relinquish_again_and_again("a page of a block that is given up 512 times", memory: 8 * MIB);
     guests.force_reclaim_poisons("what is taken by force is zeroed, and never replaced", calls: [FORCE_RECLAIM], memory: 8 * MIB);
-    guests.force_reclaim_of_other_pages("shared pages and those of others cannot be taken by force", calls: [FORCE_RECLAIM], memory: 4 * MIB);
+    guests.force_reclaim_of_offered_pages("so is what the guest has offered, but not what the host has claimed", calls: [FORCE_RECLAIM], memory: 8 * MIB);
+    guests.force_reclaim_while_the_guest_unshares("a guest that wants a page back that is taken meanwhile is told", calls: [FORCE_RECLAIM], memory: 4 * MIB);
+    guests.force_reclaim_of_other_pages("claimed pages and those of others cannot be taken by force", calls: [FORCE_RECLAIM], memory: 4 * MIB);
     guests.reclaim_at_the_end("at the end private pages are zeroed and shared ones keep their contents", calls: [VM_RECLAIM], memory: 8 * MIB);
     guests.nothing_is_left_behind("what VM, vCPUs and tables were made of comes back zeroed", calls: [VM_DESTROY], memory: 4 * MIB);
     guests.share_of_an_absent_page("a page may be provided when the guest shares it", calls: [VM_MAP], memory: 4 * MIB);

@@ -325,7 +325,7 @@ fn host_calls_on_a_guests_page_are_refused() {
                 let expected = if change == Reclaim { GuestReason::Denied } else { GuestReason::Absent };
                 assert_eq!(rig.change(change, &other, RAM, 1), refused(expected, RAM));
             }
-            if !changes.is_empty() {
+            if changes.len() == 2 {
                 assert_eq!(rig.force(guest, GIB, 1), denied(GuestReason::Denied, GIB));
             }
             assert!(rig.everything() == before);
@@ -421,6 +421,72 @@ fn poison_stays_where_a_page_was_taken() {
         assert_eq!(rig.force(guest, GIB + PAGE, 2), denied(GuestReason::Denied, GIB + 2 * PAGE));
         assert_eq!(rig.force(guest, 0, 1), denied(GuestReason::NotRam, 0));
     });
+}
+
+#[test]
+fn offered_pages_can_be_taken_but_claimed_ones_cannot() {
+    for kind in [GuestKind::Pkvm, GuestKind::Realm] {
+        with_page(kind, |rig, guest| {
+            rig.change(GuestShare, guest, RAM + PAGE, 3).unwrap();
+            rig.change(Claim, guest, RAM + 2 * PAGE, 1).unwrap();
+            assert_eq!(rig.touch(GIB + 2 * PAGE), HostFault::Resolved);
+            let before = rig.everything();
+            assert_eq!(rig.force(guest, GIB, 4), denied(GuestReason::Denied, GIB + 2 * PAGE));
+            assert!(rig.everything() == before);
+            rig.change(Release, guest, RAM + 2 * PAGE, 1).unwrap();
+            let _ = rig.machine.take_log();
+            // Private ones and offered ones in one call, and with one invalidation, before they are scrubbed.
+            rig.force(guest, GIB, 3).unwrap();
+            let log = rig.machine.take_log();
+            let place = |wanted: &dyn Fn(&Op) -> bool| log.iter().position(wanted).unwrap();
+            // Of a realm they lie far apart.
+            let flushes = |op: &Op| matches!(op, Op::InvalidateStage2(vmid, ..) | Op::InvalidateStage2All(vmid) if *vmid == guest.vttbr().vmid);
+            assert_eq!(log.iter().filter(|op| flushes(op)).count(), 1);
+            assert!(place(&flushes) < place(&|op| matches!(op, Op::Scrub(_))));
+            for page in 0..3 {
+                assert_eq!(rig.machine.peek(addr(GIB + page * PAGE)), 0, "offered ones, too");
+                assert_eq!(rig.state(GIB + page * PAGE), (HostState::Owned, 0));
+                assert_eq!(rig.at(guest, RAM + page * PAGE), GuestPage::Poisoned);
+                assert_eq!(rig.guest_reaches(guest, RAM + page * PAGE), None);
+                let other = GIB + 9 * PAGE;
+                assert_eq!(rig.give(guest, other, 1, RAM + page * PAGE), denied(GuestReason::Poisoned, other));
+                for change in [GuestShare, GuestUnshare, Claim, Release] {
+                    assert_eq!(
+                        rig.change(change, guest, RAM + page * PAGE, 1),
+                        refused(GuestReason::Poisoned, RAM + page * PAGE)
+                    );
+                }
+            }
+            assert_eq!(rig.at(guest, RAM + 3 * PAGE), GuestPage::Offered);
+            assert_eq!(rig.change(GuestUnshare, guest, RAM + 3 * PAGE, 1), Ok(1));
+            assert_eq!(rig.machine.peek(addr(GIB + 3 * PAGE)), 7 + 3);
+            // Of the same page twice, and of one that is somebody else's.
+            assert_eq!(rig.force(guest, GIB, 1), denied(GuestReason::Denied, GIB));
+        });
+    }
+}
+
+#[test]
+fn a_block_that_is_private_and_offered_by_turns_is_cut_once() {
+    for kind in [GuestKind::Pkvm, GuestKind::Realm] {
+        with_rig(|rig| {
+            let guest = rig.guest(0, kind, 8);
+            let block = GIB + 2 * MIB;
+            rig.give(&guest, block, 512, RAM).unwrap();
+            for page in (0..64).step_by(2) {
+                rig.change(GuestShare, &guest, RAM + page * PAGE, 1).unwrap();
+            }
+            // A part, the rest with what was never shared, and nothing is left for others to find.
+            rig.force(&guest, block + 3 * PAGE, 20).unwrap();
+            rig.force(&guest, block + 23 * PAGE, 489).unwrap();
+            rig.force(&guest, block, 3).unwrap();
+            for page in [0, 1, 2, 3, 22, 23, 63, 64, 511] {
+                assert_eq!(rig.at(&guest, RAM + page * PAGE), GuestPage::Poisoned, "{page}");
+            }
+            assert!(guest.is_empty());
+            rig.destroy(guest, frames(RAM, 512));
+        });
+    }
 }
 
 #[test]
@@ -721,9 +787,16 @@ fn a_realms_pages_move_to_the_alias_and_back() {
         assert_eq!(rig.change(GuestUnshare, guest, RAM, 2), Ok(2));
         assert_eq!((rig.guest_reaches(guest, RAM), rig.guest_reaches(guest, alias)), (Some(GIB), None));
         assert_eq!(rig.machine.peek(addr(GIB)), 7);
-        // Poison is in the private half, and shows in both.
+        // Poison is in the half where the page was, and shows in both.
         rig.force(guest, GIB, 1).unwrap();
         assert_eq!((rig.at(guest, RAM), rig.at(guest, alias)), (GuestPage::Poisoned, GuestPage::Poisoned));
+        rig.change(GuestShare, guest, RAM + PAGE, 1).unwrap();
+        rig.force(guest, GIB + PAGE, 1).unwrap();
+        assert_eq!(
+            (rig.at(guest, RAM + PAGE), rig.at(guest, alias + PAGE)),
+            (GuestPage::Poisoned, GuestPage::Poisoned)
+        );
+        assert_eq!((rig.guest_reaches(guest, RAM + PAGE), rig.guest_reaches(guest, alias + PAGE)), (None, None));
     });
 }
 

@@ -156,7 +156,9 @@ impl Model {
         for page in range.iter() {
             match self.pages.get(&page.raw()) {
                 None => return Err(HostFailure { reason: GuestReason::NotRam, page }),
-                Some(&Page::Guest { guest: its, frame, state: GuestPage::Private }) if its == guest => {
+                Some(&Page::Guest { guest: its, frame, state: GuestPage::Private | GuestPage::Offered })
+                    if its == guest =>
+                {
                     taken.push((page.raw(), frame));
                 }
                 Some(_) => return Err(HostFailure { reason: GuestReason::Denied, page }),

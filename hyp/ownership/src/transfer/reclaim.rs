@@ -56,12 +56,12 @@ impl<P: TablePool> Memory<'_, P> {
         inner.empty(machine, guest, &mut tables, plan.frames, View::Private)
     }
 
-    /// Takes private pages from a living guest and returns them to the host, scrubbed. Their frames are poisoned. One
-    /// invalidation of the guest's stage 2.
+    /// Takes pages that the host has no access to, private or offered, from a living guest and returns them to the host, scrubbed.
+    /// Their frames are poisoned. One invalidation of the guest's stage 2.
     ///
     /// # Errors
     ///
-    /// [`GuestReason::Denied`] for a page that is not this guest's alone; [`GuestReason::TooLarge`];
+    /// [`GuestReason::Denied`] for a page that is not this guest's, or claimed; [`GuestReason::TooLarge`];
     /// [`GuestReason::NeedsTables`] to cut a block; [`GuestReason::NoMemory`].
     pub fn force_reclaim<M: Machine>(
         &self,
@@ -163,16 +163,24 @@ impl<P: TablePool> Inner<'_, P> {
         if tables.dying {
             return refuse(GuestReason::Denied);
         }
-        let mut needed = 0_usize;
-        let frames_of = |entry: Option<Entry>, run: PhysRange| {
-            let entry = entry.filter(|entry| entry.state() == State::GUEST_OWNED)?;
+        let (mut needed, mut last) = (0_usize, None::<IpaRange>);
+        // Where a run is mapped, which then is poisoned.
+        let mapped = |entry: Option<Entry>, run: PhysRange| {
+            let entry = entry?;
+            let view = match entry.state() {
+                State::GUEST_OWNED => View::Private,
+                State::GUEST_OFFERED => View::Shared,
+                _ => return None,
+            };
             let (_, frame) = entry.guest().filter(|&(slot, _)| slot == guest.slot())?;
-            IpaRange::new(address(frame)?.raw(), run.pages()).ok()
+            Some(guest.in_view(view, IpaRange::new(address(frame)?.raw(), run.pages()).ok()?))
         };
-        let checked = self.table.visit(range, &mut |run, entry, _| match frames_of(entry, run) {
-            Some(frames) => {
-                // A block of the guest's is contiguous memory, so it is cut by one run only.
-                needed = needed.saturating_add(tables.tables.tables_to_unmap(machine, frames, None));
+        let checked = self.table.visit(range, &mut |run, entry, _| match mapped(entry, run) {
+            Some(mapped) => {
+                // A block of the guest's is contiguous memory, so it is cut by runs in a row only: private and offered ones.
+                let before = last.filter(|last| last.end() == mapped.base().raw()).map(|last| last.base());
+                needed = needed.saturating_add(tables.tables.tables_to_unmap(machine, mapped, before));
+                last = Some(mapped);
                 ControlFlow::Continue(())
             }
             None => {
@@ -190,8 +198,8 @@ impl<P: TablePool> Inner<'_, P> {
         let mut flush = Flush::new();
         let Guest { tables, spare, pages, .. } = &mut *tables;
         let _: ControlFlow<()> = self.table.visit(range, &mut |run, entry, _| {
-            if let Some(frames) = frames_of(entry, run) {
-                flush = tables.poison(machine, &mut spare.pool(machine), frames, core::mem::take(&mut flush));
+            if let Some(mapped) = mapped(entry, run) {
+                flush = tables.poison(machine, &mut spare.pool(machine), mapped, core::mem::take(&mut flush));
             }
             ControlFlow::Continue(())
         });

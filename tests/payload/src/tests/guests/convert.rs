@@ -499,7 +499,68 @@ pub(crate) fn force_reclaim_poisons() -> Outcome {
     Ok(())
 }
 
-/// Only private pages can be taken by force: those that are shared are not.
+/// Offered pages can be taken by force as private ones can, together with them; the guest finds an abort wherever they were.
+pub(crate) fn force_reclaim_of_offered_pages() -> Outcome {
+    for kind in PROTECTED {
+        for (count, first, some) in [(4, 0, 3), (512, 7, 20)] {
+            let pages = Pages::new(8 * MIB);
+            let vm = Vm::boot(&pages, kind, 1)?;
+            let address = vm.add(MEMORY, count)?;
+            let spare = pages.take(1)?;
+            vm.donate_tables(4)?;
+            let mut guest = vm.guest(0);
+            guest.fill(MEMORY, count, address, 9)?;
+            // One in the middle, and the last one; the host has had the former.
+            let offered = [first + 1, first + some - 1].map(|page| MEMORY + page * PAGE);
+            for page in offered {
+                guest.share(page, 1)?;
+            }
+            vm.claim(offered[0], 1)?;
+            host_finds(address + (first + 1) * PAGE, 1, 9)?;
+            let taken = address + first * PAGE;
+            check_eq!(refused("FORCE_RECLAIM", [taken, some], Status::Denied)?, taken + PAGE, "the claimed page");
+            vm.release(offered[0], 1)?;
+            succeed("FORCE_RECLAIM", [taken, some])?;
+            check_state(taken, some, OWNED)?;
+            host_finds_zeroes(taken, some)?;
+            for page in [offered[0], offered[1], MEMORY + first * PAGE] {
+                guest.has_nothing_at(page)?;
+                guest.has_nothing_at(vm.shared(page))?;
+                refused("VM_MAP", [vm.handle, page, spare, 1], Status::Poisoned)?;
+                refused("CLAIM", [vm.handle, page, 1], Status::Poisoned)?;
+                check_eq!(guest.convert(page, 1, true)?, Conversion::Refused, "share of a poisoned page");
+                check_eq!(guest.convert(page, 1, false)?, Conversion::Refused, "unshare of a poisoned page");
+            }
+            let behind = first + some;
+            guest.compare(MEMORY + behind * PAGE, count - behind, address + behind * PAGE, 9)?;
+            vm.finish()?;
+        }
+    }
+    Ok(())
+}
+
+/// A page that the guest wants back while the host takes it: the guest is told that it has lost it.
+pub(crate) fn force_reclaim_while_the_guest_unshares() -> Outcome {
+    for kind in PROTECTED {
+        let pages = Pages::new(4 * MIB);
+        let vm = Vm::boot(&pages, kind, 1)?;
+        let address = vm.add(MEMORY, 1)?;
+        let mut guest = vm.guest(0);
+        guest.share(MEMORY, 1)?;
+        vm.claim(MEMORY, 1)?;
+        guest.begin_call(&guest.conversion(MEMORY, 1, false))?;
+        guest.exit(ExitReason::Unshare)?;
+        vm.release(MEMORY, 1)?;
+        succeed("FORCE_RECLAIM", [address, 1])?;
+        let x = guest.finish()?.x;
+        check_eq!(guest.converted(MEMORY, x), Conversion::Refused, "the unshare");
+        guest.has_nothing_at(MEMORY)?;
+        vm.finish()?;
+    }
+    Ok(())
+}
+
+/// Only pages that the host has no access to can be taken by force.
 pub(crate) fn force_reclaim_of_other_pages() -> Outcome {
     for kind in PROTECTED {
         let pages = Pages::new(4 * MIB);
@@ -509,10 +570,9 @@ pub(crate) fn force_reclaim_of_other_pages() -> Outcome {
         guest.fill(MEMORY, 3, address, 10)?;
         guest.share(MEMORY + PAGE, 1)?;
         let force = |address, count| refused("FORCE_RECLAIM", [address, count], Status::Denied);
+        vm.claim(MEMORY + PAGE, 1)?;
         check_eq!(force(address + PAGE, 1)?, address + PAGE, "the page that is named");
         check_eq!(force(address, 3)?, address + PAGE, "the page that is named");
-        vm.claim(MEMORY + PAGE, 1)?;
-        force(address + PAGE, 1)?;
         force(address, 2)?;
         vm.release(MEMORY + PAGE, 1)?;
         guest.unshare(MEMORY + PAGE, 1)?;

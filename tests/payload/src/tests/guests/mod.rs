@@ -24,10 +24,11 @@ pub(crate) use calls::{
     vcpus_on_and_off, vcpus_start_out_of_reset,
 };
 pub(crate) use convert::{
-    answers_that_do_not_belong, bounded_work, conversion_in_place, conversion_of_blocks, force_reclaim_of_other_pages,
-    force_reclaim_poisons, invalidations, nothing_is_left_behind, ordinary_vm_borrows, populate, reclaim_at_the_end,
-    refused_unshare, relinquish, relinquish_again_and_again, relinquish_of_poison, share_of_an_absent_page,
-    unshare_of_claimed_pages,
+    answers_that_do_not_belong, bounded_work, conversion_in_place, conversion_of_blocks,
+    force_reclaim_of_offered_pages, force_reclaim_of_other_pages, force_reclaim_poisons,
+    force_reclaim_while_the_guest_unshares, invalidations, nothing_is_left_behind, ordinary_vm_borrows, populate,
+    reclaim_at_the_end, refused_unshare, relinquish, relinquish_again_and_again, relinquish_of_poison,
+    share_of_an_absent_page, unshare_of_claimed_pages,
 };
 pub(crate) use exits::{
     answers_to_accesses, device_accesses, device_accesses_by_sp, device_accesses_without_syndrome,
