@@ -39,7 +39,7 @@ static struct page *rv_gmem_make_usable(struct rv_gmem *gmem, pgoff_t index, boo
 			      0 : rv_gmem_claim(gmem, index);
 		return err ? ERR_PTR(err) : page;
 	}
-	if (!gmem->open)
+	if (!(gmem->flags & GUEST_MEMFD_FLAG_INIT_SHARED))
 		return ERR_PTR(-EFAULT);
 	if (!page) {
 		if (hole)
@@ -183,6 +183,15 @@ static ssize_t rv_gmem_write_iter(struct kiocb *iocb, struct iov_iter *from)
 	return rv_gmem_copy(iocb, from, true);
 }
 
+static ssize_t rv_gmem_splice_read(struct file *file, loff_t *pos, struct pipe_inode_info *pipe,
+				   size_t len, unsigned int flags)
+{
+	ssize_t ret = copy_splice_read(file, pos, pipe, len, flags);
+
+	/* It says so of memory that cannot be read, which is no reason to try again. */
+	return ret == -EAGAIN ? -EFAULT : ret;
+}
+
 /* Makes holes. Pages that a guest has are taken from it. */
 static int rv_gmem_punch(struct rv_gmem *gmem, pgoff_t first, pgoff_t last)
 {
@@ -206,12 +215,12 @@ static int rv_gmem_punch(struct rv_gmem *gmem, pgoff_t first, pgoff_t last)
 
 static int rv_gmem_punch_hole(struct rv_gmem *gmem, loff_t offset, loff_t len)
 {
-	pgoff_t index = offset >> PAGE_SHIFT;
+	unsigned long index = offset >> PAGE_SHIFT;
 	pgoff_t end = min_t(pgoff_t, (offset + len) >> PAGE_SHIFT, gmem->nr);
 	int err = 0;
 
-	/* A block at a time, so that others get their turn. */
-	while (index < end && !err) {
+	/* A block at a time, so that others get their turn. Holes are not mapped. */
+	while (!err && index < end && xa_find(&gmem->pages, &index, end - 1, XA_PRESENT)) {
 		pgoff_t next = min(end, round_down(index, RV_BLOCK_PAGES) + RV_BLOCK_PAGES);
 
 		err = fatal_signal_pending(current) ? -EINTR :
@@ -298,7 +307,7 @@ static const struct file_operations rv_gmem_fops = {
 	.llseek = generic_file_llseek,
 	.read_iter = rv_gmem_read_iter,
 	.write_iter = rv_gmem_write_iter,
-	.splice_read = copy_splice_read,
+	.splice_read = rv_gmem_splice_read,
 	.splice_write = iter_file_splice_write,
 	.mmap = rv_gmem_mmap,
 	.fallocate = rv_gmem_fallocate,
@@ -361,7 +370,6 @@ static struct file *rv_gmem_file(struct rv_vm *vm, const struct kvm_create_guest
 	gmem->inode = inode;
 	gmem->flags = args->flags;
 	gmem->nr = args->size >> PAGE_SHIFT;
-	gmem->open = args->flags & GUEST_MEMFD_FLAG_INIT_SHARED;
 	init_rwsem(&gmem->lock);
 	xa_init_flags(&gmem->pages, XA_FLAGS_ACCOUNT);
 	INIT_LIST_HEAD(&gmem->slots);

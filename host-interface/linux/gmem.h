@@ -38,7 +38,6 @@ struct rv_gmem {
 	struct inode *inode;
 	u64 flags;		/* GUEST_MEMFD_FLAG_* */
 	pgoff_t nr;		/* pages of the file */
-	bool open;		/* the host may touch what no guest has */
 
 	struct rw_semaphore lock;	/* all below, for writing */
 	struct xarray pages;

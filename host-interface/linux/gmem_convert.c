@@ -253,15 +253,11 @@ static int rv_gmem_reclaim_range(struct rv_slot *slot, pgoff_t first, pgoff_t la
 void rv_gmem_reclaim(struct rv_slot *slot)
 {
 	struct rv_gmem *gmem = slot->gmem;
-	int err;
 
 	if (!gmem)
 		return;
 	down_write(&gmem->lock);
-	err = rv_gmem_reclaim_range(slot, slot->gmem_index, rv_gmem_slot_last(slot));
-	/* What is left belongs to nobody else: private pages are zeroed, others were shared. */
-	if (!err && slot->vm->kind != RV_ORDINARY && slot->vm->phase == RV_DEAD)
-		gmem->open = true;
+	rv_gmem_reclaim_range(slot, slot->gmem_index, rv_gmem_slot_last(slot));
 	up_write(&gmem->lock);
 }
 
