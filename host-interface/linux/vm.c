@@ -246,7 +246,7 @@ static void rv_el2_destroy(struct rv_vm *vm)
 	long status;
 
 	xa_for_each(&vm->slots, id, slot) {
-		if (slot->gmem)
+		if (slot->flags & KVM_MEM_GUEST_MEMFD)
 			rv_gmem_reclaim(slot);
 		else
 			rv_anon_reclaim(slot);
@@ -376,7 +376,7 @@ void rv_vm_kill(struct rv_vm *vm)
 		if (vm->created) {
 			rv_el2_teardown(vm);
 			xa_for_each(&vm->slots, id, slot) {
-				if (!slot->gmem)
+				if (!(slot->flags & KVM_MEM_GUEST_MEMFD))
 					rv_anon_reclaim(slot);
 			}
 		}
