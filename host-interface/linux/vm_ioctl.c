@@ -25,11 +25,11 @@ int rv_check_extension(struct rv_vm *vm, long cap)
 	case KVM_CAP_ARM_PSCI:
 	case KVM_CAP_ARM_PSCI_0_2:
 	case KVM_CAP_IMMEDIATE_EXIT:
+	case KVM_CAP_INTERNAL_ERROR_DATA:
 	case KVM_CAP_ENABLE_CAP_VM:
 	case KVM_CAP_CHECK_EXTENSION_VM:
 	case KVM_CAP_DEVICE_CTRL:
 	case KVM_CAP_IRQCHIP:
-	case KVM_CAP_IRQ_ROUTING:
 	case KVM_CAP_IRQFD:
 	case KVM_CAP_SIGNAL_MSI:
 	case KVM_CAP_IOEVENTFD:
@@ -38,6 +38,8 @@ int rv_check_extension(struct rv_vm *vm, long cap)
 	case KVM_CAP_MEMORY_FAULT_INFO:
 	case KVM_CAP_PRE_FAULT_MEMORY:
 		return 1;
+	case KVM_CAP_IRQ_ROUTING:
+		return RV_MAX_ROUTES;
 	case KVM_CAP_GUEST_MEMFD_FLAGS:
 		return GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED;
 	case KVM_CAP_EXIT_HYPERCALL:
