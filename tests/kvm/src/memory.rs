@@ -143,6 +143,11 @@ impl Mapping {
         self.start.addr().get()
     }
 
+    /// Where it is, as a pointer.
+    pub(crate) fn start(&self) -> NonNull<c_void> {
+        self.start
+    }
+
     /// Bytes.
     pub(crate) fn size(&self) -> usize {
         self.size

@@ -2,6 +2,7 @@
 
 use crate::runner::Case;
 
+mod convert;
 mod ioctls;
 mod memfd;
 mod run;
@@ -9,7 +10,7 @@ mod slots;
 
 /// All of them.
 pub(crate) const GROUPS: &[(&str, &[Case])] =
-    &[("memfd", memfd::CASES), ("slots", slots::CASES), ("ioctls", ioctls::CASES), ("run", run::CASES)];
+    &[("memfd", memfd::CASES), ("slots", slots::CASES), ("ioctls", ioctls::CASES), ("run", run::CASES), ("convert", convert::CASES)];
 
 /// A table of cases: functions, the kinds of VMs that they run for, and what else there is to say about them.
 macro_rules! cases {
