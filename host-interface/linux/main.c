@@ -155,6 +155,7 @@ static int __init rv_init(void)
 	ret = rv_vm_setup();
 	if (ret)
 		return ret;
+	rv_vcpu_setup();
 	ret = rv_gmem_init();
 	if (ret)
 		return ret;
@@ -187,6 +188,7 @@ static void __exit rv_exit(void)
 	rv_remove_ppis();
 	rv_irq_exit();
 	rv_gmem_exit();
+	rv_vcpu_exit();
 }
 
 module_init(rv_init);

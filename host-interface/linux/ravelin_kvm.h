@@ -188,6 +188,12 @@ static inline u64 rv_slot_pages(const struct rv_slot *slot)
 	return slot->size >> PAGE_SHIFT;
 }
 
+/* Its memory is a process's own, and not that of a guest_memfd, which may be closed. */
+static inline bool rv_slot_is_anon(const struct rv_slot *slot)
+{
+	return !(slot->flags & KVM_MEM_GUEST_MEMFD);
+}
+
 /* anon.c */
 int rv_anon_bind(struct rv_slot *slot);
 void rv_anon_unbind(struct rv_slot *slot);
@@ -199,6 +205,9 @@ void rv_anon_reclaim(struct rv_slot *slot);
 int rv_vcpu_create(struct rv_vm *vm, unsigned long id);
 
 /* vcpu.c */
+/* Once for the module. */
+void rv_vcpu_setup(void);
+void rv_vcpu_exit(void);
 struct rv_vcpu *rv_vcpu_alloc(struct rv_vm *vm, u32 id);
 void rv_vcpu_free(struct rv_vcpu *vcpu);
 int rv_vcpu_run(struct rv_vcpu *vcpu);

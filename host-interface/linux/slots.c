@@ -40,10 +40,10 @@ static int rv_check_region(struct rv_vm *vm, const struct kvm_userspace_memory_r
 
 static void rv_slot_free(struct rv_slot *slot)
 {
-	if (slot->gmem)
-		rv_gmem_unbind(slot);
-	else if (!(slot->flags & KVM_MEM_GUEST_MEMFD))
+	if (rv_slot_is_anon(slot))
 		rv_anon_unbind(slot);
+	else if (slot->gmem)
+		rv_gmem_unbind(slot);
 	kfree(slot);
 }
 
@@ -81,9 +81,9 @@ static bool rv_slot_overlaps(const struct rv_slot *slot, const struct rv_slot *o
 
 static int rv_slot_bind(struct rv_slot *slot, const struct kvm_userspace_memory_region2 *region)
 {
-	if (slot->flags & KVM_MEM_GUEST_MEMFD)
-		return rv_gmem_bind(slot, region->guest_memfd, region->guest_memfd_offset);
-	return rv_anon_bind(slot);
+	if (rv_slot_is_anon(slot))
+		return rv_anon_bind(slot);
+	return rv_gmem_bind(slot, region->guest_memfd, region->guest_memfd_offset);
 }
 
 static int rv_slot_insert(struct rv_slot *slot)
@@ -176,11 +176,9 @@ struct rv_slot *rv_slot_find(struct rv_vm *vm, u64 gpa)
 
 int rv_slot_fault(struct rv_slot *slot, u64 gpa)
 {
-	if (slot->gmem)
-		return rv_gmem_fault(slot, gpa >> PAGE_SHIFT);
-	if (slot->flags & KVM_MEM_GUEST_MEMFD)
-		return -EFAULT;
-	return rv_anon_fault(slot, gpa);
+	if (rv_slot_is_anon(slot))
+		return rv_anon_fault(slot, gpa);
+	return slot->gmem ? rv_gmem_fault(slot, gpa >> PAGE_SHIFT) : -EFAULT;
 }
 
 void rv_slots_release(struct rv_vm *vm)

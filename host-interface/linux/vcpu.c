@@ -31,7 +31,7 @@ static void rv_kick(void *unused)
  * One for each CPU, not for each vCPU: if it is in use, the CPU has yet to take an interrupt, and
  * what runs there leaves its guest.
  */
-static DEFINE_PER_CPU(call_single_data_t, rv_kick_csd) = CSD_INIT(rv_kick, NULL);
+static DEFINE_PER_CPU(call_single_data_t, rv_kick_csd);
 
 void rv_vcpu_wake(struct rv_vcpu *vcpu)
 {
@@ -255,4 +255,19 @@ void rv_vcpu_free(struct rv_vcpu *vcpu)
 	free_page((unsigned long)vcpu->el2);
 	free_page((unsigned long)vcpu->run);
 	kfree(vcpu);
+}
+
+void rv_vcpu_setup(void)
+{
+	int cpu;
+
+	/* Modules' initial values of variables of CPUs cannot have addresses in all kernels. */
+	for_each_possible_cpu(cpu)
+		INIT_CSD(per_cpu_ptr(&rv_kick_csd, cpu), rv_kick, NULL);
+}
+
+void rv_vcpu_exit(void)
+{
+	/* The last VM's interrupts may be on their way. */
+	kick_all_cpus_sync();
 }

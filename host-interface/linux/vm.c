@@ -246,10 +246,10 @@ static void rv_el2_destroy(struct rv_vm *vm)
 	long status;
 
 	xa_for_each(&vm->slots, id, slot) {
-		if (slot->flags & KVM_MEM_GUEST_MEMFD)
-			rv_gmem_reclaim(slot);
-		else
+		if (rv_slot_is_anon(slot))
 			rv_anon_reclaim(slot);
+		else if (slot->gmem)
+			rv_gmem_reclaim(slot);
 	}
 
 	do {
@@ -376,7 +376,7 @@ void rv_vm_kill(struct rv_vm *vm)
 		if (vm->created) {
 			rv_el2_teardown(vm);
 			xa_for_each(&vm->slots, id, slot) {
-				if (!(slot->flags & KVM_MEM_GUEST_MEMFD))
+				if (rv_slot_is_anon(slot))
 					rv_anon_reclaim(slot);
 			}
 		}
