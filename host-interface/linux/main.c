@@ -162,6 +162,9 @@ static int __init rv_init(void)
 	ret = rv_irq_setup();
 	if (ret)
 		goto exit_gmem;
+	ret = rv_vm_probe();
+	if (ret)
+		goto exit_irq;
 	ret = rv_setup_ppis();
 	if (ret)
 		goto exit_irq;

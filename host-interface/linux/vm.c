@@ -455,14 +455,14 @@ static int rv_vm_parse_type(struct rv_vm *vm, unsigned long type)
 	return 0;
 }
 
-int rv_vm_create(unsigned long type)
+static struct rv_vm *rv_vm_alloc(unsigned long type)
 {
 	struct rv_vm *vm;
 	int ret;
 
 	vm = kzalloc(sizeof(*vm), GFP_KERNEL_ACCOUNT);
 	if (!vm)
-		return -ENOMEM;
+		return ERR_PTR(-ENOMEM);
 	ret = rv_vm_parse_type(vm, type);
 	if (ret)
 		goto free;
@@ -480,13 +480,48 @@ int rv_vm_create(unsigned long type)
 		goto free;
 	mmgrab(current->mm);
 	vm->mm = current->mm;
+	return vm;
 
+free:
+	kfree(vm);
+	return ERR_PTR(ret);
+}
+
+int rv_vm_create(unsigned long type)
+{
+	struct rv_vm *vm = rv_vm_alloc(type);
+	int ret;
+
+	if (IS_ERR(vm))
+		return PTR_ERR(vm);
 	ret = anon_inode_getfd("kvm-vm", &rv_vm_fops, vm, O_RDWR | O_CLOEXEC);
 	if (ret < 0)
 		rv_vm_put(vm);
 	return ret;
+}
 
-free:
-	kfree(vm);
+int rv_vm_probe(void)
+{
+	struct rv_vm *vm = rv_vm_alloc(rv_max_ipa_bits);
+	struct rv_vcpu *vcpu;
+	u64 vcpu_pages;
+	int ret;
+
+	if (IS_ERR(vm))
+		return PTR_ERR(vm);
+	ret = -ENOMEM;
+	vcpu = rv_vcpu_alloc(vm, 0);
+	if (!vcpu)
+		goto put;
+	ret = xa_insert(&vm->vcpus, 0, vcpu, GFP_KERNEL);
+	if (ret) {
+		rv_vcpu_free(vcpu);
+		goto put;
+	}
+	ret = rv_el2_create(vm, &vcpu_pages) ?: rv_el2_create_vcpu(vm, vcpu, vcpu_pages);
+	if (!ret)
+		rv_sysregs_probe(vm);
+put:
+	rv_vm_put(vm);
 	return ret;
 }
