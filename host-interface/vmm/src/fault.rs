@@ -119,6 +119,10 @@ fn put_zeros(address: usize) -> bool {
     mapped == page
 }
 
+/// Tests with a guard take turns.
+#[cfg(test)]
+pub(crate) static TESTS: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -130,6 +134,7 @@ mod tests {
     // What a file does not have any more is a SIGBUS, too.
     #[test]
     fn an_access_is_survived_and_noted() {
+        let _alone = TESTS.lock().unwrap();
         let path = std::env::temp_dir().join(format!("ravelin-vmm-fault-{}", std::process::id()));
         let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
         std::fs::remove_file(&path).unwrap();

@@ -276,3 +276,169 @@ impl MmioDevice for Transport {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fault;
+    use crate::layout::RAM;
+    use crate::memory::GuestRam;
+    use crate::virtio::rng::Rng;
+    use std::fs::File;
+    use std::time::{Duration, Instant};
+    use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER};
+    use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
+    use virtio_bindings::virtio_ring::VRING_DESC_F_WRITE;
+    use virtio_queue::desc::{RawDescriptor, split::Descriptor};
+    use virtio_queue::mock::MockSplitQueue;
+    use vm_memory::{Bytes as _, GuestAddress};
+
+    const SIZE: u64 = 0x10_0000;
+    const BUFFER: u64 = RAM + 0x8_0000;
+
+    struct Driver {
+        device: Transport,
+        irq: EventFd,
+        memory: DmaMemory,
+    }
+
+    impl Driver {
+        fn new(ram: &GuestRam) -> Self {
+            let irq = EventFd::new(EFD_NONBLOCK).unwrap();
+            let report = Arc::new(Report::new(false, false));
+            let rng = Box::new(Rng::new().unwrap());
+            let device = Transport::new(rng, "rng", true, ram.dma(), irq.try_clone().unwrap(), report).unwrap();
+            Self { device, irq, memory: ram.dma() }
+        }
+
+        fn get(&self, register: u32) -> u32 {
+            let mut bytes = [0; 4];
+            self.device.read(register.into(), &mut bytes);
+            u32::from_le_bytes(bytes)
+        }
+
+        fn set(&self, register: u32, value: u32) {
+            self.device.write(register.into(), &value.to_le_bytes());
+        }
+
+        /// Accepts features and returns whether the device agrees.
+        fn negotiate(&self, features: u64) -> bool {
+            self.set(VIRTIO_MMIO_STATUS, VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER);
+            for page in 0..2 {
+                self.set(VIRTIO_MMIO_DRIVER_FEATURES_SEL, page);
+                self.set(VIRTIO_MMIO_DRIVER_FEATURES, (features >> (32 * page)) as u32);
+            }
+            let status = VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK;
+            self.set(VIRTIO_MMIO_STATUS, status);
+            self.get(VIRTIO_MMIO_STATUS) & VIRTIO_CONFIG_S_FEATURES_OK != 0
+        }
+
+        /// Sets the queue up at the start of RAM and says that the driver is ready.
+        fn start(&self) {
+            assert!(self.negotiate(1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_F_ACCESS_PLATFORM));
+            let rings = MockSplitQueue::create(&*self.memory, GuestAddress(RAM), 16);
+            self.set(VIRTIO_MMIO_QUEUE_SEL, 0);
+            self.set(VIRTIO_MMIO_QUEUE_NUM, 16);
+            self.set(VIRTIO_MMIO_QUEUE_DESC_LOW, rings.desc_table_addr().0 as u32);
+            self.set(VIRTIO_MMIO_QUEUE_AVAIL_LOW, rings.avail_addr().0 as u32);
+            self.set(VIRTIO_MMIO_QUEUE_USED_LOW, rings.used_addr().0 as u32);
+            self.set(VIRTIO_MMIO_QUEUE_READY, 1);
+            self.set(VIRTIO_MMIO_STATUS, self.get(VIRTIO_MMIO_STATUS) | VIRTIO_CONFIG_S_DRIVER_OK);
+        }
+
+        /// Asks for 32 bytes and returns the reason for the interrupt that follows.
+        fn ask(&self, address: u64) -> u32 {
+            let rings = MockSplitQueue::create(&*self.memory, GuestAddress(RAM), 16);
+            let descriptor = Descriptor::new(address, 32, VRING_DESC_F_WRITE as u16, 0);
+            rings.build_desc_chain(&[RawDescriptor::from(descriptor)]).unwrap();
+            self.device.notify()[0].write(1).unwrap();
+            let start = Instant::now();
+            while self.irq.read().is_err() {
+                assert!(start.elapsed() < Duration::from_secs(20), "no interrupt");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let reason = self.get(VIRTIO_MMIO_INTERRUPT_STATUS);
+            self.set(VIRTIO_MMIO_INTERRUPT_ACK, reason);
+            assert_eq!(self.get(VIRTIO_MMIO_INTERRUPT_STATUS), 0);
+            reason
+        }
+
+        fn status(&self) -> u32 {
+            self.get(VIRTIO_MMIO_STATUS)
+        }
+    }
+
+    #[test]
+    fn it_says_what_it_is() {
+        let driver = Driver::new(&GuestRam::map(SIZE, None, 0).unwrap());
+        assert_eq!(driver.get(VIRTIO_MMIO_MAGIC_VALUE), 0x7472_6976);
+        assert_eq!(driver.get(VIRTIO_MMIO_VERSION), 2);
+        assert_eq!(driver.get(VIRTIO_MMIO_DEVICE_ID), VIRTIO_ID_RNG);
+        assert_eq!(driver.get(VIRTIO_MMIO_QUEUE_NUM_MAX), u32::from(QUEUE_SIZE));
+        driver.set(VIRTIO_MMIO_QUEUE_SEL, 1);
+        assert_eq!(driver.get(VIRTIO_MMIO_QUEUE_NUM_MAX), 0, "there is no such queue");
+        driver.set(VIRTIO_MMIO_DEVICE_FEATURES_SEL, 1);
+        assert_eq!(
+            driver.get(VIRTIO_MMIO_DEVICE_FEATURES),
+            1 << (VIRTIO_F_VERSION_1 - 32) | 1 << (VIRTIO_F_ACCESS_PLATFORM - 32)
+        );
+    }
+
+    #[test]
+    fn a_driver_that_does_not_know_of_protection_is_turned_away() {
+        let driver = Driver::new(&GuestRam::map(SIZE, None, 0).unwrap());
+        let (version, platform) = (1 << VIRTIO_F_VERSION_1, 1 << VIRTIO_F_ACCESS_PLATFORM);
+        for features in [0, version, platform, version | platform | 1] {
+            assert!(!driver.negotiate(features), "{features:#x}");
+            driver.set(VIRTIO_MMIO_STATUS, driver.status() | VIRTIO_CONFIG_S_DRIVER_OK);
+            assert_eq!(driver.status() & VIRTIO_CONFIG_S_DRIVER_OK, 0);
+            driver.set(VIRTIO_MMIO_STATUS, 0);
+        }
+        assert!(driver.negotiate(version | platform));
+    }
+
+    #[test]
+    fn a_request_is_served_by_the_thread_of_the_device() {
+        let driver = Driver::new(&GuestRam::map(SIZE, None, 0).unwrap());
+        driver.start();
+        assert_eq!(driver.ask(BUFFER), VIRTIO_MMIO_INT_VRING);
+        let bytes: [u8; 32] = driver.memory.read_obj(GuestAddress(BUFFER)).unwrap();
+        assert_ne!(bytes, [0; 32]);
+    }
+
+    #[test]
+    fn a_device_with_wild_addresses_needs_a_reset() {
+        let driver = Driver::new(&GuestRam::map(SIZE, None, 0).unwrap());
+        for address in [0, RAM + SIZE - 31, u64::MAX - 3] {
+            driver.start();
+            assert_eq!(driver.ask(address), VIRTIO_MMIO_INT_CONFIG, "{address:#x}");
+            assert_ne!(driver.status() & VIRTIO_CONFIG_S_NEEDS_RESET, 0);
+            driver.set(VIRTIO_MMIO_STATUS, 0);
+            assert_eq!(driver.status(), 0);
+        }
+        driver.start();
+        assert_eq!(driver.ask(BUFFER), VIRTIO_MMIO_INT_VRING, "and works after it");
+    }
+
+    // A file that has become shorter stands for a page that the guest has taken back: both are a SIGBUS.
+    #[test]
+    fn memory_that_the_guest_does_not_share_costs_the_device_alone() {
+        let _alone = fault::TESTS.lock().unwrap();
+        let path = std::env::temp_dir().join(format!("ravelin-vmm-mmio-{}", std::process::id()));
+        let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        file.set_len(SIZE).unwrap();
+        let ram = GuestRam::map(SIZE, Some(file.try_clone().unwrap()), 0).unwrap();
+        let driver = Driver::new(&ram);
+        driver.start();
+        file.set_len(BUFFER - RAM).unwrap();
+        assert_eq!(driver.ask(BUFFER), VIRTIO_MMIO_INT_CONFIG);
+        assert_ne!(driver.status() & VIRTIO_CONFIG_S_NEEDS_RESET, 0);
+        file.set_len(SIZE).unwrap();
+        driver.set(VIRTIO_MMIO_STATUS, 0);
+        driver.start();
+        assert_eq!(driver.ask(BUFFER), VIRTIO_MMIO_INT_VRING);
+        let bytes: [u8; 32] = driver.memory.read_obj(GuestAddress(BUFFER)).unwrap();
+        assert_ne!(bytes, [0; 32]);
+    }
+}

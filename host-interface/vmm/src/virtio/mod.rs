@@ -97,6 +97,8 @@ impl<'a> Rings<'a> {
 
     /// Hands a request back, of whose buffers `written` bytes were filled.
     pub fn done(&mut self, queue: usize, head: u16, written: usize) -> Result<()> {
+        // What was not read or written was not served.
+        intact()?;
         let Some(queue) = self.queues.get_mut(queue) else { bail!("no such queue") };
         queue.add_used(self.memory, head, u32::try_from(written)?)?;
         self.used |= queue.needs_notification(self.memory)?;
