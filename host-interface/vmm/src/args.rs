@@ -16,7 +16,7 @@ usage: ravelin-vmm --kernel FILE [OPTION...]
 
   --kernel FILE           arm64 Image, not compressed
   --initrd FILE           initial ramdisk
-  --append STR            the guest's command line
+  --append STR            the guest's command line; a protected guest's gets a swiotlb= if it has none
   --memory SIZE           size of its RAM, such as 512M or 1G (default 256M)
   --cpus N                number of its CPUs (default 1)
   --protected KIND        none (default), pkvm, or realm (Arm CCA)
@@ -108,6 +108,24 @@ pub struct Config {
     /// Whether events are JSON.
     pub json: bool,
 }
+
+impl Config {
+    /// The guest's command line, as it gets it.
+    ///
+    /// A protected guest's I/O goes through a bounce buffer. Linux makes it 1/1024 of a small memory, which is less than one
+    /// request of a disk; so it is told how much it needs, unless the user does.
+    pub fn command_line(&self) -> String {
+        let told = self.append.split_ascii_whitespace().any(|word| word.starts_with("swiotlb="));
+        if told || self.protection == Protection::None {
+            return self.append.clone();
+        }
+        let slots = (self.memory / 32).clamp(4 << 20, 64 << 20) / SWIOTLB_SLOT;
+        format!("{} swiotlb={slots}", self.append).trim_start().to_owned()
+    }
+}
+
+/// Bytes of what Linux counts its bounce buffer in.
+const SWIOTLB_SLOT: u64 = 2048;
 
 /// What the command line asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -243,6 +261,15 @@ mod tests {
         let config = run("--kernel k").unwrap();
         assert_eq!((config.memory, config.cpus, config.protection), (256 << 20, 1, Protection::None));
         assert_eq!(config.console, ConsoleKind::Stdio);
+    }
+
+    #[test]
+    fn protected_guests_get_a_bounce_buffer() {
+        let line = |options: &str| run(&format!("--kernel k {options}")).unwrap().command_line();
+        assert_eq!(line("--append=quiet"), "quiet");
+        assert_eq!(line("--append=quiet --protected pkvm"), "quiet swiotlb=4096");
+        assert_eq!(line("--protected realm --memory 8G"), "swiotlb=32768");
+        assert_eq!(line("--append=swiotlb=64 --protected pkvm"), "swiotlb=64");
     }
 
     #[test]

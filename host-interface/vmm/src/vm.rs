@@ -322,7 +322,7 @@ fn load(config: &Config, ram: &GuestRam, virtio: usize) -> Result<Placement> {
         cpus: &cpus,
         smc: config.protection == Protection::Realm,
         virtio,
-        bootargs: &config.append,
+        bootargs: &config.command_line(),
         initrd: placement.initrd,
         seed,
     })?;
