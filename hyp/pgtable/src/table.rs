@@ -31,6 +31,8 @@ pub struct Walk<U> {
     pub level: Level,
     /// What it maps; `None` if it is invalid.
     pub mapping: Option<Mapping<U>>,
+    /// Whether it is poisoned.
+    pub poisoned: bool,
 }
 
 /// What an address is translated to.
@@ -229,7 +231,7 @@ impl<R: Regime> PageTable<R> {
         let raw = addr.raw();
         let mut level = self.geometry.start();
         if raw >= self.geometry.end() {
-            return Walk { level, mapping: None };
+            return Walk { level, mapping: None, poisoned: false };
         }
         let mut table = self.geometry.root_table(self.root, raw);
         loop {
@@ -238,9 +240,10 @@ impl<R: Regime> PageTable<R> {
                 (Kind::Table(next), Some(below)) => (table, level) = (next, below),
                 (Kind::Leaf(base), _) => {
                     let to = base.raw() | (raw & level.size().wrapping_sub(1));
-                    return Walk { level, mapping: mapping_of::<R>(descriptor, Addr::from_bits_truncating(to)) };
+                    let mapping = mapping_of::<R>(descriptor, Addr::from_bits_truncating(to));
+                    return Walk { level, mapping, poisoned: false };
                 }
-                _ => return Walk { level, mapping: None },
+                (kind, _) => return Walk { level, mapping: None, poisoned: matches!(kind, Kind::Poisoned) },
             }
         }
     }

@@ -176,6 +176,10 @@ impl<P: TablePool, M: Machine + PageAccess> Transitions for MachineMemory<'_, '_
     }
 
     fn look(&self, guest: &GuestMemory, range: IpaRange) -> (GuestPage, u64) {
+        // One walk, as for each access to a device.
+        if range.pages() == 1 {
+            return (self.memory.guest_page(self.machine, guest, range.base()), 1);
+        }
         self.memory.guest_run(self.machine, guest, range)
     }
 

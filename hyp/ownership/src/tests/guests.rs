@@ -74,7 +74,11 @@ impl Rig<'_> {
     }
 
     pub(super) fn at(&self, guest: &GuestMemory, ipa: u64) -> GuestPage {
-        self.memory.guest_page(&self.machine, guest, Ipa::new(ipa).unwrap())
+        let page = self.memory.guest_page(&self.machine, guest, Ipa::new(ipa).unwrap());
+        if ipa < guest.end() {
+            assert_eq!(self.memory.guest_run(&self.machine, guest, frames(ipa, 1)), (page, 1));
+        }
+        page
     }
 
     /// Where the guest's accesses to `ipa` go.

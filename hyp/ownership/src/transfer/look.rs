@@ -31,6 +31,18 @@ pub enum GuestPage {
     Lent,
 }
 
+impl GuestPage {
+    /// Returns what a page in this state is that a guest has mapped.
+    const fn of(state: State) -> Self {
+        match state {
+            State::GUEST_OWNED => Self::Private,
+            State::GUEST_OFFERED => Self::Offered,
+            State::GUEST_CLAIMED => Self::Claimed,
+            _ => Self::Lent,
+        }
+    }
+}
+
 /// What there is in frames of a guest.
 #[derive(Clone, Copy)]
 pub(super) enum Content {
@@ -75,7 +87,14 @@ impl<P: TablePool> Memory<'_, P> {
     /// Returns what `ipa`, in either half of a realm's address space, is to the guest.
     #[must_use]
     pub fn guest_page<M: Machine>(&self, machine: &M, guest: &GuestMemory, ipa: Ipa) -> GuestPage {
-        guest.frame(ipa).map_or(GuestPage::Absent, |frame| self.guest_run(machine, guest, IpaRange::single(frame)).0)
+        let Some(frame) = guest.frame(ipa) else { return GuestPage::Absent };
+        let inner = self.lock();
+        let tables = guest.lock();
+        let in_view = |view| inner.page(machine, &tables, guest.in_view(view, IpaRange::single(frame)).base());
+        match (in_view(View::Private), guest.other(View::Private)) {
+            (GuestPage::Absent, Some(view)) => in_view(view),
+            (page, _) => page,
+        }
     }
 
     /// Returns what the first frame of `range` is to the guest, and how many frames from there on are known to be the same:
@@ -169,6 +188,16 @@ impl<P: TablePool> Inner<'_, P> {
         })
     }
 
+    /// Returns what is mapped at a guest address: one walk.
+    fn page<M: Machine>(&self, machine: &M, tables: &Guest, at: Ipa) -> GuestPage {
+        let walk = tables.tables.lookup(machine, at);
+        match walk.mapping {
+            Some(mapping) => GuestPage::of(self.table.entry(mapping.to.page()).unwrap_or(Entry::NOBODY).state()),
+            None if walk.poisoned => GuestPage::Poisoned,
+            None => GuestPage::Absent,
+        }
+    }
+
     /// Returns what the first frame of `range` is in `view`, and how many frames are known to be the same.
     fn run<M: Machine>(
         &self,
@@ -183,12 +212,7 @@ impl<P: TablePool> Inner<'_, P> {
             let page = match content {
                 Content::Absent => GuestPage::Absent,
                 Content::Poisoned => GuestPage::Poisoned,
-                Content::Pages(_, entry) => match entry.state() {
-                    State::GUEST_OWNED => GuestPage::Private,
-                    State::GUEST_OFFERED => GuestPage::Offered,
-                    State::GUEST_CLAIMED => GuestPage::Claimed,
-                    _ => GuestPage::Lent,
-                },
+                Content::Pages(_, entry) => GuestPage::of(entry.state()),
             };
             if *first.get_or_insert(page) != page || left == 0 {
                 return ControlFlow::Break(());
