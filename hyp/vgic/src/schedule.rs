@@ -91,7 +91,7 @@ impl Shortlist {
     }
 
     fn intids(&self) -> impl Iterator<Item = u16> {
-        self.keys.into_iter().take(self.len).map(|key| u16::try_from(key & 0xffff).unwrap_or(0))
+        self.keys.iter().take(self.len).map(|&key| u16::try_from(key & 0xffff).unwrap_or(0))
     }
 }
 
@@ -120,9 +120,26 @@ impl<V: Vcpus + ?Sized> Gic<'_, V> {
         if separate {
             entry.hcr |= HCR_TDIR;
         }
+        // Most entries have nothing to list.
+        if gic.queue.next(0).is_some() {
+            self.list_queued(vcpu, list_registers, groups, asleep, entry);
+        }
+        Some(())
+    }
+
+    /// Fills the list registers of [`Gic::prepare_entry`] with what is queued.
+    #[inline(never)]
+    fn list_queued(
+        &mut self,
+        vcpu: usize,
+        list_registers: usize,
+        groups: u64,
+        asleep: bool,
+        entry: &mut ListRegisters,
+    ) {
         let mut shortlist = Shortlist::new(list_registers);
         let mut from = 0;
-        while let Some(intid) = self.vcpus.get(vcpu)?.queue.next(from) {
+        while let Some(intid) = self.vcpus.get(vcpu).and_then(|gic| gic.queue.next(from)) {
             from = intid.saturating_add(1);
             let Some(interrupt) = self.interrupt(vcpu, intid) else { continue };
             if interrupt.is(Flags::ACTIVE) {
@@ -154,7 +171,6 @@ impl<V: Vcpus + ?Sized> Gic<'_, V> {
                 entry.hcr |= HCR_VGRP0DIE << (group << 1);
             }
         }
-        Some(())
     }
 
     fn list(&mut self, vcpu: usize, intid: u16, awake: bool) -> u64 {
