@@ -19,6 +19,13 @@ pub struct Syndrome {
     pub hpfar: u64,
 }
 
+impl Syndrome {
+    /// Returns whether it is that of an abort, so that what handles others need not decode it.
+    pub(crate) const fn is_abort(&self) -> bool {
+        matches!(self.esr >> esr::EC_SHIFT & esr::EC, esr::EC_DATA_ABORT | esr::EC_INSTRUCTION_ABORT)
+    }
+}
+
 /// Why a guest came to EL2 with a synchronous exception.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GuestExit {
@@ -168,12 +175,13 @@ impl Abort {
         context.take(&context.trapped(self.esr, self.far).external_abort(features));
     }
 
-    /// Decides what becomes of it, given what is at the address. `None` if the guest goes on, with an external abort where
+    /// Decides what becomes of it, given what is at the address, and what [`Abort::access`] says of it. `None` if the guest goes on, with an external abort where
     /// nobody can help. Otherwise the host is to do something, and the exit leaves something open.
     #[must_use]
     pub fn handle(
         self,
         context: &mut Context,
+        described: Option<MmioAccess>,
         backing: Backing,
         kind: VmKind,
         features: PstateFeatures,
@@ -189,7 +197,7 @@ impl Abort {
                 return None;
             }
             (Some(_), Backing::Device) => {
-                if let (Some(address), Some(access)) = (self.address(), self.access(context)) {
+                if let (Some(address), Some(access)) = (self.address(), described) {
                     let stored = access.write.then(|| access.stored(context));
                     let report = Report::Mmio { address, bytes: access.bytes, stored };
                     return Some((report, Pending::Mmio(self, access)));

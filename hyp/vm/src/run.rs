@@ -5,7 +5,7 @@
 
 mod registers;
 
-use ravelin_abi::{Answer, RUN_CALL_REGISTERS, RunEntry, RunExit, RunPage, Status};
+use ravelin_abi::{Answer, RUN_CALL_REGISTERS, RunEntry, RunPage, Status};
 use ravelin_memory::{PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_vgic::{Access, Frame, Gic, ListRegisters, VcpuSet, Vcpus};
 
@@ -28,8 +28,29 @@ pub struct VcpuState {
     /// What the guest sees as ID registers.
     ids: IdRegisters,
     open: Open,
+    /// What its interrupt controller knows of them, so that it is told of changes only.
+    timers: Timers,
     /// Pages for the vector registers.
     area: PhysRange,
+}
+
+/// The levels of the wires of a vCPU's timers: the virtual one and the physical one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Timers([bool; 2]);
+
+impl Timers {
+    /// Brings them up to date.
+    fn update<V: Vcpus>(&mut self, gic: &mut Gic<'_, V>, vcpu: usize, context: &Context, now: u64) {
+        let levels = [context.virtual_timer(), context.physical_timer()].map(|deadline| has_passed(deadline, now));
+        if self.0 == levels {
+            return;
+        }
+        self.0 = levels;
+        for (intid, level) in [VIRTUAL_TIMER, PHYSICAL_TIMER].into_iter().zip(levels) {
+            // They concern this vCPU alone.
+            let _ = gic.set_ppi_level(vcpu, intid, level);
+        }
+    }
 }
 
 /// What the last exit leaves open.
@@ -73,7 +94,7 @@ impl VcpuState {
         let features = GuestFeatures { ipa_bits, sve: true, pointer_authentication: true };
         let ids = cpu.id_registers().for_guest(features);
         cpu.clear_vectors(area);
-        Self { context: Context::reset(0, 0, mpidr(index)), ids, open: Open::Nothing, area }
+        Self { context: Context::reset(0, 0, mpidr(index)), ids, open: Open::Nothing, timers: Timers::default(), area }
     }
 
     /// Sets the registers of a vCPU that has been turned on as PSCI has it, and those of the one that boots as the seal has it.
@@ -116,7 +137,8 @@ impl<O: ObjectMemory, G: Send + Sync> Vms<O, G, VcpuState> {
             let wake = run.wake;
             cpu.return_to_host(&host);
             let [wake_low, wake_high] = wake.words();
-            let exit = RunExit { wake_low, wake_high, ..report?.run_exit() };
+            let mut exit = report?.run_exit();
+            (exit.wake_low, exit.wake_high) = (wake_low, wake_high);
             if let Some(at) = part(run_page, RunPage::EXIT) {
                 cpu.write_words(at, &exit.to_words());
             }
@@ -161,7 +183,7 @@ where
     T::Guest: Send + Sync,
 {
     fn run(&mut self, state: &mut VcpuState) -> Result<Report, Refusal> {
-        if state.open == Open::Ended {
+        if matches!(state.open, Open::Ended) {
             return Err(Status::WrongState.into());
         }
         if let Some(report) = self.end() {
@@ -211,7 +233,7 @@ where
 
     /// Acts on the host's answer to the last exit. Returns what the host is told if the guest cannot be entered even so.
     fn answer(&self, state: &mut VcpuState) -> Result<Option<Report>, Refusal> {
-        if state.open == Open::Nothing {
+        if matches!(state.open, Open::Nothing) {
             // Whatever the host says.
             return Ok(None);
         }
@@ -268,7 +290,7 @@ where
         }
         let mut interface = ListRegisters::default();
         self.vm.with_gic(|gic| {
-            set_timers(gic, index, &state.context, now);
+            state.timers.update(gic, index, &state.context, now);
             gic.prepare_entry(index, list_registers, &mut interface)
         });
         let (tree, geometry) = self.transitions.tree(self.vm.guest().memory());
@@ -306,6 +328,9 @@ where
         ids: &IdRegisters,
         syndrome: &Syndrome,
     ) -> Option<Option<Report>> {
+        if syndrome.is_abort() {
+            return None;
+        }
         let conduit = match GuestExit::decode(syndrome, context) {
             GuestExit::Sysreg(access) => {
                 let (register, value) = access.id_value(ids)?;
@@ -352,7 +377,7 @@ where
         match GuestExit::decode(&syndrome, &state.context) {
             GuestExit::Wait => {
                 state.context.skip_instruction();
-                self.wait(&state.context)
+                self.wait(&state.context, &mut state.timers)
             }
             GuestExit::Yield => {
                 state.context.skip_instruction();
@@ -361,9 +386,9 @@ where
             GuestExit::Hvc(immediate) => {
                 // As if it had not been executed, like SMC.
                 state.context.pc = state.context.pc.wrapping_sub(4);
-                self.call(&mut state.context, immediate)
+                self.call(state, immediate)
             }
-            GuestExit::Smc(immediate) => self.call(&mut state.context, immediate),
+            GuestExit::Smc(immediate) => self.call(state, immediate),
             GuestExit::Sysreg(access) => {
                 self.sysreg(state, access, features);
                 None
@@ -391,10 +416,10 @@ where
     }
 
     /// Waits for an interrupt, unless there is one.
-    fn wait(&self, context: &Context) -> Option<Report> {
+    fn wait(&self, context: &Context, timers: &mut Timers) -> Option<Report> {
         let (index, now) = (self.index, self.cpu.counter());
         let awake = self.vm.with_gic(|gic| {
-            set_timers(gic, index, context, now);
+            timers.update(gic, index, context, now);
             gic.wakes(index)
         });
         // A timer that has fired and does not wake the guest is masked.
@@ -402,19 +427,20 @@ where
     }
 
     /// Performs a call that is not about memory. The program counter is at the instruction.
-    fn call(&mut self, context: &mut Context, immediate: u16) -> Option<Report> {
-        if immediate != 0 {
-            context.set_results([NOT_SUPPORTED]);
-            context.skip_instruction();
-            return None;
-        }
-        let report = self.standard_call(context);
-        context.skip_instruction();
+    fn call(&mut self, state: &mut VcpuState, immediate: u16) -> Option<Report> {
+        let report = if immediate == 0 {
+            self.standard_call(state)
+        } else {
+            state.context.set_results([NOT_SUPPORTED]);
+            None
+        };
+        state.context.skip_instruction();
         report
     }
 
     /// Performs a call of firmware's, whichever way it comes.
-    fn standard_call(&mut self, context: &mut Context) -> Option<Report> {
+    fn standard_call(&mut self, state: &mut VcpuState) -> Option<Report> {
+        let VcpuState { context, timers, .. } = state;
         if entropy_call(self.cpu, context) {
             return None;
         }
@@ -436,7 +462,7 @@ where
             FirmwareCall::TurnedOff => Some(Report::CpuOff),
             FirmwareCall::Suspends => {
                 context.set_results([0]);
-                self.wait(context)
+                self.wait(context, timers)
             }
             FirmwareCall::SystemOff => Some(self.end_as(VmEnd::Off)),
             FirmwareCall::SystemReset => Some(self.end_as(VmEnd::Reset)),
@@ -504,8 +530,9 @@ where
             return None;
         };
         let shared_bit = guest.shared_bit().unwrap_or(0);
+        let described = abort.access(context);
         if self.vm.gic_frame(page.raw() & !shared_bit).is_some() {
-            let access = abort.access(context).zip(abort.address());
+            let access = described.zip(abort.address());
             let access = access.and_then(|(access, at)| Some((access, self.vm.gic_frame(at.raw() & !shared_bit)?)));
             let done = access.is_some_and(|(access, (frame, offset))| self.gic_access(context, access, frame, offset));
             if !done {
@@ -513,8 +540,8 @@ where
             }
             return None;
         }
-        let backing = guest.backing(self.transitions, page, abort.access(context).is_some())?;
-        let (report, pending) = abort.handle(context, backing, guest.kind(), features)?;
+        let backing = guest.backing(self.transitions, page, described.is_some())?;
+        let (report, pending) = abort.handle(context, described, backing, guest.kind(), features)?;
         state.open = Open::Access(pending);
         Some(report)
     }
@@ -548,14 +575,6 @@ where
 /// Returns whether a timer has fired.
 fn has_passed(deadline: Option<u64>, now: u64) -> bool {
     deadline.is_some_and(|deadline| deadline <= now)
-}
-
-/// Brings the wires of a vCPU's timers up to date.
-fn set_timers<V: Vcpus>(gic: &mut Gic<'_, V>, vcpu: usize, context: &Context, now: u64) {
-    for (intid, deadline) in [(VIRTUAL_TIMER, context.virtual_timer()), (PHYSICAL_TIMER, context.physical_timer())] {
-        // They concern this vCPU alone.
-        let _ = gic.set_ppi_level(vcpu, intid, has_passed(deadline, now));
-    }
 }
 
 /// Offset of a part of the run page from its start.

@@ -239,19 +239,21 @@ impl PageAccess for Hardware {
 
     fn read_words(&self, at: PhysAddr, words: &mut [u64]) {
         assert!(at.is_aligned(8));
-        let source = ptr::with_exposed_provenance::<u64>(at.raw() as usize);
-        for (index, word) in words.iter_mut().enumerate() {
+        let mut source = ptr::with_exposed_provenance::<u64>(at.raw() as usize);
+        for word in words {
             // SAFETY: As in `read_bytes`, and aligned.
-            *word = unsafe { source.wrapping_add(index).read_volatile() };
+            *word = unsafe { source.read_volatile() };
+            source = source.wrapping_add(1);
         }
     }
 
     fn write_words(&self, at: PhysAddr, words: &[u64]) {
         assert!(at.is_aligned(8));
-        let target = ptr::with_exposed_provenance_mut::<u64>(at.raw() as usize);
-        for (index, &word) in words.iter().enumerate() {
+        let mut target = ptr::with_exposed_provenance_mut::<u64>(at.raw() as usize);
+        for &word in words {
             // SAFETY: As in `read_words`; the page is mapped writable.
-            unsafe { target.wrapping_add(index).write_volatile(word) };
+            unsafe { target.write_volatile(word) };
+            target = target.wrapping_add(1);
         }
     }
 }

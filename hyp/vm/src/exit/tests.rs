@@ -32,6 +32,17 @@ fn decode(esr: u64, pstate: u64) -> GuestExit {
     GuestExit::decode(&Syndrome { esr, far: 0, hpfar: 0 }, &Context { pstate, ..context() })
 }
 
+/// Handles an abort with what is known of the access.
+fn handled(
+    abort: Abort,
+    context: &mut Context,
+    backing: Backing,
+    kind: VmKind,
+    features: PstateFeatures,
+) -> Option<(Report, Pending)> {
+    abort.handle(context, abort.access(context), backing, kind, features)
+}
+
 #[test]
 fn classes_of_exceptions() {
     assert_eq!(decode(0x01 << 26, EL1H), GuestExit::Wait);
@@ -92,7 +103,7 @@ fn stores_to_devices() {
     registers.x[3] = 0x1122_3344_5566_7788;
     let before = registers;
     let (report, mut pending) =
-        abort(transfer(1, 3, true), 0xffe).handle(&mut registers, Backing::Device, VmKind::Pkvm, NONE).unwrap();
+        handled(abort(transfer(1, 3, true), 0xffe), &mut registers, Backing::Device, VmKind::Pkvm, NONE).unwrap();
     assert_eq!(
         report.run_exit(),
         RunExit { reason: 4, flags: 1, address: PAGE | 0xffe, size: 2, value: 0x7788, ..RunExit::default() }
@@ -108,7 +119,7 @@ fn loads_from_devices() {
     let mut registers = context();
     let before = registers;
     let (report, mut pending) =
-        abort(transfer(2, 30, false), 8).handle(&mut registers, Backing::Device, VmKind::Pkvm, NONE).unwrap();
+        handled(abort(transfer(2, 30, false), 8), &mut registers, Backing::Device, VmKind::Pkvm, NONE).unwrap();
     assert_eq!(report.run_exit(), RunExit { reason: 4, address: PAGE | 8, size: 4, ..RunExit::default() });
     assert_eq!(pending.resume(&mut registers, &RunEntry { answer: 1, value: u64::MAX }, NONE), Ok(()));
     let mut model = Context { pc: before.pc + 4, ..before };
@@ -127,7 +138,7 @@ fn an_abort_for_what_cannot_be_told_to_a_device() {
         (transfer(0, 0, false) & !0x3f | 0x0f, 0),   // permission: no address
     ] {
         let mut registers = context();
-        assert_eq!(abort(esr, offset).handle(&mut registers, Backing::Device, VmKind::Pkvm, NONE), None);
+        assert_eq!(handled(abort(esr, offset), &mut registers, Backing::Device, VmKind::Pkvm, NONE), None);
         assert_eq!(registers.pc, 0x1_0200);
         assert_eq!(registers.esr_el1 & 0x3f, 0x10);
         assert_eq!(registers.esr_el1 >> 26, if esr & 0x3f << 26 == DATA { 0x25 } else { 0x21 });
@@ -139,7 +150,7 @@ fn an_abort_for_what_cannot_be_told_to_a_device() {
 #[test]
 fn nothing_is_an_abort() {
     let mut registers = context();
-    assert_eq!(abort(transfer(3, 0, true), 0).handle(&mut registers, Backing::Nothing, VmKind::Pkvm, NONE), None);
+    assert_eq!(handled(abort(transfer(3, 0, true), 0), &mut registers, Backing::Nothing, VmKind::Pkvm, NONE), None);
     assert_eq!((registers.pc, registers.esr_el1), (0x1_0200, 0x25 << 26 | 1 << 25 | 1 << 6 | 0x10));
 }
 
@@ -147,7 +158,7 @@ fn nothing_is_an_abort() {
 fn cache_maintenance_on_a_device_does_nothing() {
     let mut registers = context();
     let esr = DATA | 1 << 8 | 1 << 6 | TRANSLATION_L3;
-    assert_eq!(abort(esr, 0).handle(&mut registers, Backing::Device, VmKind::Pkvm, NONE), None);
+    assert_eq!(handled(abort(esr, 0), &mut registers, Backing::Device, VmKind::Pkvm, NONE), None);
     assert_eq!(registers, Context { pc: 0x8004, ..context() });
 }
 
@@ -165,7 +176,7 @@ fn a_missing_page_shows_no_value_and_no_offset() {
             let mut registers = Context { x: [0x5ec2_e700; 31], ..context() };
             let before = registers;
             let fault = abort(esr, 0x678);
-            let (report, mut pending) = fault.handle(&mut registers, Backing::Memory, kind, NONE).unwrap();
+            let (report, mut pending) = handled(fault, &mut registers, Backing::Memory, kind, NONE).unwrap();
             let flags = if kind == VmKind::Ordinary { flags } else { 0 };
             assert_eq!(report.run_exit(), RunExit { reason: 5, flags, address: PAGE, ..RunExit::default() });
             assert_eq!(pending.resume(&mut registers, &RunEntry::default(), NONE), Ok(()));
@@ -328,7 +339,7 @@ fn run_loop(context: &mut Context, syndrome: &Syndrome, backing: Backing, kind: 
             context.skip_instruction();
             Some((Report::Yield, Pending::Nothing))
         }
-        GuestExit::Abort(abort) => abort.handle(context, backing, kind, NONE),
+        GuestExit::Abort(abort) => handled(abort, context, backing, kind, NONE),
         GuestExit::Sysreg(access) => {
             match access.emulate(context, &IdRegisters::default(), 0) {
                 SysregAction::Undefined => context.take_undefined(NONE),

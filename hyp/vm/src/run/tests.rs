@@ -1,7 +1,7 @@
 use std::{array, rc::Rc};
 
 use proptest::prelude::*;
-use ravelin_abi::{ExitReason, RUN_FLAG_EXECUTE, RUN_FLAG_WRITE, RUN_NO_DEADLINE, VmAttributes, VmKind};
+use ravelin_abi::{ExitReason, RUN_FLAG_EXECUTE, RUN_FLAG_WRITE, RUN_NO_DEADLINE, RunExit, VmAttributes, VmKind};
 use ravelin_memory::{Ipa, IpaRange};
 use ravelin_ownership::GuestPage;
 use ravelin_vgic::{ListRegisters, RedistributorFrame, ich};
