@@ -5,13 +5,14 @@ use ravelin_memory::{Ipa, IpaRange};
 use ravelin_ownership::GuestPage;
 use spin::Mutex;
 
-use crate::{Backing, Context, measurement::Measurements, mmio_guard::MmioGuard, transitions::Transitions};
+use crate::{Backing, Context, measurement::Measurements, ranges::Ranges, transitions::Transitions};
 
 /// What a guest's calls work on.
 pub struct Guest<G> {
     pub(crate) attributes: VmAttributes,
     pub(crate) memory: G,
-    pub(crate) mmio: Mutex<MmioGuard>,
+    /// Where the guest has said that devices are, or, a realm, that memory is.
+    pub(crate) named: Mutex<Ranges>,
     pub(crate) measurements: Mutex<Measurements>,
 }
 
@@ -46,7 +47,7 @@ impl<G> Guest<G> {
         Self {
             attributes,
             memory,
-            mmio: Mutex::new(MmioGuard::default()),
+            named: Mutex::new(Ranges::default()),
             measurements: Mutex::new(Measurements::default()),
         }
     }
@@ -105,7 +106,7 @@ impl<G> Guest<G> {
             (GuestPage::Offered | GuestPage::Claimed, _) => Some(Backing::Nothing),
             (GuestPage::Absent, Some(false)) => Some(Backing::Memory),
             (GuestPage::Absent, None) => {
-                let guard = self.mmio.lock();
+                let guard = self.named.lock();
                 let device = guard.contains(page) || described && guard.allows(page);
                 Some(if device { Backing::Device } else { Backing::Memory })
             }
@@ -197,7 +198,7 @@ pub(crate) mod tests {
         assert_eq!(backing(0x900_0000, true), Some(Backing::Device));
         assert_eq!(backing(0x900_0000, false), Some(Backing::Memory));
         // It says where devices are.
-        assert!(test.guest.mmio.lock().add(ipa(0x900_0000)));
+        assert!(test.guest.named.lock().add(IpaRange::single(ipa(0x900_0000))));
         for described in [true, false] {
             assert_eq!(backing(0x900_0000, described), Some(Backing::Device));
             assert_eq!(backing(0x900_1000, described), Some(Backing::Memory));

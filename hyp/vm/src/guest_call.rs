@@ -91,7 +91,7 @@ fn perform<G>(
     let pages = if count == 0 { 1 } else { count };
     let range = guest
         .range(base, pages)
-        .filter(|range| reserved == 0 && pages <= MAX_RANGE_PAGES && !guest.mmio.lock().overlaps(range));
+        .filter(|range| reserved == 0 && pages <= MAX_RANGE_PAGES && !guest.named.lock().overlaps(range));
     let Some(range) = range else {
         refuse(context);
         return Outcome::Done;
@@ -119,7 +119,7 @@ fn guard<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, address: u64)
     let (GuestPage::Absent, _) = transitions.look(&guest.memory, page) else {
         return false;
     };
-    guest.mmio.lock().add(page.base())
+    guest.named.lock().add(page)
 }
 
 #[cfg(test)]

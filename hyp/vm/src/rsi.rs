@@ -88,7 +88,11 @@ pub fn call<T: Transitions>(
                     set_state(context, range, transitions.share(&guest.memory, range), Outcome::Shared)
                 }
                 (Some(range), RAM) => {
-                    set_state(context, range, transitions.unshare(&guest.memory, range), |_| Outcome::Done)
+                    set_state(context, range, transitions.unshare(&guest.memory, range), |memory| {
+                        // Without room the realm takes pages that are not there yet for a device's if it asks.
+                        guest.named.lock().add(memory);
+                        Outcome::Done
+                    })
                 }
                 _ => failed(context),
             });
@@ -96,12 +100,17 @@ pub fn call<T: Transitions>(
         IPA_STATE_GET => match bounds(guest, x1, x2) {
             Some(range) => {
                 let (frame, frames) = transitions.look(&guest.memory, range);
-                let state = match frame {
-                    GuestPage::Absent | GuestPage::Private | GuestPage::Lent => RAM,
-                    GuestPage::Offered | GuestPage::Claimed => EMPTY,
-                    GuestPage::Poisoned => DESTROYED,
+                let (state, same) = match frame {
+                    // Memory if the realm has said so. Linux takes what is not empty for its own, and devices are not.
+                    GuestPage::Absent => match guest.named.lock().look(&range) {
+                        (true, same) => (RAM, same),
+                        (false, same) => (EMPTY, same),
+                    },
+                    GuestPage::Private | GuestPage::Lent => (RAM, frames),
+                    GuestPage::Offered | GuestPage::Claimed => (EMPTY, frames),
+                    GuestPage::Poisoned => (DESTROYED, frames),
                 };
-                context.set_results([SUCCESS, address_after(range, frames), state]);
+                context.set_results([SUCCESS, address_after(range, frames.min(same)), state]);
             }
             None => fail(context),
         },

@@ -93,8 +93,13 @@ fn states_there_and_back() {
     assert_eq!(x[..3], [0, GUEST + 0x3000, 0]);
     assert_eq!(results(&test, [GET, GUEST, top]), [0, GUEST + 0x1000, 1]);
     assert_eq!(results(&test, [GET, GUEST + 0x1000, top]), [0, GUEST + 0x3000, 0]);
+    // What is not there is nothing, until the realm says that it is memory.
+    let (said, end) = (top + 0x10_0000, top + 0x20_0000);
+    assert_eq!(results(&test, [GET, top, end]), [0, end, 0]);
     // Back, over what was not shared as well, and what is not there.
-    assert_eq!(results(&test, [SET, GUEST, top + 0x10_0000, 1, 0]), [0, top + 0x10_0000, 0]);
+    assert_eq!(results(&test, [SET, GUEST, said, 1, 0]), [0, said, 0]);
+    assert_eq!(results(&test, [GET, top, end]), [0, said, 1]);
+    assert_eq!(results(&test, [GET, said, end]), [0, end, 0]);
     assert_eq!(results(&test, [GET, GUEST, top]), [0, top, 1]);
     assert_eq!(test.memory.content(PAYLOAD + 0x1000), 0xaa, "contents stay");
     // What is shared twice is not accepted.
