@@ -13,6 +13,7 @@
 #include <linux/of.h>
 #include <linux/of_irq.h>
 #include <linux/percpu.h>
+#include <linux/suspend.h>
 
 #include "ravelin_kvm.h"
 
@@ -115,6 +116,18 @@ static void rv_remove_ppis(void)
 	rv_free_ppis();
 }
 
+/* An image of memory would lack what VMs have, and the hypervisor would know none of them. */
+static int rv_pm_notify(struct notifier_block *block, unsigned long event, void *unused)
+{
+	bool refuse = event == PM_HIBERNATION_PREPARE && rv_vms_exist();
+
+	return notifier_from_errno(refuse ? -EBUSY : 0);
+}
+
+static struct notifier_block rv_pm_block = {
+	.notifier_call = rv_pm_notify,
+};
+
 static long rv_dev_ioctl(struct file *file, unsigned int ioctl, unsigned long arg)
 {
 	switch (ioctl) {
@@ -168,14 +181,19 @@ static int __init rv_init(void)
 	ret = rv_setup_ppis();
 	if (ret)
 		goto exit_irq;
+	ret = register_pm_notifier(&rv_pm_block);
+	if (ret)
+		goto remove_ppis;
 	/*
 	 * The last step, for from here on VMs can be made. EBUSY if Linux's own KVM works here.
 	 */
 	ret = misc_register(&rv_dev);
 	if (ret)
-		goto remove_ppis;
+		goto remove_notifier;
 	return 0;
 
+remove_notifier:
+	unregister_pm_notifier(&rv_pm_block);
 remove_ppis:
 	rv_remove_ppis();
 exit_irq:
@@ -188,6 +206,7 @@ exit_gmem:
 static void __exit rv_exit(void)
 {
 	misc_deregister(&rv_dev);
+	unregister_pm_notifier(&rv_pm_block);
 	rv_remove_ppis();
 	rv_irq_exit();
 	rv_gmem_exit();

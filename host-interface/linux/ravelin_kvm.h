@@ -157,6 +157,8 @@ extern const struct file_operations rv_vm_fops;
 int rv_vm_create(unsigned long type);
 struct rv_vm *rv_vm_get(struct rv_vm *vm);
 void rv_vm_put(struct rv_vm *vm);
+/* Whether the hypervisor has pages for VMs. */
+bool rv_vms_exist(void);
 int rv_vm_donate_tables(struct rv_vm *vm, u64 pages);
 /* Makes the VM at EL2, if it is not there. Called by the first KVM_RUN. */
 int rv_vm_finalize(struct rv_vm *vm);

@@ -23,6 +23,14 @@
 
 u8 rv_max_ipa_bits;
 
+/* VMs that the hypervisor has something of. */
+static atomic_t rv_vms = ATOMIC_INIT(0);
+
+bool rv_vms_exist(void)
+{
+	return atomic_read(&rv_vms);
+}
+
 static u64 rv_vm_attributes(enum rv_kind kind, u8 ipa_bits, u32 vcpus)
 {
 	static const u64 kinds[] = {
@@ -79,14 +87,19 @@ static void rv_free_pages(struct page *page, u64 pages)
 		__free_page(page + i);
 }
 
-/* The hypervisor has taken the pages. They come back when the VM is destroyed. */
+/*
+ * The hypervisor has taken the pages. They come back when the VM is destroyed. Who looks into all
+ * memory, such as a crash dump, leaves them alone.
+ */
 static void rv_vm_track(struct rv_vm *vm, struct page *page, u64 pages)
 {
 	u64 i;
 
 	mutex_lock(&vm->donated_lock);
-	for (i = 0; i < pages; i++)
+	for (i = 0; i < pages; i++) {
+		__SetPageOffline(page + i);
 		list_add(&page[i].lru, &vm->donated);
+	}
 	mutex_unlock(&vm->donated_lock);
 }
 
@@ -165,6 +178,7 @@ static int rv_el2_create(struct rv_vm *vm, u64 *vcpu_pages)
 	}
 	vm->handle = result.x1;
 	vm->created = true;
+	atomic_inc(&rv_vms);
 	rv_vm_track(vm, page, sizes.x1);
 	*vcpu_pages = sizes.x2;
 	return 0;
@@ -260,13 +274,17 @@ static void rv_el2_destroy(struct rv_vm *vm)
 	list_for_each_entry_safe(page, next, &vm->donated, lru) {
 		list_del(&page->lru);
 		/* Pages that the hypervisor keeps must never be used again. */
-		if (!status)
+		if (!status) {
+			__ClearPageOffline(page);
 			__free_page(page);
+		}
 	}
-	if (WARN_ON_ONCE(status))
+	if (WARN_ON_ONCE(status)) {
 		pr_err("VM %llu cannot be destroyed: %ld\n", vm->handle, status);
-	else
+	} else {
 		vm->created = false;
+		atomic_dec(&rv_vms);
+	}
 }
 
 int rv_vm_finalize(struct rv_vm *vm)
