@@ -39,7 +39,7 @@ static struct page *rv_gmem_make_usable(struct rv_gmem *gmem, pgoff_t index, boo
 			      0 : rv_gmem_claim(gmem, index);
 		return err ? ERR_PTR(err) : page;
 	}
-	if (!(gmem->flags & GUEST_MEMFD_FLAG_INIT_SHARED))
+	if (!rv_gmem_host_may(gmem, index))
 		return ERR_PTR(-EFAULT);
 	if (!page) {
 		if (hole)
@@ -63,8 +63,9 @@ static struct page *rv_gmem_lock_page(struct rv_gmem *gmem, pgoff_t index, bool 
 
 	down_read(&gmem->lock);
 	page = xa_load(&gmem->pages, index);
-	if (page && (xa_get_mark(&gmem->pages, index, RV_GMEM_TOUCHED) ||
-		     xa_get_mark(&gmem->pages, index, RV_GMEM_CLAIMED)))
+	if (page && (xa_get_mark(&gmem->pages, index, RV_GMEM_CLAIMED) ||
+		     (xa_get_mark(&gmem->pages, index, RV_GMEM_TOUCHED) &&
+		      rv_gmem_host_may(gmem, index))))
 		return page;
 	up_read(&gmem->lock);
 
@@ -297,6 +298,7 @@ static int rv_gmem_release(struct inode *inode, struct file *file)
 	if (!xa_empty(&gmem->pages))
 		pr_warn_once("the hypervisor does not return pages of a VM: they are lost\n");
 	xa_destroy(&gmem->pages);
+	mtree_destroy(&gmem->attributes);
 	kfree(gmem);
 	rv_vm_put(vm);
 	return 0;
@@ -309,6 +311,8 @@ static const struct file_operations rv_gmem_fops = {
 	.write_iter = rv_gmem_write_iter,
 	.splice_read = rv_gmem_splice_read,
 	.splice_write = iter_file_splice_write,
+	.unlocked_ioctl = rv_gmem_ioctl,
+	.compat_ioctl = compat_ptr_ioctl,
 	.mmap = rv_gmem_mmap,
 	.fallocate = rv_gmem_fallocate,
 	.release = rv_gmem_release,
@@ -372,6 +376,7 @@ static struct file *rv_gmem_file(struct rv_vm *vm, const struct kvm_create_guest
 	gmem->nr = args->size >> PAGE_SHIFT;
 	init_rwsem(&gmem->lock);
 	xa_init_flags(&gmem->pages, XA_FLAGS_ACCOUNT);
+	mt_init(&gmem->attributes);
 	INIT_LIST_HEAD(&gmem->slots);
 	return file;
 }

@@ -2,8 +2,8 @@
 /*
  * guest_memfd: what its files share.
  *
- * gmem.c has the file and what processes do with it, gmem_pages.c where the pages are,
- * gmem_convert.c how they go to the guest and come back.
+ * gmem.c has the file and what processes do with it, gmem_attributes.c its ioctl, gmem_pages.c
+ * the pages and their states, gmem_convert.c how they go to the guest and come back.
  */
 #ifndef RV_GMEM_H
 #define RV_GMEM_H
@@ -11,6 +11,7 @@
 #include <linux/fs.h>
 #include <linux/jiffies.h>
 #include <linux/list.h>
+#include <linux/maple_tree.h>
 #include <linux/mm.h>
 #include <linux/rwsem.h>
 #include <linux/xarray.h>
@@ -21,7 +22,7 @@ struct rv_vm;
 /*
  * States of a page. Without a mark it is the host's, and nobody has touched it.
  *
- *   TOUCHED          the host's, and it may be mapped by processes
+ *   TOUCHED          the host's, which may have put something there; processes may map it
  *   GIVEN            a protected guest's, private or offered: the hypervisor knows; PageOffline
  *   GIVEN | CLAIMED  a protected guest's, offered; we may touch it
  *   GIVEN | TOUCHED  the host's, lent to an ordinary VM; GIVEN alone: as long as nobody touches it
@@ -41,6 +42,7 @@ struct rv_gmem {
 
 	struct rw_semaphore lock;	/* all below, for writing */
 	struct xarray pages;
+	struct maple_tree attributes;	/* where they are not as the flags say */
 	struct list_head slots;		/* by rv_slot.gmem_link */
 };
 
@@ -68,8 +70,13 @@ void rv_gmem_returned(struct rv_gmem *gmem, pgoff_t first, unsigned long nr);
 
 /* gmem_convert.c: the lock is held for writing. */
 int rv_gmem_claim(struct rv_gmem *gmem, pgoff_t index);
+int rv_gmem_unclaim(struct rv_gmem *gmem, pgoff_t first, pgoff_t last, pgoff_t *busy);
 /* slots_lock is held, too. */
 int rv_gmem_take_back(struct rv_gmem *gmem, pgoff_t first, pgoff_t last);
 int rv_gmem_take_slot(struct rv_slot *slot);
+
+/* gmem_attributes.c: the lock is held. Whether the host may touch a page that no guest has. */
+bool rv_gmem_host_may(struct rv_gmem *gmem, pgoff_t index);
+long rv_gmem_ioctl(struct file *file, unsigned int ioctl, unsigned long arg);
 
 #endif /* RV_GMEM_H */

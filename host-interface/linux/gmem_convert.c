@@ -159,7 +159,7 @@ int rv_gmem_fault(struct rv_slot *slot, u64 gfn)
 }
 
 /* Gives up all claims in a range. All or nothing: -EAGAIN if somebody refers to a page. */
-static int rv_gmem_release_range(struct rv_slot *slot, pgoff_t first, pgoff_t last, pgoff_t *busy)
+static int rv_gmem_unclaim_slot(struct rv_slot *slot, pgoff_t first, pgoff_t last, pgoff_t *busy)
 {
 	struct rv_gmem *gmem = slot->gmem;
 	struct rv_run run;
@@ -178,6 +178,23 @@ static int rv_gmem_release_range(struct rv_slot *slot, pgoff_t first, pgoff_t la
 	return err;
 }
 
+/* The same for a range of the file. */
+int rv_gmem_unclaim(struct rv_gmem *gmem, pgoff_t first, pgoff_t last, pgoff_t *busy)
+{
+	struct rv_slot *slot;
+	int err;
+
+	err = rv_gmem_isolate(gmem, first, last, RV_GMEM_CLAIMED, busy);
+	list_for_each_entry(slot, &gmem->slots, gmem_link) {
+		pgoff_t from = max(first, slot->gmem_index);
+		pgoff_t to = min(last, rv_gmem_slot_last(slot));
+
+		if (!err && from <= to)
+			err = rv_gmem_unclaim_slot(slot, from, to, busy);
+	}
+	return err;
+}
+
 int rv_gmem_unshare(struct rv_slot *slot, u64 gfn, u64 pages)
 {
 	unsigned long deadline = jiffies + RV_GMEM_PATIENCE;
@@ -189,7 +206,7 @@ int rv_gmem_unshare(struct rv_slot *slot, u64 gfn, u64 pages)
 		return 0;
 	do {
 		down_write(&gmem->lock);
-		err = rv_gmem_release_range(slot, first, last, &busy);
+		err = rv_gmem_unclaim_slot(slot, first, last, &busy);
 		up_write(&gmem->lock);
 	} while (err == -EAGAIN && rv_gmem_wait(deadline));
 	return err == -EAGAIN ? -EBUSY : err;
@@ -300,7 +317,7 @@ static int rv_gmem_force(struct rv_slot *slot, pgoff_t first, pgoff_t last)
 	long status;
 	int err;
 
-	err = rv_gmem_release_range(slot, first, last, &busy);
+	err = rv_gmem_unclaim_slot(slot, first, last, &busy);
 	if (err)
 		return err;
 	while (rv_gmem_next_run(gmem, first, last, RV_GMEM_GIVEN, &run)) {
