@@ -314,6 +314,7 @@ static const struct file_operations rv_gmem_fops = {
 	.unlocked_ioctl = rv_gmem_ioctl,
 	.compat_ioctl = compat_ptr_ioctl,
 	.mmap = rv_gmem_mmap,
+	.fsync = noop_fsync,
 	.fallocate = rv_gmem_fallocate,
 	.release = rv_gmem_release,
 };

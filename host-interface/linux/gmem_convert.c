@@ -12,9 +12,6 @@
 #include "gmem.h"
 #include "ravelin_kvm.h"
 
-/* The most pages that the hypervisor takes back in a call. */
-#define RV_GMEM_RECLAIM_PAGES ((pgoff_t)RAVELIN_VM_RECLAIM_MAX_PAGES)
-
 static pgoff_t rv_gmem_slot_last(const struct rv_slot *slot)
 {
 	return slot->gmem_index + rv_slot_pages(slot) - 1;
@@ -244,6 +241,18 @@ void rv_gmem_relinquished(struct rv_slot *slot, u64 gfn, u64 pages)
 	up_write(&gmem->lock);
 }
 
+/*
+ * How much of a range to take back in a call. Its end cuts no block, which could need memory for
+ * tables.
+ */
+static pgoff_t rv_gmem_reclaim_pages(const struct rv_slot *slot, pgoff_t first, pgoff_t last)
+{
+	u64 gfn = rv_gmem_gpa(slot, first) >> PAGE_SHIFT;
+
+	return min_t(pgoff_t, last - first + 1,
+		     RAVELIN_VM_RECLAIM_MAX_PAGES - gfn % RV_BLOCK_PAGES);
+}
+
 /* Takes pages from a VM that was torn down. */
 static int rv_gmem_reclaim_range(struct rv_slot *slot, pgoff_t first, pgoff_t last)
 {
@@ -255,7 +264,7 @@ static int rv_gmem_reclaim_range(struct rv_slot *slot, pgoff_t first, pgoff_t la
 	while (xa_find(&gmem->pages, &index, last, RV_GMEM_GIVEN)) {
 		status = rv_vm_hyp(slot->vm, RAVELIN_CALL_VM_RECLAIM, &result,
 				   rv_gmem_gpa(slot, index),
-				   min(last - index + 1, RV_GMEM_RECLAIM_PAGES));
+				   rv_gmem_reclaim_pages(slot, index, last));
 		if (status)
 			return rv_errno(status);
 		if (!result.x1)

@@ -160,6 +160,7 @@ int rv_gmem_isolate(struct rv_gmem *gmem, pgoff_t first, pgoff_t last, xa_mark_t
 			*busy = index;
 			return -EAGAIN;
 		}
+		cond_resched();
 	}
 	return 0;
 }
