@@ -351,7 +351,7 @@ static struct file *rv_gmem_file(struct rv_vm *vm, const struct kvm_create_guest
 	struct inode *inode;
 	struct file *file;
 
-	gmem = kzalloc(sizeof(*gmem), GFP_KERNEL_ACCOUNT);
+	gmem = kzalloc_obj(*gmem, GFP_KERNEL_ACCOUNT);
 	if (!gmem)
 		return ERR_PTR(-ENOMEM);
 	inode = rv_gmem_inode(args->size);
