@@ -318,7 +318,7 @@ impl<'a> Guest<'a> {
     /// Begins a call that converts pages: to shared, or to private.
     pub(crate) fn begin_convert(&mut self, at: u64, pages: u64, share: bool) -> Outcome {
         let arguments = match self.kind {
-            Kind::Realm => [0xc400_0197, at, at + pages * PAGE as u64, u64::from(!share), 0],
+            Kind::Realm => [0xc400_0197, at, at.wrapping_add(pages * PAGE as u64), u64::from(!share), 0],
             _ => [if share { 0xc600_0003 } else { 0xc600_0004 }, at, pages, 0, 0],
         };
         self.begin_code(self.conduit(), &arguments)
@@ -327,7 +327,7 @@ impl<'a> Guest<'a> {
     /// What the registers say after it.
     pub(crate) fn converted(&self, at: u64, x: [u64; MAX_RESULTS]) -> Conversion {
         match (self.kind, x) {
-            (Kind::Realm, [0, next, 0, ..]) => Conversion::Done((next - at) / PAGE as u64),
+            (Kind::Realm, [0, next, 0, ..]) => Conversion::Done(next.wrapping_sub(at) / PAGE as u64),
             (Kind::Realm, _) => Conversion::Refused,
             (_, [0, done, ..]) => Conversion::Done(done),
             _ => Conversion::Refused,

@@ -96,9 +96,21 @@ pub(crate) fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let mut good = true;
+    let mut stuck = 0;
     for (name, case, kind) in &cases {
         let start = Instant::now();
-        good &= run(name, case, *kind);
+        match run(name, case, *kind) {
+            Verdict::Good => {}
+            Verdict::Bad => good = false,
+            Verdict::Stuck => {
+                good = false;
+                stuck += 1;
+            }
+        }
+        if stuck == MOST_STUCK {
+            line("@fail all other cases: processes that cannot be killed have taken the machine");
+            break;
+        }
         let elapsed = start.elapsed();
         if elapsed >= Duration::from_secs(3) {
             line(&format!("@note seconds of {name} = {}", elapsed.as_secs()));
@@ -108,7 +120,7 @@ pub(crate) fn main() -> ExitCode {
 }
 
 /// Runs a case in a new process, in a process group of its own, and reports how it ends.
-fn run(name: &str, case: &Case, kind: Option<Kind>) -> bool {
+fn run(name: &str, case: &Case, kind: Option<Kind>) -> Verdict {
     // SAFETY: This process has one thread.
     let child = match unsafe { fork() } {
         Ok(ForkResult::Parent { child }) => child,
@@ -124,32 +136,50 @@ fn run(name: &str, case: &Case, kind: Option<Kind>) -> bool {
         }
         Err(errno) => {
             line(&format!("@fail {name}: no process: {errno:?}"));
-            return false;
+            return Verdict::Bad;
         }
     };
     let _ = setpgid(child, child);
-    let good = match wait(child, case.limit) {
-        Some(WaitStatus::Exited(_, code @ (GOOD | BAD))) => code == GOOD,
+    let verdict = match wait(child, case.limit) {
+        Some(WaitStatus::Exited(_, code @ (GOOD | BAD))) => {
+            if code == GOOD {
+                Verdict::Good
+            } else {
+                Verdict::Bad
+            }
+        }
         Some(WaitStatus::Exited(_, code)) => {
             line(&format!("@fail {name}: exit status {code}"));
-            false
+            Verdict::Bad
         }
         Some(status) => {
             line(&format!("@fail {name}: {status:?}"));
-            false
+            Verdict::Bad
         }
         None => {
             let _ = killpg(child, Signal::SIGKILL);
             let end = wait(child, Duration::from_secs(20));
             let how = if end.is_some() { "and was killed" } else { "and cannot be killed" };
             line(&format!("@fail {name}: took more than {} s, {how}", case.limit.as_secs()));
-            false
+            if end.is_some() { Verdict::Bad } else { Verdict::Stuck }
         }
     };
     // What the case has left behind.
     let _ = killpg(child, Signal::SIGKILL);
-    good
+    verdict
 }
+
+/// How a case has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    Good,
+    Bad,
+    /// Its process cannot be killed.
+    Stuck,
+}
+
+/// So many cases may leave such a process behind.
+const MOST_STUCK: usize = 3;
 
 const GOOD: i32 = 0;
 const BAD: i32 = 99;

@@ -298,7 +298,9 @@ fn bad_ranges(kind: Kind) -> Outcome {
     let machine = Plan::new(kind, 4).build()?;
     let mut guest = machine.boot()?;
     guest.fill(MEMORY, 4, 0, 4)?;
-    for (at, pages) in [(MEMORY + 1, 1), (MEMORY + 8, 2), (1 << 48, 1), (u64::MAX - P + 1, 1), (1 << (kvm::IPA_BITS + 1), 2)] {
+    for (at, pages) in
+        [(MEMORY + 1, 1), (MEMORY + 8, 2), (1 << 48, 1), (u64::MAX - P + 1, 1), (1 << (kvm::IPA_BITS + 1), 2)]
+    {
         for share in [true, false] {
             guest.begin_convert(at, pages.min(1), share)?;
             match guest.go()? {

@@ -2,15 +2,24 @@
 
 use crate::runner::Case;
 
+mod attack;
 mod convert;
 mod ioctls;
 mod memfd;
+mod pins;
 mod run;
 mod slots;
 
 /// All of them.
-pub(crate) const GROUPS: &[(&str, &[Case])] =
-    &[("memfd", memfd::CASES), ("slots", slots::CASES), ("ioctls", ioctls::CASES), ("run", run::CASES), ("convert", convert::CASES)];
+pub(crate) const GROUPS: &[(&str, &[Case])] = &[
+    ("memfd", memfd::CASES),
+    ("slots", slots::CASES),
+    ("ioctls", ioctls::CASES),
+    ("run", run::CASES),
+    ("convert", convert::CASES),
+    ("pins", pins::CASES),
+    ("attack", attack::CASES),
+];
 
 /// A table of cases: functions, the kinds of VMs that they run for, and what else there is to say about them.
 macro_rules! cases {
