@@ -93,7 +93,7 @@ fn initrd(busybox: &[u8], drivers: &[(String, Vec<u8>)]) -> Result<Vec<u8>> {
 }
 
 /// The drivers of a tree, with names that sort in the order in which they must be inserted.
-fn drivers(tree: &Path) -> Result<Vec<(String, Vec<u8>)>> {
+pub(crate) fn drivers(tree: &Path) -> Result<Vec<(String, Vec<u8>)>> {
     let mut modules = BTreeMap::new();
     for path in workspace::files_below(tree)? {
         let Some(name) = path.file_name().and_then(|name| name.to_str()?.strip_suffix(".ko")) else { continue };

@@ -14,6 +14,9 @@ use crate::{process, workspace};
 /// Crates whose code is for the bare-metal target.
 const BARE_METAL: [&str; 5] = ["ravelin-arch", "ravelin", "ravelin-payload", "ravelin-guest", "ravelin-linux-probe"];
 
+/// Crates of static programs for the host.
+const HOST_PROGRAMS: [&str; 2] = ["ravelin-kvm-tests", "ravelin-vmm"];
+
 /// Crates whose tests run under Miri: those of the hypervisor that forbid unsafe code. Tests that take it long are marked as
 /// ignored there, with the reason.
 const MIRI: [&str; 7] = [
@@ -60,6 +63,12 @@ pub(super) fn clippy(_full: bool, report: &mut Report) -> Result<()> {
         let name = if features.is_empty() { "bare metal" } else { "bare metal, checking build" };
         report.check(name, process::run(&mut bare));
     }
+
+    setup::ensure(&Needs { musl: true, ..Needs::default() })?;
+    let mut programs = process::cargo();
+    programs.args(["clippy", "--quiet", "--target", rust::MUSL]);
+    programs.args(HOST_PROGRAMS.iter().flat_map(|package| ["--package", package])).args(deny);
+    report.check("programs of the host", process::run(&mut programs));
     Ok(())
 }
 

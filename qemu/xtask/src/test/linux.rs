@@ -4,7 +4,7 @@
 //! machine without the hypervisor, are counted one by one.
 
 mod refusal;
-mod transcript;
+pub(super) mod transcript;
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -153,7 +153,7 @@ enum Extra {
 
 /// A machine and what boots on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Config {
+pub(super) struct Config {
     cpu: &'static str,
     smp: u32,
     memory: &'static str,
@@ -164,7 +164,7 @@ struct Config {
 
 impl Config {
     /// A plain machine with the default kernel.
-    const fn new(cpu: &'static str, smp: u32, memory: &'static str) -> Self {
+    pub(super) const fn new(cpu: &'static str, smp: u32, memory: &'static str) -> Self {
         Self { cpu, smp, memory, kernel: DEFAULT_KERNEL, variant: None }
     }
 }
@@ -365,7 +365,7 @@ impl Suite {
 }
 
 /// Boots a host; the console goes to a file, too.
-fn boot(name: &str, config: &Config, change: impl FnOnce(&mut Options)) -> Result<Transcript> {
+pub(super) fn boot(name: &str, config: &Config, change: impl FnOnce(&mut Options)) -> Result<Transcript> {
     let kernel = (config.kernel != DEFAULT_KERNEL).then(|| Manifest::load()?.ensure(config.kernel)).transpose()?;
     let mut options = Options {
         cpu: Some(config.cpu.into()),
@@ -397,13 +397,13 @@ fn boot(name: &str, config: &Config, change: impl FnOnce(&mut Options)) -> Resul
     Ok(Transcript::new(outcome, String::from_utf8_lossy(&console).into_owned()))
 }
 
-fn outcome(transcript: &Transcript) -> Result<()> {
+pub(super) fn outcome(transcript: &Transcript) -> Result<()> {
     let outcome = transcript.outcome;
     ensure!(outcome == Outcome::Status(0), "{outcome:?}; the console ends with\n    {}", transcript.tail());
     Ok(())
 }
 
-fn cpus(transcript: &Transcript, config: &Config) -> Result<()> {
+pub(super) fn cpus(transcript: &Transcript, config: &Config) -> Result<()> {
     let late = transcript.number("cpus afterwards")?;
     ensure!(late == config.smp.into(), "{late} CPUs of {}", config.smp);
     Ok(())
@@ -438,7 +438,7 @@ fn iomem(transcript: &Transcript) -> Result<()> {
 }
 
 /// No oops, warning or lockup, nor anything that the OOM killer did.
-fn complaint(transcript: &Transcript) -> Result<()> {
+pub(super) fn complaint(transcript: &Transcript) -> Result<()> {
     const COMPLAINTS: [&str; 10] = [
         "WARNING:",
         "BUG:",

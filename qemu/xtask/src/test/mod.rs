@@ -3,6 +3,7 @@
 mod cargo;
 mod conformance;
 mod gates;
+mod kvm;
 mod linux;
 mod module;
 mod stack;
@@ -42,6 +43,7 @@ const SUITES: &[Suite] = &[
     Suite { name: "conformance", about: "an EL1 payload drives every hypercall in QEMU", run: conformance::run },
     Suite { name: "guests", about: "the payload as the host of guests in QEMU", run: conformance::guests },
     Suite { name: "linux", about: "a stock Linux as the host in QEMU", run: linux::run },
+    Suite { name: "kvm", about: "the kernel module's /dev/kvm and guest_memfd, from the host", run: kvm::run },
     Suite { name: "miri", about: "unit tests under Miri, if a nightly toolchain can be had", run: cargo::miri },
 ];
 

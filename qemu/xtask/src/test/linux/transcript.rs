@@ -9,7 +9,7 @@ use crate::qemu::Outcome;
 
 /// A line `@ok`, `@fail` or `@skip`; the last two with the reason.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Check {
+pub(in crate::test) enum Check {
     Passed,
     Failed(String),
     Skipped(String),
@@ -17,34 +17,34 @@ pub(super) enum Check {
 
 /// A line of the kernel's log.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Message {
+pub(in crate::test) struct Message {
     /// As of syslog(2): 4 is a warning, less is worse.
-    pub(super) level: u8,
-    pub(super) text: String,
+    pub(in crate::test) level: u8,
+    pub(in crate::test) text: String,
 }
 
 /// The parsed console of one boot.
 #[derive(Debug)]
-pub(super) struct Transcript {
-    pub(super) outcome: Outcome,
-    pub(super) console: String,
+pub(in crate::test) struct Transcript {
+    pub(in crate::test) outcome: Outcome,
+    pub(in crate::test) console: String,
     /// `@ok NAME`, `@fail NAME: WHY`, `@skip NAME: WHY`.
-    pub(super) checks: Vec<(String, Check)>,
+    pub(in crate::test) checks: Vec<(String, Check)>,
     /// `@value NAME = TEXT`: the same with and without the hypervisor.
-    pub(super) values: BTreeMap<String, String>,
+    pub(in crate::test) values: BTreeMap<String, String>,
     /// `@note NAME = TEXT`.
-    pub(super) notes: BTreeMap<String, String>,
+    pub(in crate::test) notes: BTreeMap<String, String>,
     /// `@dmesg LINE` of `dmesg -r`: what the kernel has said while it started.
-    pub(super) messages: Vec<Message>,
+    pub(in crate::test) messages: Vec<Message>,
     /// `@later LINE`: what it has said since then.
-    pub(super) later: Vec<Message>,
+    pub(in crate::test) later: Vec<Message>,
     /// `@iomem LINE`, with its indentation.
-    pub(super) iomem: Vec<String>,
+    pub(in crate::test) iomem: Vec<String>,
 }
 
 impl Transcript {
     /// Parses what the console has shown.
-    pub(super) fn new(outcome: Outcome, console: String) -> Self {
+    pub(in crate::test) fn new(outcome: Outcome, console: String) -> Self {
         let mut transcript = Self {
             outcome,
             console: String::new(),
@@ -94,27 +94,27 @@ impl Transcript {
     }
 
     /// The last lines of the console.
-    pub(super) fn tail(&self) -> String {
+    pub(in crate::test) fn tail(&self) -> String {
         let mut lines: Vec<_> = self.console.lines().rev().take(15).collect();
         lines.reverse();
         lines.join("\n    ")
     }
 
     /// A number that the script has noted.
-    pub(super) fn number(&self, name: &str) -> Result<u64> {
+    pub(in crate::test) fn number(&self, name: &str) -> Result<u64> {
         let text = self.notes.get(name).with_context(|| format!("the host does not say its {name}"))?;
         text.parse().with_context(|| format!("{name}: {text}"))
     }
 
     /// What the hypervisor says that it keeps: `ravelin: keeps START-END ...`.
-    pub(super) fn kept(&self) -> Result<Range<u64>> {
+    pub(in crate::test) fn kept(&self) -> Result<Range<u64>> {
         let line = self.console.lines().find_map(|line| line.trim().strip_prefix("ravelin: keeps "));
         let range = line.and_then(|line| parse_range(line.split(' ').next()?));
         range.context("the hypervisor does not say what it keeps")
     }
 
     /// Ranges of /proc/iomem of that name, at any depth.
-    pub(super) fn ranges<'a>(&'a self, name: &'a str) -> impl Iterator<Item = Range<u64>> + 'a {
+    pub(in crate::test) fn ranges<'a>(&'a self, name: &'a str) -> impl Iterator<Item = Range<u64>> + 'a {
         self.iomem.iter().filter_map(move |line| {
             let (range, what) = line.trim().split_once(" : ")?;
             (what == name).then(|| parse_range(range)).flatten()
@@ -122,12 +122,12 @@ impl Transcript {
     }
 
     /// The kernel's messages of its start, without the numbers that differ from boot to boot.
-    pub(super) fn log(&self) -> BTreeSet<String> {
+    pub(in crate::test) fn log(&self) -> BTreeSet<String> {
         self.messages.iter().map(|message| normalize(&message.text)).collect()
     }
 
     /// Its warnings and worse at any time, in the same form.
-    pub(super) fn warnings(&self) -> BTreeSet<String> {
+    pub(in crate::test) fn warnings(&self) -> BTreeSet<String> {
         const WARNING: u8 = 4;
         let warnings = self.messages.iter().chain(&self.later).filter(|message| message.level <= WARNING);
         warnings.map(|message| normalize(&message.text)).collect()
@@ -135,7 +135,7 @@ impl Transcript {
 }
 
 /// `START-END` in hexadecimal, END included.
-pub(super) fn parse_range(text: &str) -> Option<Range<u64>> {
+pub(in crate::test) fn parse_range(text: &str) -> Option<Range<u64>> {
     let (start, end) = text.split_once('-')?;
     let number = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).ok();
     Some(number(start)?..number(end)?.checked_add(1)?)

@@ -1,0 +1,150 @@
+//! The kernel module from the side of userspace: the program of `tests/kvm` in a stock host on the hypervisor.
+//!
+//! The host is booted once for some groups of cases, so that what one of them breaks does not hide the others. Each case is
+//! counted.
+
+use std::fs;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+
+use super::Report;
+use super::linux::transcript::{Check, Transcript};
+use super::linux::{self, Config};
+use crate::initramfs::ExtraFile;
+use crate::module::{self, Kernel};
+use crate::setup::packages::Manifest;
+use crate::setup::{self, BUSYBOX, Needs};
+use crate::{guests, image, programs};
+
+/// Drivers of the manifest that only these tests use.
+const DRIVERS: &str = "linux-test-modules";
+
+/// A boot: the machine, the arguments of the program, and how many cases pass at least.
+type Row = (Config, &'static str, usize);
+
+/// What the usual machine does, part by part, and what others do.
+const ROWS: [Row; 7] = [
+    (Config::new("cortex-a76", 2, "1G"), "memfd slots ioctls", 100),
+    (Config::new("cortex-a76", 2, "1G"), "run", 60),
+    (Config::new("cortex-a76", 2, "1G"), "convert pins", 50),
+    (Config::new("cortex-a76", 2, "1G"), "attack irq", 20),
+    (Config::new("cortex-a76", 2, "1G"), "life", 8),
+    (Config::new("max", 4, "1G"), "run.pkvm run.realm convert.realm", 40),
+    (Config::new("cortex-a53", 1, "512M"), "run.ordinary convert.pkvm", 30),
+];
+
+/// The drivers, the module, and what is looked at before and after the cases.
+const BEFORE: &str = "
+dmesg -n 1
+mount -t debugfs debugfs /sys/kernel/debug
+for driver in /lib/tests/*.ko; do
+    case $driver in
+        *null_blk*) insmod $driver nr_devices=1 gb=1 irqmode=2 completion_nsec=2000000000 ;;
+        *) insmod $driver ;;
+    esac
+done
+insmod /lib/ravelin/ravelin.ko
+dmesg -r | sed 's/^/@dmesg /'
+dmesg -c >/dev/null
+";
+const AFTER: &str = "
+dmesg -r | sed 's/^/@later /'
+echo \"@note taint afterwards = $(cat /proc/sys/kernel/tainted)\"
+echo \"@note cpus afterwards = $(nproc)\"
+";
+
+/// Runs the suite.
+pub(super) fn run(full: bool, report: &mut Report) -> Result<()> {
+    let kernel = Kernel::Linux;
+    setup::ensure(&Needs {
+        qemu: true,
+        bare_metal: true,
+        musl: true,
+        packages: &[kernel.name(), BUSYBOX, DRIVERS],
+        ..Needs::default()
+    })?;
+    let read = |path: &std::path::Path| fs::read(path).with_context(|| path.display().to_string());
+    let file = |path: &str, contents| ExtraFile { path: path.into(), contents };
+    let mut files = vec![
+        file("lib/ravelin/ravelin.ko", read(&module::build(kernel)?.module)?),
+        file("bin/kvm-tests", read(&programs::kvm_tests()?)?),
+        file("root/guest.bin", read(&image::guest()?)?),
+    ];
+    let drivers = guests::drivers(&Manifest::load()?.ensure(DRIVERS)?)?;
+    files.extend(drivers.into_iter().map(|(name, contents)| file(&format!("lib/tests/{name}"), contents)));
+    for (config, arguments, cases) in ROWS {
+        row(&config, arguments, cases, full, &files, report);
+    }
+    Ok(())
+}
+
+/// Boots a host and runs some cases there.
+fn row(config: &Config, arguments: &str, cases: usize, full: bool, files: &[ExtraFile], report: &mut Report) {
+    let start = Instant::now();
+    let option = if full { "--full" } else { "" };
+    let script = format!("{BEFORE}kvm-tests {option} {arguments}\n{AFTER}");
+    let booted = linux::boot(&format!("kvm {config} {arguments}"), config, |options| {
+        options.exec = Some(script);
+        options.extra_files = files.to_vec();
+    });
+    let name = |what: &str| format!("{config}: {what}");
+    let transcript = match booted {
+        Ok(transcript) => transcript,
+        Err(error) => return report.fail(&name(arguments), &format!("{error:#}")),
+    };
+    for (case, result) in &transcript.checks {
+        match result {
+            Check::Passed => report.pass(&name(case)),
+            Check::Failed(why) => report.fail(&name(case), why),
+            Check::Skipped(why) => report.skip(&name(case), why),
+        }
+    }
+    let passed = transcript.checks.iter().filter(|(_, check)| *check == Check::Passed).count();
+    let mut check = |what: &str, result| report.check(&name(&format!("{arguments}: {what}")), result);
+    check("runs and powers off", linux::outcome(&transcript));
+    check("the cases are run", enough(passed, cases));
+    check("no complaint in the kernel's log", linux::complaint(&transcript));
+    check("no taint but that of a module from elsewhere", taint(&transcript));
+    check("all CPUs", linux::cpus(&transcript, config));
+    println!("  {config}: {arguments}: {passed} cases passed, {} s", start.elapsed().as_secs());
+}
+
+/// A program that finds none of its cases does not pass.
+fn enough(passed: usize, expected: usize) -> Result<()> {
+    ensure!(passed >= expected, "{passed} cases passed, expected {expected} at least");
+    Ok(())
+}
+
+/// A module that is not part of the kernel, and is not signed, taints it; nothing else does.
+fn taint(transcript: &Transcript) -> Result<()> {
+    const OUT_OF_TREE: u64 = 1 << 12;
+    const UNSIGNED: u64 = 1 << 13;
+    let taint = transcript.number("taint afterwards")?;
+    ensure!(taint & !(OUT_OF_TREE | UNSIGNED) == 0, "the kernel is tainted: {taint:#x}");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qemu::Outcome;
+
+    #[test]
+    fn only_the_modules_own_taint_passes() {
+        let tainted = |taint: u32| taint_of(&format!("@note taint afterwards = {taint}\n"));
+        assert!(tainted(0x3000).is_ok());
+        assert!(tainted(0x3080).is_err());
+        assert!(taint_of("").is_err());
+    }
+
+    fn taint_of(console: &str) -> Result<()> {
+        taint(&Transcript::new(Outcome::Status(0), console.into()))
+    }
+
+    #[test]
+    fn a_program_without_cases_fails() {
+        assert!(enough(8, 8).is_ok());
+        assert!(enough(7, 8).is_err());
+    }
+}
