@@ -67,15 +67,22 @@ static int rv_gmem_give(struct rv_slot *slot, const struct rv_run *run)
 	return rv_errno(status);
 }
 
-/* The lock is held for writing. -EAGAIN if somebody refers to a page. */
-static int rv_gmem_populate_locked(struct rv_slot *slot)
+static int rv_gmem_isolate_payload(struct rv_slot *slot)
+{
+	pgoff_t busy;
+
+	return rv_gmem_isolate(slot->gmem, slot->gmem_index, rv_gmem_slot_last(slot),
+			       RV_GMEM_TOUCHED, &busy);
+}
+
+static int rv_gmem_give_payload(struct rv_slot *slot)
 {
 	struct rv_gmem *gmem = slot->gmem;
-	pgoff_t first = slot->gmem_index, last = rv_gmem_slot_last(slot), busy;
+	pgoff_t first = slot->gmem_index, last = rv_gmem_slot_last(slot);
 	struct rv_run run;
 	int err;
 
-	err = rv_gmem_isolate(gmem, first, last, RV_GMEM_TOUCHED, &busy);
+	err = rv_gmem_isolate_payload(slot);
 	while (!err && rv_gmem_next_run(gmem, first, last, RV_GMEM_TOUCHED, &run)) {
 		err = rv_gmem_give(slot, &run);
 		cond_resched();
@@ -83,7 +90,8 @@ static int rv_gmem_populate_locked(struct rv_slot *slot)
 	return err;
 }
 
-int rv_gmem_populate(struct rv_slot *slot)
+/* Does @f under the lock, and again while references are in the way. */
+static int rv_gmem_with_payload(struct rv_slot *slot, int (*f)(struct rv_slot *slot))
 {
 	unsigned long deadline = jiffies + RV_GMEM_PATIENCE;
 	struct rv_gmem *gmem = slot->gmem;
@@ -93,10 +101,20 @@ int rv_gmem_populate(struct rv_slot *slot)
 		return 0;
 	do {
 		down_write(&gmem->lock);
-		err = rv_gmem_populate_locked(slot);
+		err = f(slot);
 		up_write(&gmem->lock);
 	} while (err == -EAGAIN && rv_gmem_wait(deadline));
 	return err;
+}
+
+int rv_gmem_prepare(struct rv_slot *slot)
+{
+	return rv_gmem_with_payload(slot, rv_gmem_isolate_payload);
+}
+
+int rv_gmem_populate(struct rv_slot *slot)
+{
+	return rv_gmem_with_payload(slot, rv_gmem_give_payload);
 }
 
 /* Gives a page, and what lies around it unused, so that memory goes to the guest in blocks. */

@@ -254,9 +254,11 @@ int rv_gmem_create(struct rv_vm *vm, const struct kvm_create_guest_memfd *args);
 int rv_gmem_bind(struct rv_slot *slot, int fd, u64 offset);
 void rv_gmem_unbind(struct rv_slot *slot);
 /*
- * Before a protected VM is sealed: gives it what the host has put into the file, in ascending
- * order.
+ * Before a protected VM is made: -EAGAIN if somebody refers to what the host has put into the
+ * file.
  */
+int rv_gmem_prepare(struct rv_slot *slot);
+/* Before it is sealed: gives it what the host has put into the file, in ascending order. */
 int rv_gmem_populate(struct rv_slot *slot);
 /*
  * -EAGAIN: pinned. -EFAULT: no memory there. -ENOMEM. -EHWPOISON: the guest lost the page by

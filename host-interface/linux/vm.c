@@ -202,6 +202,26 @@ static int rv_el2_create_vcpu(struct rv_vm *vm, struct rv_vcpu *vcpu, u64 pages)
 	return 0;
 }
 
+/*
+ * Makes sure that a protected guest can have what its slots hold, while nothing is lost if it
+ * cannot.
+ */
+static int rv_vm_prepare(struct rv_vm *vm)
+{
+	struct rv_slot *slot;
+	unsigned long id;
+	int ret;
+
+	if (vm->kind == RV_ORDINARY)
+		return 0;
+	xa_for_each(&vm->slots, id, slot) {
+		ret = rv_gmem_prepare(slot);
+		if (ret)
+			return ret;
+	}
+	return 0;
+}
+
 /* Gives a protected guest what its slots hold, in ascending order, for it is measured. */
 static int rv_el2_populate(struct rv_vm *vm)
 {
@@ -312,6 +332,9 @@ int rv_vm_finalize(struct rv_vm *vm)
 		goto unlock;
 
 	down_write(&vm->slots_lock);
+	ret = rv_vm_prepare(vm);
+	if (ret)
+		goto unlock_slots;
 	ret = rv_el2_create(vm, &vcpu_pages);
 	if (ret)
 		goto unlock_slots;
