@@ -23,9 +23,6 @@
 #define RV_FPSR		RV_CORE(fp_regs.fpsr)
 #define RV_FPCR		RV_CORE(fp_regs.fpcr)
 
-/* Of registers that the hypervisor does not have. */
-#define RV_NO_NUMBER	U32_MAX
-
 struct rv_regs {
 	struct kvm_regs core;
 	u64 sys[];		/* as rv_sysregs */
@@ -33,10 +30,10 @@ struct rv_regs {
 
 /* A register of a vCPU, found by its identifier. */
 struct rv_reg {
-	u32 number;		/* the hypervisor's, or RV_NO_NUMBER */
+	u32 number;		/* the hypervisor's, unless it is fixed */
 	size_t size;
 	void *shadow;		/* what it holds while the VM is new */
-	bool fixed;		/* it can only be set to what it is */
+	bool fixed;		/* it is always what its shadow is */
 };
 
 /* The firmware's version is no register that anybody could change. */
@@ -92,10 +89,8 @@ static int rv_find_core(struct rv_vcpu *vcpu, u32 offset, struct rv_reg *reg)
 	reg->shadow = (u32 *)&vcpu->regs->core + offset;
 	reg->number = offset;
 	/* Of the SPSRs of modes that only AArch32 has, nothing is kept. */
-	if (offset > RV_FIRST_SPSR && offset < RV_FIRST_V) {
-		reg->number = RV_NO_NUMBER;
+	if (offset > RV_FIRST_SPSR && offset < RV_FIRST_V)
 		reg->fixed = true;
-	}
 	return 0;
 }
 
@@ -148,7 +143,6 @@ static int rv_find_reg(struct rv_vcpu *vcpu, u64 id, struct rv_reg *reg)
 		if (id != KVM_REG_ARM_PSCI_VERSION)
 			break;
 		*reg = (struct rv_reg){
-			.number = RV_NO_NUMBER,
 			.size = sizeof(u64),
 			.shadow = &rv_psci_version,
 			.fixed = true,
@@ -168,7 +162,7 @@ static int rv_read_reg(struct rv_vcpu *vcpu, const struct rv_reg *reg, u64 value
 	size_t done;
 	long status;
 
-	if (vm->phase == RV_NEW || reg->number == RV_NO_NUMBER) {
+	if (vm->phase == RV_NEW || reg->fixed) {
 		memcpy(value, reg->shadow, reg->size);
 		return 0;
 	}
@@ -290,7 +284,7 @@ static int rv_load_core(struct rv_vcpu *vcpu, u32 offset)
 	int ret;
 
 	ret = rv_find_core(vcpu, offset, &reg);
-	if (ret || !reg.size || reg.number == RV_NO_NUMBER)
+	if (ret || !reg.size || reg.fixed)
 		return ret;
 	if (offset == RV_CORE(regs.pstate))
 		reset[0] = RV_RESET_PSTATE;

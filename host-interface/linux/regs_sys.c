@@ -4,6 +4,8 @@
  * knows: it is asked when the module is loaded, of a VM that never runs. So userspace can see the
  * guest's ID registers before there is a guest.
  */
+#include <asm/sysreg.h>
+
 #include "regs.h"
 
 #define RV_ENCODING(op0, op1, crn, crm, op2) \
@@ -71,6 +73,24 @@ static bool rv_sysreg_fixed(u16 number)
 	return !(number & RV_ENCODING(0, 0, 15, 0, 0)) && number != RV_ENCODING(3, 2, 0, 0, 0);
 }
 
+/*
+ * Guests have SVE where the CPU has it, but userspace cannot get at its registers. So it is shown
+ * none: VMMs that see it want to save it.
+ */
+static u64 rv_sysreg_shown(u16 number, u64 value)
+{
+	switch (number) {
+	case RV_ENCODING(3, 0, 0, 4, 0):	/* ID_AA64PFR0_EL1 */
+		return value & ~ID_AA64PFR0_EL1_SVE_MASK;
+	case RV_ENCODING(3, 0, 0, 4, 4):	/* ID_AA64ZFR0_EL1 */
+		return 0;
+	case RV_CNTVCT:				/* runs, and is at 0 when a VM begins */
+		return 0;
+	default:
+		return value;
+	}
+}
+
 static void rv_sysreg_look(const struct rv_vm *vm, u16 number)
 {
 	struct rv_sysreg *reg = &rv_sysregs[rv_nr_sysregs];
@@ -81,8 +101,7 @@ static void rv_sysreg_look(const struct rv_vm *vm, u16 number)
 		return;
 	reg->number = number;
 	reg->fixed = rv_sysreg_fixed(number);
-	/* The counter runs; it is at 0 when a VM begins. */
-	reg->reset = number == RV_CNTVCT ? 0 : result.x1;
+	reg->reset = rv_sysreg_shown(number, result.x1);
 	rv_nr_sysregs++;
 }
 
