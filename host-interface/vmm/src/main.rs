@@ -36,6 +36,11 @@ fn run(config: &Config) -> Result<i32> {
     use ravelin_vmm::{STATUS_CRASHED, signals, vm};
     use std::sync::Arc;
 
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        terminal::restore();
+        hook(info);
+    }));
     let (sender, ends) = std::sync::mpsc::channel();
     let signalled = sender.clone();
     signals::install(move |signal| drop(signalled.send(End::Signal(signal))))?;
@@ -44,7 +49,7 @@ fn run(config: &Config) -> Result<i32> {
     let end = loop {
         let end = vm::run(config, &outside, &report, &sender, &ends);
         outside.drain();
-        match end? {
+        match end.unwrap_or_else(|error| End::Failed(format!("{error:#}"))) {
             End::Reset if !config.no_reboot => report.event("reboot", "", serde_json::Value::Null),
             end => break end,
         }
