@@ -3,7 +3,6 @@
  * Why a vCPU has left the guest, and what is done about it.
  */
 
-#include <linux/sched.h>
 #include <linux/string.h>
 
 #include "ravelin_kvm.h"
@@ -142,9 +141,11 @@ static int rv_handle_mmio(struct rv_vcpu *vcpu)
 	return 0;
 }
 
-/* Does @f to the part of a range that each slot has. Stops at the first error. */
-static int rv_for_each_slot(struct rv_vm *vm, u64 gpa, u64 pages,
-			    int (*f)(struct rv_slot *slot, u64 gfn, u64 pages))
+/* What is done to the part of a range that a slot has. */
+typedef int (*rv_slot_fn)(struct rv_slot *slot, u64 gfn, u64 pages);
+
+/* Does @f to each slot in a range. Stops at the first error. */
+static int rv_apply_to_slots(struct rv_vm *vm, u64 gpa, u64 pages, rv_slot_fn f)
 {
 	u64 gfn = gpa >> PAGE_SHIFT, end = gfn + pages;
 	struct rv_slot *slot;
@@ -178,8 +179,8 @@ static void rv_unshare(struct rv_vcpu *vcpu)
 {
 	int ret;
 
-	ret = rv_for_each_slot(vcpu->vm, rv_exit_gpa(vcpu, NULL), rv_exit(vcpu)->pages,
-			       rv_gmem_unshare);
+	ret = rv_apply_to_slots(vcpu->vm, rv_exit_gpa(vcpu, NULL), rv_exit(vcpu)->pages,
+				rv_gmem_unshare);
 	rv_answer(vcpu, ret ? RAVELIN_ANSWER_REFUSE : RAVELIN_ANSWER_RETRY, 0);
 }
 
@@ -252,8 +253,7 @@ int rv_handle_exit(struct rv_vcpu *vcpu)
 	case RAVELIN_EXIT_WAIT:
 		return rv_vcpu_wait(vcpu, exit->deadline);
 	case RAVELIN_EXIT_YIELD:
-		/* Who the guest waits for may be another thread on this CPU. */
-		yield();
+		rv_vcpu_yield(vcpu);
 		return 1;
 	case RAVELIN_EXIT_MMIO:
 		return rv_handle_mmio(vcpu);
@@ -267,7 +267,7 @@ int rv_handle_exit(struct rv_vcpu *vcpu)
 		/* The first access to a page claims it. */
 		return !rv_conversion_exit(vcpu, 0);
 	case RAVELIN_EXIT_RELINQUISHED:
-		rv_for_each_slot(vm, rv_exit_gpa(vcpu, NULL), exit->pages, rv_note_relinquished);
+		rv_apply_to_slots(vm, rv_exit_gpa(vcpu, NULL), exit->pages, rv_note_relinquished);
 		return 1;
 	case RAVELIN_EXIT_HOST_CALL:
 		return rv_handle_host_call(vcpu);

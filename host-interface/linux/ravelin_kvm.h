@@ -68,7 +68,7 @@ struct rv_slot {
 	 * anon.c: a bit for each page, and for each aligned 2 MiB that were mapped as one block
 	 */
 	struct mmu_interval_notifier notifier;
-	struct mutex map_lock;
+	struct mutex map_lock;	/* of the two below */
 	unsigned long *mapped;
 	unsigned long *blocks;
 };
@@ -79,7 +79,7 @@ struct rv_vm {
 	enum rv_kind kind;
 	u8 ipa_bits;		/* those of a realm include the one that marks shared memory */
 
-	struct mutex lock;
+	struct mutex lock;	/* life cycle; creation of vCPUs and devices */
 	enum rv_phase phase;	/* changes under lock, and under slots_lock for writing */
 	u64 handle;		/* while RV_LIVE, and RV_DEAD until it is destroyed */
 	u64 hypercall_exits;	/* KVM_CAP_EXIT_HYPERCALL */
@@ -93,7 +93,7 @@ struct rv_vm {
 	struct xarray vcpus;
 	u32 nr_vcpus;
 
-	struct mutex donated_lock;
+	struct mutex donated_lock;	/* of the list below */
 	struct list_head donated;	/* pages that the hypervisor holds, by page->lru */
 	bool created;			/* the hypervisor knows handle */
 
@@ -114,7 +114,7 @@ struct rv_regs;
 struct rv_vcpu {
 	struct rv_vm *vm;
 	u32 id;
-	struct mutex lock;
+	struct mutex lock;		/* one ioctl at a time */
 	struct kvm_run *run;		/* the page that userspace maps */
 	void *el2;			/* the hypervisor's run page */
 
@@ -130,6 +130,7 @@ struct rv_vcpu {
 	 * A wake-up sets woken, wakes who waits, and interrupts cpu. Who enters the guest writes
 	 * cpu, then takes woken, with interrupts off, so one of the two sees the other.
 	 */
+	struct task_struct *task;	/* in KVM_RUN */
 	struct rcuwait wait;
 	bool woken;
 	int cpu;			/* in the guest there; or -1 */
@@ -215,6 +216,8 @@ void rv_vcpu_exit(void);
 struct rv_vcpu *rv_vcpu_alloc(struct rv_vm *vm, u32 id);
 void rv_vcpu_free(struct rv_vcpu *vcpu);
 int rv_vcpu_run(struct rv_vcpu *vcpu);
+/* The guest waits for another of its vCPUs, which may be a thread on this CPU. */
+void rv_vcpu_yield(struct rv_vcpu *vcpu);
 /* Sleeps until the vCPU is woken, a value of the physical counter, or a signal. Always 1. */
 int rv_vcpu_wait(struct rv_vcpu *vcpu, u64 deadline);
 /* Any context: the vCPU has something to do. Ends its waiting, or the run that it is in. */
@@ -228,7 +231,10 @@ int rv_handle_exit(struct rv_vcpu *vcpu);
 /* Answers the last exit with what userspace left in kvm_run. 0, or an errno. */
 int rv_complete_exit(struct rv_vcpu *vcpu);
 
-/* regs_sys.c: asks the hypervisor what registers vCPU 0 of a VM has. Once, before there are others. */
+/*
+ * regs_sys.c: asks the hypervisor what registers vCPU 0 of a VM has. Once, before there are
+ * others.
+ */
 void rv_sysregs_probe(const struct rv_vm *vm);
 
 /* regs.c */

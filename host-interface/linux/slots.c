@@ -141,7 +141,7 @@ int rv_set_memory_region(struct rv_vm *vm, const struct kvm_userspace_memory_reg
 	if (vm->kind != RV_ORDINARY && !(region->flags & KVM_MEM_GUEST_MEMFD))
 		return -EINVAL;
 
-	slot = kzalloc(sizeof(*slot), GFP_KERNEL_ACCOUNT);
+	slot = kzalloc_obj(*slot, GFP_KERNEL_ACCOUNT);
 	if (!slot)
 		return -ENOMEM;
 	slot->vm = vm;

@@ -8,6 +8,7 @@
 #include <linux/mm.h>
 #include <linux/percpu.h>
 #include <linux/sched/signal.h>
+#include <linux/sched/task.h>
 #include <linux/slab.h>
 #include <linux/smp.h>
 #include <linux/vtime.h>
@@ -116,6 +117,41 @@ int rv_vcpu_wait(struct rv_vcpu *vcpu, u64 deadline)
 	return 1;
 }
 
+/* Lets another vCPU of the VM run whose thread waits for a CPU. */
+static bool rv_yield_to(struct rv_vcpu *other)
+{
+	struct task_struct *task;
+	bool yielded;
+
+	/* A thread that is in KVM_RUN now is there until the end of a grace period. */
+	rcu_read_lock();
+	task = READ_ONCE(other->task);
+	if (task)
+		get_task_struct(task);
+	rcu_read_unlock();
+	if (!task)
+		return false;
+	yielded = READ_ONCE(other->cpu) < 0 && yield_to(task, true) > 0;
+	put_task_struct(task);
+	return yielded;
+}
+
+void rv_vcpu_yield(struct rv_vcpu *vcpu)
+{
+	struct rv_vcpu *other;
+	unsigned long id;
+
+	/* Those behind it first, so that each gets its turn. */
+	xa_for_each_start(&vcpu->vm->vcpus, id, other, vcpu->id + 1) {
+		if (rv_yield_to(other))
+			return;
+	}
+	xa_for_each_range(&vcpu->vm->vcpus, id, other, 0, vcpu->id) {
+		if (other != vcpu && rv_yield_to(other))
+			return;
+	}
+}
+
 /* Whether the thread has something to do before its vCPU enters the guest. */
 static bool rv_vcpu_must_stay(struct rv_vcpu *vcpu)
 {
@@ -138,6 +174,7 @@ static long rv_vcpu_enter(struct rv_vcpu *vcpu)
 	 */
 	smp_mb();
 	WRITE_ONCE(vcpu->woken, false);
+	/* Whoever wakes it has changed first what is looked at next. */
 	smp_mb();
 	if (!rv_vcpu_must_stay(vcpu)) {
 		vtime_account_guest_enter();
@@ -221,9 +258,11 @@ int rv_vcpu_run(struct rv_vcpu *vcpu)
 		return -EINTR;
 
 	vcpu->run->exit_reason = KVM_EXIT_UNKNOWN;
+	WRITE_ONCE(vcpu->task, current);
 	do {
 		ret = rv_vcpu_step(vcpu);
 	} while (ret > 0);
+	WRITE_ONCE(vcpu->task, NULL);
 	return ret;
 }
 
@@ -231,7 +270,7 @@ struct rv_vcpu *rv_vcpu_alloc(struct rv_vm *vm, u32 id)
 {
 	struct rv_vcpu *vcpu;
 
-	vcpu = kzalloc(sizeof(*vcpu), GFP_KERNEL_ACCOUNT);
+	vcpu = kzalloc_obj(*vcpu, GFP_KERNEL_ACCOUNT);
 	if (!vcpu)
 		return NULL;
 	vcpu->vm = vm;

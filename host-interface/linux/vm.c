@@ -325,7 +325,9 @@ int rv_vm_finalize(struct rv_vm *vm)
 	ret = -EINVAL;
 	boot = xa_load(&vm->vcpus, 0);
 	xa_for_each(&vm->vcpus, id, vcpu) {
-		if (vcpu->initialized && vcpu->starts_off != (vcpu != boot))
+		bool starts_on = vcpu == boot;
+
+		if (vcpu->initialized && vcpu->starts_off == starts_on)
 			goto unlock;
 	}
 	if (!boot || !boot->initialized)
@@ -501,7 +503,7 @@ static struct rv_vm *rv_vm_alloc(unsigned long type)
 	struct rv_vm *vm;
 	int ret;
 
-	vm = kzalloc(sizeof(*vm), GFP_KERNEL_ACCOUNT);
+	vm = kzalloc_obj(*vm, GFP_KERNEL_ACCOUNT);
 	if (!vm)
 		return ERR_PTR(-ENOMEM);
 	ret = rv_vm_parse_type(vm, type);
