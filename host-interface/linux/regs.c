@@ -218,14 +218,14 @@ static int rv_write_reg(struct rv_vcpu *vcpu, const struct rv_reg *reg, const u6
 	u64 now[2] = {};
 	int ret;
 
+	if (!rv_reg_accepts(reg, value[0]))
+		return -EINVAL;
 	if (reg->fixed || !rv_reg_open(vcpu, reg)) {
 		ret = rv_read_reg(vcpu, reg, now);
 		if (ret || !memcmp(now, value, sizeof(now)))
 			return ret;
 		return reg->fixed ? -EINVAL : -EPERM;
 	}
-	if (!rv_reg_accepts(reg, value[0]))
-		return -EINVAL;
 	if (vcpu->vm->phase == RV_LIVE)
 		return rv_send_reg(vcpu, reg, value);
 	memcpy(reg->shadow, value, reg->size);

@@ -283,10 +283,19 @@ fn registers(kind: Kind) -> Outcome {
     for number in [0, 1, 17, 30] {
         check_eq!(vcpu.register(kvm::x(number)), Ok(0), "x{number}");
     }
-    // What a VMM sets before the start: x0 to x3 and the PC.
-    for (id, value) in [(kvm::x(0), 0x1234), (kvm::x(3), u64::MAX), (kvm::PC, 0x8000_0000)] {
+    // What a VMM sets before the start: x0 and the PC, and of an ordinary VM anything.
+    for (id, value) in [(kvm::x(0), 0x1234), (kvm::PC, 0x8000_0000)] {
         works("KVM_SET_ONE_REG", vcpu.set_register(id, value))?;
         check_eq!(vcpu.register(id), Ok(value), "register {id:#x}");
+    }
+    let (id, value) = (kvm::x(3), 1 << 63);
+    if kind == Kind::Ordinary {
+        works("KVM_SET_ONE_REG", vcpu.set_register(id, value))?;
+        check_eq!(vcpu.register(id), Ok(value), "x3");
+    } else {
+        // The seal has no place for it, so that it would be lost.
+        fails("KVM_SET_ONE_REG of x3", vcpu.set_register(id, value), Errno::EPERM)?;
+        works("KVM_SET_ONE_REG of x3 to what it is", vcpu.set_register(id, 0)).map(drop)?;
     }
     Ok(())
 }
