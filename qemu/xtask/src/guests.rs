@@ -13,7 +13,7 @@ use crate::cpio::Archive;
 use crate::initramfs::ExtraFile;
 use crate::module::{self, Kernel};
 use crate::setup::packages::Manifest;
-use crate::setup::{self, BUSYBOX, Needs};
+use crate::setup::{self, BUSYBOX, MODULE_TOOLS, Needs};
 use crate::{guest_kernel, programs, workspace};
 
 /// The stock guest kernel and its drivers, in the manifest.
@@ -22,22 +22,24 @@ const STOCK: [&str; 2] = ["guest", "guest-modules"];
 /// Names under which the script that starts guests is called.
 const COMMANDS: [&str; 3] = ["realm-guest", "pkvm-guest", "plain-guest"];
 
+/// Installs and downloads what such a host is made of.
+pub(crate) fn ensure(kernel: Kernel) -> Result<()> {
+    let packages = [&STOCK[..], &[BUSYBOX, kernel.drivers()], kernel.packages()].concat();
+    let tools = &[MODULE_TOOLS];
+    setup::ensure(&Needs { bare_metal: true, musl: true, tools, packages: &packages, ..Needs::default() })
+}
+
 /// The files of such a host.
 pub(crate) fn host_files(kernel: Kernel) -> Result<Vec<ExtraFile>> {
-    let packages = [&STOCK[..], &[BUSYBOX, kernel.drivers()]].concat();
-    setup::ensure(&Needs { bare_metal: true, musl: true, packages: &packages, ..Needs::default() })?;
+    ensure(kernel)?;
     let manifest = Manifest::load()?;
     let file = |path: &str, contents: Vec<u8>| ExtraFile { path: path.into(), contents };
 
-    let mut files = vec![file("lib/ravelin/start", script("start")?)];
-    // Until the branches with the module and the VMM are merged.
-    match module::build(kernel) {
-        Ok(built) => files.push(file("lib/ravelin/ravelin.ko", read(&built.module)?)),
-        Err(error) => eprintln!("warning: no kernel module: {error:#}"),
-    }
-    if workspace::root().join("host-interface/vmm").exists() {
-        files.push(file("bin/ravelin-vmm", read(&programs::vmm()?)?));
-    }
+    let mut files = vec![
+        file("lib/ravelin/start", script("start")?),
+        file("lib/ravelin/ravelin.ko", read(&module::build(kernel)?.module)?),
+        file("bin/ravelin-vmm", read(&programs::vmm()?)?),
+    ];
     let starter = script("guest")?;
     files.extend(COMMANDS.map(|name| file(&format!("bin/{name}"), starter.clone())));
     files.push(file("bin/demo", script("demo")?));

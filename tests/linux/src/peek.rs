@@ -16,8 +16,13 @@ const PAGE: usize = 4096;
 const LENGTH: usize = 64;
 
 /// Exit statuses. Anything else is a failure.
-const NOT_SEEN: u8 = 0;
+const REFUSED: u8 = 0;
 const SEEN: u8 = 3;
+/// The secret was not seen, but so few pages were refused that it cannot be in them.
+const NOT_THERE: u8 = 4;
+
+/// Pages that the guest has filled with it, at least.
+const SECRET_PAGES: usize = 256;
 
 /// The text that is looked for.
 struct Secret([u8; LENGTH]);
@@ -72,8 +77,8 @@ impl Loot {
         }
         let refusal = core::str::from_utf8(refusal.as_bytes()).unwrap_or("");
         report::line(format_args!(
-            "  {way}: {} of {} pages can be read, {} of them with the secret{refusal}\n",
-            self.read, self.pages, self.with_secret
+            "  {way}: {} pages, {} of them can be read, {} with the secret{refusal}\n",
+            self.pages, self.read, self.with_secret
         ));
     }
 }
@@ -82,8 +87,7 @@ impl Loot {
 pub(crate) fn process(id: usize, complement: &CStr) -> ! {
     let Some(secret) = Secret::parse(complement) else { sys::exit(2) };
     match look(id, &secret) {
-        Ok(true) => sys::exit(SEEN),
-        Ok(false) => sys::exit(NOT_SEEN),
+        Ok(status) => sys::exit(status),
         Err(why) => {
             report::line(format_args!("  cannot look: {}\n", core::str::from_utf8(why.as_bytes()).unwrap_or("?")));
             sys::exit(1)
@@ -109,17 +113,17 @@ pub(crate) fn kernel(complement: &CStr) -> ! {
         Ok(()) => report::line(format_args!("  /dev/mem: RAM can be read\n")),
         Err(errno) => report::line(format_args!("  /dev/mem: RAM gives {errno}\n")),
     }
-    sys::exit(if loot.with_secret > 0 { SEEN } else { NOT_SEEN })
+    sys::exit(if loot.with_secret > 0 { SEEN } else { REFUSED })
 }
 
 /// Reads the page at an offset into the guest's memory; how many bytes of it there were.
 type Way<'a> = dyn FnMut(&mut [u8; PAGE], usize) -> Result<usize, Errno> + 'a;
 
-/// Whether any way has shown the secret.
-fn look(id: usize, secret: &Secret) -> report::Result<bool> {
+/// The worst that any way has brought, as an exit status.
+fn look(id: usize, secret: &Secret) -> report::Result<u8> {
     let (start, length) = largest_mapping(id)?;
     let mut page = [0; PAGE];
-    let mut seen = false;
+    let (mut seen, mut refused) = (false, true);
     let mut try_all = |way: &str, read: &mut Way<'_>| {
         let mut loot = Loot::default();
         for at in (0..length).step_by(PAGE) {
@@ -128,6 +132,7 @@ fn look(id: usize, secret: &Secret) -> report::Result<bool> {
         }
         loot.print(way);
         seen |= loot.with_secret > 0;
+        refused &= loot.pages - loot.read >= SECRET_PAGES;
     };
 
     let memory = File::open(path(id, "mem").terminated(), sys::RDONLY)?;
@@ -139,7 +144,11 @@ fn look(id: usize, secret: &Secret) -> report::Result<bool> {
         let me = sys::process_id()?;
         try_all("another mapping of it", &mut |page, at| sys::read_process(me, page, own.address() + at));
     }
-    Ok(seen)
+    Ok(match (seen, refused) {
+        (true, _) => SEEN,
+        (false, true) => REFUSED,
+        (false, false) => NOT_THERE,
+    })
 }
 
 /// A path below `/proc/ID`.

@@ -8,7 +8,8 @@ use std::process::Command;
 
 use anyhow::{Result, bail};
 
-use crate::workspace;
+use crate::module::Kernel;
+use crate::{guests, workspace};
 use packages::Manifest;
 
 /// QEMU from this major version on has what the machines and the tests use.
@@ -139,15 +140,12 @@ pub(crate) fn ensure(needs: &Needs<'_>) -> Result<()> {
 /// `cargo xtask setup`: everything that the commands use, with the checksums of what is in the cache checked again.
 pub(crate) fn setup() -> Result<()> {
     Manifest::load()?.verify_cache()?;
-    ensure(&Needs {
-        qemu: true,
-        gdb: true,
-        bare_metal: true,
-        packages: &[DEFAULT_KERNEL, BUSYBOX],
-        ..Needs::default()
-    })?;
+    let packages = &[DEFAULT_KERNEL, BUSYBOX];
+    ensure(&Needs { qemu: true, gdb: true, bare_metal: true, packages, ..Needs::default() })?;
+    guests::ensure(Kernel::default())?;
     if let Some((major, minor)) = qemu_version() {
-        println!("QEMU {major}.{minor}, gdb, the Rust target, host kernel and busybox are there.");
+        println!("QEMU {major}.{minor}, gdb, the Rust targets, the compiler for the kernel module,");
+        println!("the kernels of host and guest, headers, drivers and busybox are there.");
     }
     println!("Downloads are in {}", workspace::cache_dir()?.display());
     Ok(())
