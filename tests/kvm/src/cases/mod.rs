@@ -5,6 +5,8 @@ use crate::runner::Case;
 mod attack;
 mod convert;
 mod ioctls;
+mod irq;
+mod life;
 mod memfd;
 mod pins;
 mod run;
@@ -19,6 +21,8 @@ pub(crate) const GROUPS: &[(&str, &[Case])] = &[
     ("convert", convert::CASES),
     ("pins", pins::CASES),
     ("attack", attack::CASES),
+    ("irq", irq::CASES),
+    ("life", life::CASES),
 ];
 
 /// A table of cases: functions, the kinds of VMs that they run for, and what else there is to say about them.
