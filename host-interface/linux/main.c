@@ -190,6 +190,7 @@ static int __init rv_init(void)
 	ret = misc_register(&rv_dev);
 	if (ret)
 		goto remove_notifier;
+	rv_debugfs_init();
 	return 0;
 
 remove_notifier:
@@ -205,6 +206,7 @@ exit_gmem:
 
 static void __exit rv_exit(void)
 {
+	rv_debugfs_exit();
 	misc_deregister(&rv_dev);
 	unregister_pm_notifier(&rv_pm_block);
 	rv_remove_ppis();

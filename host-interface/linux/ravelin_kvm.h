@@ -277,4 +277,8 @@ void rv_gmem_relinquished(struct rv_slot *slot, u64 gfn, u64 pages);
 /* After the teardown of the VM: all pages of the slot are the host's. slots_lock is held. */
 void rv_gmem_reclaim(struct rv_slot *slot);
 
+/* debugfs.c: without it there is less to see, and nothing else is missing */
+void rv_debugfs_init(void);
+void rv_debugfs_exit(void);
+
 #endif /* RAVELIN_KVM_H */

@@ -316,10 +316,10 @@ fn wakes_a_vcpu_that_waits(kind: Kind) -> Outcome {
         })?;
     }
     // The guest rings, and a thread that polls sees it.
-    works("KVM_IOEVENTFD", set_doorbell(&machine.vm, &event, DOORBELL, 4, 0, 0))?;
-    let _ = event.read();
+    let doorbell = self::event()?;
+    works("KVM_IOEVENTFD", set_doorbell(&machine.vm, &doorbell, DOORBELL, 4, 0, 0))?;
     guest.run(store32(), &[kind.shared(DOORBELL), 1])?;
-    let mut files = [PollFd::new(std::os::fd::AsFd::as_fd(&event), PollFlags::POLLIN)];
+    let mut files = [PollFd::new(std::os::fd::AsFd::as_fd(&doorbell), PollFlags::POLLIN)];
     check_eq!(poll(&mut files, PollTimeout::from(1000_u16)), Ok(1), "poll");
     Ok(())
 }
