@@ -29,6 +29,10 @@ impl Trigger for Irq {
 #[derive(Debug)]
 struct Drained(EventFd);
 
+/// The register that enables interrupts, and the bit that enables that of received data.
+const IER: u8 = 1;
+const IER_RECEIVED: u8 = 1;
+
 impl SerialEvents for Drained {
     fn buffer_read(&self) {}
 
@@ -70,8 +74,13 @@ impl MmioDevice for SerialPort {
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let (Ok(offset @ 0..8), Some(byte)) = (u8::try_from(offset), data.first()) {
+            let mut port = self.lock();
             // Neither the interrupt nor the output can fail in a way that the guest should know of.
-            let _ = self.lock().write(offset, *byte);
+            let _ = port.write(offset, *byte);
+            if offset == IER {
+                // The guest may have begun to listen.
+                port.events().in_buffer_empty();
+            }
         }
     }
 }
@@ -109,7 +118,9 @@ impl SerialInput {
                 }
                 let mut port = port.lock();
                 let space = port.fifo_capacity();
-                if space > 0 {
+                // A driver empties the FIFO before it listens.
+                let listens = port.state().interrupt_enable & IER_RECEIVED != 0;
+                if listens && space > 0 {
                     // There is space, and a lost interrupt means that the VM is gone.
                     let _ = port.enqueue_raw_bytes(&input.take(space));
                 }
@@ -126,5 +137,62 @@ impl Drop for SerialInput {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::ConsoleKind;
+    use crate::report::Report;
+    use std::time::{Duration, Instant};
+
+    fn port(name: &str) -> (Arc<SerialPort>, SerialInput, Console, EventFd, std::path::PathBuf) {
+        let path = std::env::temp_dir().join(format!("ravelin-vmm-{name}-{}", std::process::id()));
+        let console = Console::open(&ConsoleKind::Log(path.clone()), "test", &Report::new(false, false)).unwrap();
+        let irq = EventFd::new(EFD_NONBLOCK).unwrap();
+        let (port, input) = SerialPort::new(&console, irq.try_clone().unwrap()).unwrap();
+        (port, input, console, irq, path)
+    }
+
+    fn get(port: &SerialPort, offset: u64) -> u8 {
+        let mut data = [0];
+        port.read(offset, &mut data);
+        data[0]
+    }
+
+    #[test]
+    fn what_the_guest_writes_is_printed() {
+        let (port, _input, console, _irq, path) = port("serial-out");
+        for byte in b"hello" {
+            port.write(0, &[*byte]);
+        }
+        port.write(8, b"x");
+        console.output.drain();
+        assert_eq!(std::fs::read(&path).unwrap(), b"hello");
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn all_that_is_typed_arrives_once_the_guest_listens() {
+        let (port, _input, console, irq, path) = port("serial-in");
+        // More than the FIFO has room for.
+        let typed: Vec<u8> = (0..200).collect();
+        console.input.push(&typed);
+        thread::sleep(Duration::from_millis(50));
+        assert_eq!(get(&port, 5) & 1, 0, "no data for who does not listen");
+        assert!(irq.read().is_err());
+        port.write(u64::from(IER), &[IER_RECEIVED]);
+        let start = Instant::now();
+        let mut got = Vec::new();
+        while got.len() < typed.len() {
+            assert!(start.elapsed() < Duration::from_secs(20), "{got:?}");
+            if get(&port, 5) & 1 != 0 {
+                got.push(get(&port, 0));
+            }
+        }
+        assert_eq!(got, typed);
+        assert!(irq.read().is_ok());
+        std::fs::remove_file(path).unwrap();
     }
 }
