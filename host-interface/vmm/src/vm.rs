@@ -26,6 +26,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::args::{Config, Protection};
 use crate::bus::Bus;
 use crate::console::Console;
+use crate::fault;
 use crate::fdt::{self, Machine};
 use crate::layout::{
     BLOCK, GIC_DISTRIBUTOR, GIC_REDISTRIBUTORS, ImageHeader, MAX_VIRTIO, NR_IRQS, Placement, RAM, SERIAL, SERIAL_SPI,
@@ -328,6 +329,7 @@ fn load(config: &Config, ram: &GuestRam, virtio: usize) -> Result<Placement> {
     })?;
     ensure!(device_tree.len() as u64 <= BLOCK, "the device tree is too large");
     ram.load(&device_tree, placement.device_tree)?;
+    ensure!(!fault::take(), "the guest's memory cannot be written before it runs");
     Ok(placement)
 }
 
