@@ -274,7 +274,7 @@ impl Vm {
         }
         let first = vcpus.first().context("no vCPU")?;
         let set = |offset: usize, value: u64| {
-            let id = KVM_REG_ARM64 | KVM_REG_SIZE_U64 | u64::from(KVM_REG_ARM_CORE) | offset as u64 / 4;
+            let id = KVM_REG_ARM64 | KVM_REG_SIZE_U64 | u64::from(KVM_REG_ARM_CORE) | (offset as u64 / 4);
             first.set_one_reg(id, &value.to_le_bytes()).context("cannot set a register")
         };
         let registers = std::mem::offset_of!(kvm_regs, regs);
