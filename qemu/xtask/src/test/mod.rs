@@ -2,6 +2,7 @@
 
 mod cargo;
 mod conformance;
+mod demo;
 mod gates;
 mod kvm;
 mod linux;
@@ -44,6 +45,7 @@ const SUITES: &[Suite] = &[
     Suite { name: "guests", about: "the payload as the host of guests in QEMU", run: conformance::guests },
     Suite { name: "linux", about: "a stock Linux as the host in QEMU", run: linux::run },
     Suite { name: "kvm", about: "the kernel module's /dev/kvm and guest_memfd, from the host", run: kvm::run },
+    Suite { name: "demo", about: "protected guests on that host, and an attack on them", run: demo::run },
     Suite { name: "miri", about: "unit tests under Miri, if a nightly toolchain can be had", run: cargo::miri },
 ];
 
