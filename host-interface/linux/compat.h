@@ -12,7 +12,7 @@
 
 #include <asm/neon.h>
 
-#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 13, 0)
+#if KERNEL_VERSION(6, 13, 0) > LINUX_VERSION_CODE
 static inline void rv_hrtimer_setup(struct hrtimer *timer,
 				    enum hrtimer_restart (*function)(struct hrtimer *),
 				    clockid_t clock, enum hrtimer_mode mode)
@@ -27,7 +27,7 @@ static inline void rv_hrtimer_setup(struct hrtimer *timer,
 /* Takes the CPU out of streaming SVE mode, which the hypervisor refuses to run guests in. */
 static inline void rv_leave_streaming_mode(void)
 {
-#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 19, 0)
+#if KERNEL_VERSION(6, 19, 0) > LINUX_VERSION_CODE
 	kernel_neon_begin();
 	kernel_neon_end();
 #else
