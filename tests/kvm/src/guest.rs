@@ -64,9 +64,6 @@ snippets! {
     /// Calls the hypervisor with x0 to x7 by SMC.
     smc: "smc #0";
 
-    /// Waits for an interrupt.
-    wfi: "wfi";
-
     /// Never ends.
     spin: "4: b 4b";
 
@@ -311,7 +308,7 @@ impl<'a> Guest<'a> {
     /// Turns on another vCPU, which starts like vCPU 0.
     pub(crate) fn cpu_on(&mut self, vcpu: u64) -> Outcome<u64> {
         const CPU_ON: u64 = 0xc400_0003;
-        let affinity = vcpu / 16 << 8 | vcpu % 16;
+        let affinity = ((vcpu / 16) << 8) | (vcpu % 16);
         Ok(self.call(&[CPU_ON, affinity, ravelin_guest::IMAGE, block_of(vcpu)])?[0])
     }
 

@@ -50,8 +50,10 @@ extern "C" fn handle(signal: i32, info: *mut libc::siginfo_t, context: *mut c_vo
         }
         return;
     }
-    // SAFETY: The kernel hands over a siginfo_t of a fault.
-    let address = unsafe { (*info).si_addr() };
+    // SAFETY: The kernel hands over a siginfo_t.
+    let info = unsafe { *info };
+    // SAFETY: It is that of a fault.
+    let address = unsafe { info.si_addr() };
     FAULT.set(Some(Fault { signal, address: address.addr() }));
     let context: *mut libc::ucontext_t = context.cast();
     // SAFETY: The kernel hands over a ucontext_t; the interrupted code goes on with the next instruction.

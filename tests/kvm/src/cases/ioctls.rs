@@ -10,7 +10,7 @@ use kvm_bindings::{
     KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_STOPPED, kvm_enable_cap, kvm_mp_state, kvm_one_reg, kvm_vcpu_init,
 };
 use nix::errno::Errno;
-use nix::unistd::{close, dup};
+use nix::unistd::close;
 
 use super::cases;
 use crate::check::{Outcome, check_eq, fails, works};

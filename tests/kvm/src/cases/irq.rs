@@ -58,7 +58,7 @@ fn gic_device(kind: Kind) -> Outcome {
     works("KVM_CREATE_DEVICE, test only", ioctl_with(&vm, kvm::CREATE_DEVICE, &mut arguments))?;
     let device = works("KVM_CREATE_DEVICE", vm.create_device(DEVICE_TYPE, 0))?;
     fails("a second one", vm.create_device(DEVICE_TYPE, 0).map(drop), Errno::EEXIST)?;
-    let mut has = |group, attr| {
+    let has = |group, attr| {
         ioctl_with(&device, kvm::HAS_DEVICE_ATTR, &mut kvm_device_attr { flags: 0, group, attr, addr: 0 })
     };
     works("the address of the distributor", has(KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_VGIC_V3_ADDR_TYPE_DIST.into()))?;
@@ -195,7 +195,7 @@ fn msi(kind: Kind) -> Outcome {
     let machine = Plan::new(kind, 1).build()?;
     let mut guest = prepared(&machine, true)?;
     let address = gic::DISTRIBUTOR + gic::SETSPI;
-    let mut send = |address: u64, data: u32| {
+    let send = |address: u64, data: u32| {
         let (address_lo, address_hi) = (address as u32, (address >> 32) as u32);
         let mut message = kvm_msi { address_lo, address_hi, data, ..Default::default() };
         ioctl_with(&machine.vm, kvm::SIGNAL_MSI, &mut message)
