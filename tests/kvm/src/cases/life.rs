@@ -370,10 +370,10 @@ fn memory_pressure() -> Outcome {
     other.fill(MEMORY, 64, 0, 4)?;
     let available = host::meminfo("MemAvailable")? << 10;
     let hog = Child::new(move || {
-        // Words that do not compress to nothing, a quarter of each page.
+        // Words that do not compress to nothing, some in each page.
         let memory = works("mmap", Mapping::anonymous(usize::try_from(available)? + (64 << 20)))?;
         for page in (0..memory.size()).step_by(PAGE) {
-            for offset in (0..PAGE / 4).step_by(8) {
+            for offset in (0..PAGE).step_by(256) {
                 memory.set(page + offset, ravelin_guest::pattern(page as u64, offset as u64, 5))?;
             }
         }
