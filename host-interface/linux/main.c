@@ -13,6 +13,7 @@
 #include <linux/of.h>
 #include <linux/of_irq.h>
 #include <linux/percpu.h>
+#include <linux/reboot.h>
 #include <linux/suspend.h>
 
 #include "ravelin_kvm.h"
@@ -124,6 +125,20 @@ static int rv_pm_notify(struct notifier_block *block, unsigned long event, void 
 	return notifier_from_errno(refuse ? -EBUSY : 0);
 }
 
+/*
+ * By kexec another kernel gets the machine, and would come upon pages of guests. A kernel that
+ * crashes leaves memory alone.
+ */
+static int rv_reboot_notify(struct notifier_block *block, unsigned long event, void *unused)
+{
+	rv_vms_end();
+	return NOTIFY_DONE;
+}
+
+static struct notifier_block rv_reboot_block = {
+	.notifier_call = rv_reboot_notify,
+};
+
 static struct notifier_block rv_pm_block = {
 	.notifier_call = rv_pm_notify,
 };
@@ -184,16 +199,21 @@ static int __init rv_init(void)
 	ret = register_pm_notifier(&rv_pm_block);
 	if (ret)
 		goto remove_ppis;
+	ret = register_reboot_notifier(&rv_reboot_block);
+	if (ret)
+		goto remove_pm_notifier;
 	/*
 	 * The last step, for from here on VMs can be made. EBUSY if Linux's own KVM works here.
 	 */
 	ret = misc_register(&rv_dev);
 	if (ret)
-		goto remove_notifier;
+		goto remove_reboot_notifier;
 	rv_debugfs_init();
 	return 0;
 
-remove_notifier:
+remove_reboot_notifier:
+	unregister_reboot_notifier(&rv_reboot_block);
+remove_pm_notifier:
 	unregister_pm_notifier(&rv_pm_block);
 remove_ppis:
 	rv_remove_ppis();
@@ -208,6 +228,7 @@ static void __exit rv_exit(void)
 {
 	rv_debugfs_exit();
 	misc_deregister(&rv_dev);
+	unregister_reboot_notifier(&rv_reboot_block);
 	unregister_pm_notifier(&rv_pm_block);
 	rv_remove_ppis();
 	rv_irq_exit();

@@ -96,6 +96,8 @@ struct rv_vm {
 	struct mutex donated_lock;	/* of the list below */
 	struct list_head donated;	/* pages that the hypervisor holds, by page->lru */
 	bool created;			/* the hypervisor knows handle */
+	bool unreturned;		/* and does not give back what it has: a defect */
+	struct list_head created_link;
 
 	struct rv_vgic vgic;
 	struct rv_irqs irqs;
@@ -160,6 +162,8 @@ struct rv_vm *rv_vm_get(struct rv_vm *vm);
 void rv_vm_put(struct rv_vm *vm);
 /* Whether the hypervisor has pages for VMs. */
 bool rv_vms_exist(void);
+/* Ends all VMs, for ever: the machine is about to be another kernel's, which knows none of them. */
+void rv_vms_end(void);
 int rv_vm_donate_tables(struct rv_vm *vm, u64 pages);
 /* Makes the VM at EL2, if it is not there. Called by the first KVM_RUN. */
 int rv_vm_finalize(struct rv_vm *vm);

@@ -23,12 +23,17 @@
 
 u8 rv_max_ipa_bits;
 
-/* VMs that the hypervisor has something of. */
-static atomic_t rv_vms = ATOMIC_INIT(0);
+/*
+ * VMs that the hypervisor has something of. There are no new ones when the machine is about to
+ * be another kernel's.
+ */
+static LIST_HEAD(rv_created);
+static bool rv_closed;
+static DEFINE_MUTEX(rv_created_lock);
 
 bool rv_vms_exist(void)
 {
-	return atomic_read(&rv_vms);
+	return !list_empty_careful(&rv_created);
 }
 
 static u64 rv_vm_attributes(enum rv_kind kind, u8 ipa_bits, u32 vcpus)
@@ -171,14 +176,21 @@ static int rv_el2_create(struct rv_vm *vm, u64 *vcpu_pages)
 	page = rv_alloc_pages(sizes.x1, sizes.x3);
 	if (!page)
 		return -ENOMEM;
-	status = rv_hyp(RAVELIN_CALL_VM_CREATE, &result, attributes, page_to_phys(page), sizes.x1);
+	mutex_lock(&rv_created_lock);
+	status = RAVELIN_STATUS_BUSY;
+	if (!rv_closed)
+		status = rv_hyp(RAVELIN_CALL_VM_CREATE, &result, attributes, page_to_phys(page),
+				sizes.x1);
+	if (!status) {
+		vm->handle = result.x1;
+		vm->created = true;
+		list_add(&vm->created_link, &rv_created);
+	}
+	mutex_unlock(&rv_created_lock);
 	if (status) {
 		rv_free_pages(page, sizes.x1);
 		return rv_errno(status);
 	}
-	vm->handle = result.x1;
-	vm->created = true;
-	atomic_inc(&rv_vms);
 	rv_vm_track(vm, page, sizes.x1);
 	*vcpu_pages = sizes.x2;
 	return 0;
@@ -301,10 +313,13 @@ static void rv_el2_destroy(struct rv_vm *vm)
 	}
 	if (WARN_ON_ONCE(status)) {
 		pr_err("VM %llu cannot be destroyed: %ld\n", vm->handle, status);
-	} else {
-		vm->created = false;
-		atomic_dec(&rv_vms);
+		WRITE_ONCE(vm->unreturned, true);
+		return;
 	}
+	mutex_lock(&rv_created_lock);
+	vm->created = false;
+	list_del(&vm->created_link);
+	mutex_unlock(&rv_created_lock);
 }
 
 int rv_vm_finalize(struct rv_vm *vm)
@@ -443,15 +458,62 @@ static void rv_vm_free(struct rv_vm *vm)
 	kfree(vm);
 }
 
+/* Ends the VM, and takes back all that the hypervisor has of it. */
+static void rv_vm_end(struct rv_vm *vm)
+{
+	rv_vm_kill(vm);
+	down_write(&vm->slots_lock);
+	if (vm->created)
+		rv_el2_destroy(vm);
+	up_write(&vm->slots_lock);
+}
+
+/*
+ * Returns a VM that the hypervisor has something of, with a reference; or NULL, and in @wait
+ * whether there are some whose last reference is just going, so that they end by themselves.
+ */
+static struct rv_vm *rv_vms_next(bool *wait)
+{
+	struct rv_vm *vm;
+
+	*wait = false;
+	guard(mutex)(&rv_created_lock);
+	rv_closed = true;
+	list_for_each_entry(vm, &rv_created, created_link) {
+		if (READ_ONCE(vm->unreturned))
+			continue;
+		if (kref_get_unless_zero(&vm->refs))
+			return vm;
+		*wait = true;
+	}
+	return NULL;
+}
+
+void rv_vms_end(void)
+{
+	struct rv_vm *vm;
+	bool wait;
+
+	for (;;) {
+		vm = rv_vms_next(&wait);
+		if (vm) {
+			rv_vm_end(vm);
+			rv_vm_put(vm);
+		} else if (wait) {
+			usleep_range(100, 1000);
+		} else {
+			return;
+		}
+	}
+}
+
 static void rv_vm_release(struct kref *refs)
 {
 	struct rv_vm *vm = container_of(refs, struct rv_vm, refs);
 
 	/* Nobody else knows the VM any more, but slots that watch the process's memory. */
-	rv_vm_kill(vm);
+	rv_vm_end(vm);
 	down_write(&vm->slots_lock);
-	if (vm->created)
-		rv_el2_destroy(vm);
 	rv_slots_release(vm);
 	up_write(&vm->slots_lock);
 	if (!vm->created)
