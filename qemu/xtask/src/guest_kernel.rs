@@ -1,7 +1,7 @@
 //! `cargo xtask guest-kernel`: the guest kernel with the mainline pKVM driver, from Debian's source of Linux and the
 //! configuration in `qemu/machines/guest-kernel.config`. It is built once and kept in the cache.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -31,9 +31,12 @@ pub(crate) fn ensure() -> Result<PathBuf> {
     }
     setup::ensure(&Needs { tools: &[KERNEL_TOOLS], packages: &[SOURCE], ..Needs::default() })?;
     println!("Building the guest kernel, which takes some ten minutes once");
-    let work = workspace::output_dir()?.join(format!("guest-kernel-{}", std::process::id()));
+    let work = workspace::output_dir()?.join("guest-kernel");
+    let lock = File::create(work.with_extension("lock"))?;
+    lock.lock().context("cannot wait for another build of the guest kernel")?;
+    // What an interrupted build has left, of two gigabytes at most.
+    let _ = fs::remove_dir_all(&work);
     let built = build(&Manifest::load()?.ensure(SOURCE)?, &work);
-    // Two gigabytes.
     fs::remove_dir_all(&work).with_context(|| format!("cannot remove {}", work.display()))?;
     built
 }
