@@ -34,6 +34,9 @@ pub(crate) fn ensure() -> Result<PathBuf> {
     let work = workspace::output_dir()?.join("guest-kernel");
     let lock = File::create(work.with_extension("lock"))?;
     lock.lock().context("cannot wait for another build of the guest kernel")?;
+    if let Some(image) = cached()? {
+        return Ok(image);
+    }
     // What an interrupted build has left, of two gigabytes at most.
     let _ = fs::remove_dir_all(&work);
     let built = build(&Manifest::load()?.ensure(SOURCE)?, &work);
