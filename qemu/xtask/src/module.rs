@@ -73,14 +73,11 @@ impl Kernel {
     }
 
     /// Options of the kernel's configuration that its headers have and that our compiler does not support: the kernel was
-    /// built with a newer one. Type information for BPF needs another program, and modules load without it. Functions that
-    /// ftrace may patch must be aligned, which our compiler does not promise of cold ones, so the module has none of them.
+    /// built with a newer one. Type information for BPF needs another program, and modules load without it.
     const fn overrides(self) -> &'static [&'static str] {
         match self {
             Self::Linux => &["CONFIG_DEBUG_INFO_BTF_MODULES="],
-            Self::LinuxNew => {
-                &["CONFIG_DEBUG_INFO_BTF_MODULES=", "CONFIG_CC_HAS_MIN_FUNCTION_ALIGNMENT=", "CC_FLAGS_FTRACE="]
-            }
+            Self::LinuxNew => &["CONFIG_DEBUG_INFO_BTF_MODULES=", "CONFIG_CC_HAS_MIN_FUNCTION_ALIGNMENT="],
         }
     }
 
