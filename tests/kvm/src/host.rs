@@ -109,3 +109,18 @@ pub(crate) fn kernel_log() -> Outcome<String> {
     let output = std::process::Command::new("dmesg").output()?;
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
+
+/// The hypervisor's statistics, which the module shows.
+const STATISTICS: &str = "/sys/kernel/debug/ravelin/statistics";
+
+/// Values of the statistics.
+pub(crate) fn statistics(names: &[&str]) -> Outcome<Vec<u64>> {
+    let text = fs::read_to_string(STATISTICS).map_err(|error| anyhow::anyhow!("{STATISTICS}: {error}"))?;
+    names
+        .iter()
+        .map(|name| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            Ok(line.ok_or_else(|| anyhow::anyhow!("no {name} in the statistics"))?.trim().parse()?)
+        })
+        .collect()
+}

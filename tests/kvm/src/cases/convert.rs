@@ -18,7 +18,7 @@ use super::cases;
 use super::memfd::punch;
 use crate::check::{Outcome, check_eq, fails, works};
 use crate::guest::{Conversion, Guest, Stop};
-use crate::host::Child;
+use crate::host::{self, Child};
 use crate::kvm::{self, Exit, FLAG_MMAP, Kind, PROTECTED};
 use crate::machine::{Backing, MEMORY, Plan};
 use crate::memory::{self, Mapping, PAGE};
@@ -38,6 +38,7 @@ cases! {
     bad_ranges[PROTECTED];
     twice[PROTECTED];
     large_ranges[PROTECTED].seconds(120);
+    blocks[PROTECTED];
     allocated_in_advance[PROTECTED];
     fork_and_unshare[PROTECTED];
     mremap_and_unshare[PROTECTED];
@@ -361,6 +362,20 @@ fn large_ranges(kind: Kind) -> Outcome {
     check_eq!(mapping.get(111 * PAGE + 16)?, 9111, "page 111");
     mapping.check_bus_error(1110 * PAGE)?;
     guest.unshare(MEMORY + 100 * P, 1000)
+}
+
+/// Memory goes to the guest in blocks of 2 MiB: the hypervisor counts calls.
+fn blocks(kind: Kind) -> Outcome {
+    const PAGES: u64 = 2048;
+    // The number of VM_MAP, less 0xc6001000.
+    let calls = || Ok::<_, anyhow::Error>(host::statistics(&["calls[0x13]"])?[0]);
+    let machine = Plan::new(kind, PAGES as usize).build()?;
+    let mut guest = machine.boot()?;
+    let before = calls()?;
+    (0..PAGES).step_by(32).try_for_each(|page| guest.store(MEMORY + page * P, page))?;
+    let given = calls()? - before;
+    anyhow::ensure!((1..=16).contains(&given), "VM_MAP was called {given} times for 8 MiB");
+    Ok(())
 }
 
 /// fallocate(2) before the start gives the guest zeros, and is not payload.

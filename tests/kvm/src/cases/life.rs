@@ -38,24 +38,9 @@ cases! {
 
 const P: u64 = PAGE as u64;
 
-/// The hypervisor's statistics, which the module shows.
-const STATISTICS: &str = "/sys/kernel/debug/ravelin/statistics";
-
 /// What belongs to VMs, by the statistics.
 const OF_VMS: [&str; 5] =
     ["vm_pages", "host_lent_pages", "guest_private_pages", "guest_offered_pages", "guest_claimed_pages"];
-
-/// Values of the statistics.
-fn statistics(names: &[&str]) -> Outcome<Vec<u64>> {
-    let text = fs::read_to_string(STATISTICS).map_err(|error| anyhow::anyhow!("{STATISTICS}: {error}"))?;
-    names
-        .iter()
-        .map(|name| {
-            let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-            Ok(line.ok_or_else(|| anyhow::anyhow!("no {name} in the statistics"))?.trim().parse()?)
-        })
-        .collect()
-}
 
 /// Checks that no VM has anything, and that all of it is the host's; kernel threads may need some time for it.
 fn nothing_is_left() -> Outcome {
@@ -63,9 +48,9 @@ fn nothing_is_left() -> Outcome {
         return Ok(());
     }
     wait_until("the end of all VMs", Duration::from_secs(20), || {
-        Ok(statistics(&OF_VMS)?.iter().all(|count| *count == 0))
+        Ok(host::statistics(&OF_VMS)?.iter().all(|count| *count == 0))
     })
-    .map_err(|error| anyhow::anyhow!("{error:#}: {OF_VMS:?} are {:?}", statistics(&OF_VMS)))
+    .map_err(|error| anyhow::anyhow!("{error:#}: {OF_VMS:?} are {:?}", host::statistics(&OF_VMS)))
 }
 
 fn file_outlives_its_vm(kind: Kind) -> Outcome {
