@@ -84,9 +84,7 @@ pub fn call<T: Transitions>(
         REALM_CONFIG => return Some(write_config(transitions, guest, context)),
         IPA_STATE_SET => {
             return Some(match (bounds(guest, x1, x2), x3) {
-                (Some(range), EMPTY) => {
-                    set_state(context, range, transitions.share(&guest.memory, range), Outcome::Shared)
-                }
+                (Some(range), EMPTY) => share(transitions, guest, context, range),
                 (Some(range), RAM) => {
                     set_state(context, range, transitions.unshare(&guest.memory, range), |memory| {
                         // Without room the realm takes pages that are not there yet for a device's if it asks.
@@ -196,6 +194,23 @@ fn set_state(
             Outcome::Done
         }
     }
+}
+
+/// Makes a range EMPTY. What is shared already stays so, which the host need not hear of.
+fn share<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: &mut Context, range: IpaRange) -> Outcome {
+    let mut done = transitions.share(&guest.memory, range);
+    if done == Err(GuestFailure::Refused) {
+        match transitions.look(&guest.memory, range) {
+            (GuestPage::Offered | GuestPage::Claimed, pages) => {
+                return set_state(context, range, Ok(pages), |_| Outcome::Done);
+            }
+            (_, pages) => {
+                let first = IpaRange::new(range.base().raw(), pages.min(range.pages())).unwrap_or(range);
+                done = transitions.share(&guest.memory, first);
+            }
+        }
+    }
+    set_state(context, range, done, Outcome::Shared)
 }
 
 /// Returns a measurement in x1 to x8.

@@ -102,12 +102,34 @@ fn states_there_and_back() {
     assert_eq!(results(&test, [GET, said, end]), [0, end, 0]);
     assert_eq!(results(&test, [GET, GUEST, top]), [0, top, 1]);
     assert_eq!(test.memory.content(PAYLOAD + 0x1000), 0xaa, "contents stay");
-    // What is shared twice is not accepted.
-    results(&test, [SET, GUEST, GUEST + 0x1000, 0, 0]);
-    assert_eq!(results(&test, [SET, GUEST, GUEST + 0x1000, 0, 0]), [0, GUEST, 1]);
     test.poison(PAYLOAD + 0x3000);
     assert_eq!(results(&test, [GET, GUEST + 0x3000, top])[2], 2);
-    assert_eq!(results(&test, [SET, GUEST + 0x3000, top, 1, 1]), [0, GUEST + 0x3000, 1]);
+    for state in [0, 1] {
+        assert_eq!(results(&test, [SET, GUEST + 0x3000, top, state, 1]), [0, GUEST + 0x3000, 1]);
+    }
+}
+
+#[test]
+fn what_is_shared_stays_shared() {
+    let test = TestGuest::new(VmKind::Realm, 4);
+    let [first, second, third, top] = [1, 2, 3, 4].map(|page| GUEST + page * 0x1000);
+    results(&test, [SET, first, third, 0, 0]);
+    test.claim(second);
+    // A private page, up to those that are shared; those, of which the host does not hear; what is behind them.
+    let shared = |page| Some(Outcome::Shared(single(page)));
+    for (base, outcome, next) in
+        [(GUEST, shared(GUEST), first), (first, Some(Outcome::Done), second), (second, Some(Outcome::Done), third)]
+    {
+        let (is, x) = call_with(&test, [SET, base, top, 0, 0]);
+        assert_eq!((is, [x[0], x[1], x[2]]), (outcome, [0, next, ACCEPT]), "{base:#x}");
+    }
+    assert_eq!(call_with(&test, [SET, third, top, 0, 0]).0, shared(third));
+    assert_eq!(test.look(second), GuestPage::Claimed);
+    // Behind the first page of a range there may be poison: what is before it is done.
+    results(&test, [SET, third, top, 1, 0]);
+    test.poison(PAYLOAD + 0x3000);
+    assert_eq!(results(&test, [SET, second, top, 0, 0]), [0, third, ACCEPT]);
+    assert_eq!(results(&test, [SET, third, top, 0, 0]), [0, third, REJECT]);
 }
 
 #[test]

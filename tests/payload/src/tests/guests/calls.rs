@@ -262,6 +262,20 @@ pub(crate) fn realm_services() -> Outcome {
             at = next;
         }
     }
+    // What is shared is EMPTY already, whether the host has claimed it or not; what is before and behind it becomes so.
+    let (shared, top) = (MEMORY + 2 * PAGE, MEMORY + 5 * PAGE);
+    vm.claim(shared, 1)?;
+    let mut at = MEMORY + PAGE;
+    while at < top {
+        let [status, next, accept, ..] = guest.call(&[0xc400_0197, at, top, EMPTY, 0])?;
+        check!(
+            (status, accept) == (0, 0) && next > at && next <= top,
+            "RSI_IPA_STATE_SET at {at:#x} goes to {next:#x}"
+        );
+        at = next;
+    }
+    vm.release(shared, 1)?;
+    guest.unshare(MEMORY + PAGE, 4)?;
     // Frames without a page, as many as there are: private without a step for each.
     let [status, next, accept, ..] = guest.call(&[0xc400_0197, end, end + (1 << 33), RAM, 0])?;
     check_eq!((status, next, accept), (0, end + (1 << 33), 0), "RSI_IPA_STATE_SET of 8 GiB that are not there");
