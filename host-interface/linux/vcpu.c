@@ -3,6 +3,7 @@
  * vCPUs: running, waiting, waking. The ioctls are in vcpu_ioctl.c.
  */
 
+#include <linux/atomic.h>
 #include <linux/hrtimer.h>
 #include <linux/math64.h>
 #include <linux/mm.h>
@@ -23,28 +24,51 @@
 /* Instead of a status: the vCPU was not run, for its thread has something else to do. */
 #define RV_STAYED		1
 
-static void rv_kick(void *unused)
+/*
+ * How a CPU is interrupted. There is one for each CPU, not for each vCPU: if it is pending, the CPU
+ * has yet to take an interrupt, and what runs there leaves its guest.
+ */
+struct rv_kick {
+	call_single_data_t csd;
+	atomic_t pending;	/* csd is somebody's, until the CPU has taken the interrupt */
+};
+
+static DEFINE_PER_CPU(struct rv_kick, rv_kicks);
+
+/* The interrupt is all. */
+static void rv_kick_taken(void *info)
 {
-	/* The interrupt is all. */
+	struct rv_kick *kick = info;
+
+	atomic_set_release(&kick->pending, 0);
 }
 
-/*
- * One for each CPU, not for each vCPU: if it is in use, the CPU has yet to take an interrupt, and
- * what runs there leaves its guest.
- */
-static DEFINE_PER_CPU(call_single_data_t, rv_kick_csd);
+static void rv_kick_cpu(int cpu)
+{
+	struct rv_kick *kick = per_cpu_ptr(&rv_kicks, cpu);
+	unsigned long flags;
+
+	/* Others rely on a kick that is pending: it must not wait for this thread to be scheduled. */
+	local_irq_save(flags);
+	if (!atomic_xchg(&kick->pending, 1) && smp_call_function_single_async(cpu, &kick->csd))
+		/* The CPU has gone, and nothing runs there. */
+		atomic_set_release(&kick->pending, 0);
+	local_irq_restore(flags);
+}
 
 void rv_vcpu_wake(struct rv_vcpu *vcpu)
 {
 	int cpu;
 
+	/* What it is woken for comes first, for who clears woken and then looks. */
+	smp_mb();
 	WRITE_ONCE(vcpu->woken, true);
 	/* Pairs with the one in rv_vcpu_enter(). */
 	smp_mb();
 	rcuwait_wake_up(&vcpu->wait);
 	cpu = READ_ONCE(vcpu->cpu);
 	if (cpu >= 0)
-		smp_call_function_single_async(cpu, per_cpu_ptr(&rv_kick_csd, cpu));
+		rv_kick_cpu(cpu);
 }
 
 static void rv_wake_word(struct rv_vm *vm, u64 set, u32 base)
@@ -114,6 +138,8 @@ int rv_vcpu_wait(struct rv_vcpu *vcpu, u64 deadline)
 	/* A signal is looked at before the next step. */
 	if (!ret)
 		WRITE_ONCE(vcpu->woken, false);
+	/* What it was woken for is looked at next. Pairs with rv_vcpu_wake(). */
+	smp_mb();
 	return 1;
 }
 
@@ -167,7 +193,8 @@ static long rv_vcpu_enter(struct rv_vcpu *vcpu)
 	long status = RV_STAYED;
 
 	local_irq_disable();
-	WRITE_ONCE(vcpu->cpu, smp_processor_id());
+	/* Who sees this sees that earlier kicks of the CPU are not pending any more. */
+	smp_store_release(&vcpu->cpu, smp_processor_id());
 	/*
 	 * Who wakes it from here on sees the CPU, or else is seen below. Pairs with
 	 * rv_vcpu_wake().
@@ -301,8 +328,11 @@ void rv_vcpu_setup(void)
 	int cpu;
 
 	/* Modules' initial values of variables of CPUs cannot have addresses in all kernels. */
-	for_each_possible_cpu(cpu)
-		INIT_CSD(per_cpu_ptr(&rv_kick_csd, cpu), rv_kick, NULL);
+	for_each_possible_cpu(cpu) {
+		struct rv_kick *kick = per_cpu_ptr(&rv_kicks, cpu);
+
+		INIT_CSD(&kick->csd, rv_kick_taken, kick);
+	}
 }
 
 void rv_vcpu_exit(void)
