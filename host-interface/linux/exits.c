@@ -144,25 +144,25 @@ static int rv_handle_mmio(struct rv_vcpu *vcpu)
 /* What is done to the part of a range that a slot has. */
 typedef int (*rv_slot_fn)(struct rv_slot *slot, u64 gfn, u64 pages);
 
-/* Does @f to each slot in a range. Stops at the first error. */
+/*
+ * Does @f to each slot in a range, which takes no time for addresses without slots. Stops at the
+ * first error.
+ */
 static int rv_apply_to_slots(struct rv_vm *vm, u64 gpa, u64 pages, rv_slot_fn f)
 {
-	u64 gfn = gpa >> PAGE_SHIFT, end = gfn + pages;
+	u64 gfn = gpa >> PAGE_SHIFT;
+	unsigned long index = gfn;
 	struct rv_slot *slot;
-	u64 slot_end;
 	int ret = 0;
 
+	if (!pages)
+		return 0;
 	down_read(&vm->slots_lock);
-	while (gfn < end && !ret) {
-		slot = rv_slot_find(vm, gfn << PAGE_SHIFT);
-		if (!slot) {
-			gfn++;
-			continue;
-		}
-		slot_end = min(end, (slot->gpa + slot->size) >> PAGE_SHIFT);
+	mt_for_each(&vm->slot_tree, slot, index, gfn + pages - 1) {
 		if (slot->gmem)
-			ret = f(slot, gfn, slot_end - gfn);
-		gfn = slot_end;
+			ret = f(slot, gfn, pages);
+		if (ret)
+			break;
 	}
 	up_read(&vm->slots_lock);
 	return ret;
