@@ -238,6 +238,21 @@ static int rv_handle_system_event(struct rv_vcpu *vcpu, u32 type)
 	return 0;
 }
 
+/* The guest's call needs tables. */
+static int rv_handle_needs_tables(struct rv_vcpu *vcpu)
+{
+	struct rv_vm *vm = vcpu->vm;
+	int ret = 0;
+
+	/* Not while the VM is taken from the hypervisor, which collects what was donated. */
+	if (down_read_killable(&vm->slots_lock))
+		return -EINTR;
+	if (vm->phase == RV_LIVE)
+		ret = rv_vm_donate_tables(vm, rv_exit(vcpu)->pages);
+	up_read(&vm->slots_lock);
+	return ret ?: 1;
+}
+
 int rv_handle_exit(struct rv_vcpu *vcpu)
 {
 	const struct ravelin_run_exit *exit = rv_exit(vcpu);
@@ -260,7 +275,7 @@ int rv_handle_exit(struct rv_vcpu *vcpu)
 	case RAVELIN_EXIT_PAGE_FAULT:
 		return rv_handle_fault(vcpu);
 	case RAVELIN_EXIT_NEEDS_TABLES:
-		return rv_vm_donate_tables(vm, exit->pages) ?: 1;
+		return rv_handle_needs_tables(vcpu);
 	case RAVELIN_EXIT_UNSHARE:
 		return rv_handle_unshare(vcpu);
 	case RAVELIN_EXIT_SHARED:

@@ -164,6 +164,7 @@ void rv_vm_put(struct rv_vm *vm);
 bool rv_vms_exist(void);
 /* Ends all VMs, for ever: the machine is about to be another kernel's, which knows none of them. */
 void rv_vms_end(void);
+/* slots_lock is held, so that the VM does not end meanwhile, which takes the pages back. */
 int rv_vm_donate_tables(struct rv_vm *vm, u64 pages);
 /* Makes the VM at EL2, if it is not there. Called by the first KVM_RUN. */
 int rv_vm_finalize(struct rv_vm *vm);
