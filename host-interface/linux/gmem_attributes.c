@@ -95,6 +95,8 @@ static long rv_gmem_set_attributes_ioctl(struct rv_gmem *gmem,
 		return err;
 	first = args.offset >> PAGE_SHIFT;
 	last = first + (args.size >> PAGE_SHIFT) - 1;
+	/* For failures that are no page's: the VM may be at its end. */
+	error = first;
 	do {
 		down_write(&gmem->lock);
 		err = rv_gmem_set_attributes(gmem, first, last, args.attributes, &error);
