@@ -73,7 +73,10 @@ void rv_gmem_free(struct rv_gmem *gmem, pgoff_t first, pgoff_t last)
 	}
 }
 
-/* Finds the first pages with @mark in a range, no more than a block. */
+/*
+ * Finds the first pages with @mark in a range, of one block: to take only a part of a block from a
+ * VM needs memory for tables.
+ */
 bool rv_gmem_next_run(struct rv_gmem *gmem, pgoff_t first, pgoff_t last, xa_mark_t mark,
 		      struct rv_run *run)
 {
@@ -86,7 +89,8 @@ bool rv_gmem_next_run(struct rv_gmem *gmem, pgoff_t first, pgoff_t last, xa_mark
 		run->first = xas.xa_index;
 		run->page = page;
 		run->nr = 1;
-		while (run->nr < RV_BLOCK_PAGES && xas.xa_index < last) {
+		last = min(last, run->first | (RV_BLOCK_PAGES - 1));
+		while (xas.xa_index < last) {
 			if (xas_next(&xas) != page + run->nr || !xas_get_mark(&xas, mark))
 				break;
 			run->nr++;
