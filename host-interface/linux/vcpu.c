@@ -237,19 +237,16 @@ static int rv_vcpu_step(struct rv_vcpu *vcpu)
 		vcpu->run->exit_reason = KVM_EXIT_INTR;
 		return -EINTR;
 	}
+	if (READ_ONCE(vm->phase) == RV_DEAD)
+		return -EIO;
 	if (READ_ONCE(vcpu->failed))
 		return rv_vcpu_failed(vcpu);
 	if (READ_ONCE(vm->stopping) || READ_ONCE(vm->ended))
 		return rv_vcpu_wait(vcpu, RAVELIN_RUN_NO_DEADLINE);
-	switch (READ_ONCE(vm->phase)) {
-	case RV_DEAD:
-		return -EIO;
-	case RV_NEW:
+	if (READ_ONCE(vm->phase) == RV_NEW) {
 		if (vcpu->starts_off)
 			return rv_vcpu_wait(vcpu, RAVELIN_RUN_NO_DEADLINE);
 		return rv_vm_finalize(vm) ?: 1;
-	default:
-		break;
 	}
 
 	status = rv_vcpu_enter(vcpu);

@@ -383,8 +383,10 @@ int rv_vm_finalize(struct rv_vm *vm)
 destroy:
 	rv_el2_teardown(vm);
 	rv_el2_destroy(vm);
-	if (vm->created)
+	if (vm->created) {
 		WRITE_ONCE(vm->phase, RV_DEAD);
+		rv_vm_wake_all(vm);
+	}
 unlock_slots:
 	up_write(&vm->slots_lock);
 unlock:
