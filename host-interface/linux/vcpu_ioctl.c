@@ -263,7 +263,7 @@ int rv_vcpu_create(struct rv_vm *vm, unsigned long id)
 	vcpu = rv_vcpu_alloc(vm, id);
 	if (!vcpu)
 		goto unlock;
-	ret = xa_insert(&vm->vcpus, id, vcpu, GFP_KERNEL_ACCOUNT);
+	ret = xa_reserve(&vm->vcpus, id, GFP_KERNEL_ACCOUNT);
 	if (ret) {
 		rv_vcpu_free(vcpu);
 		goto unlock;
@@ -272,11 +272,12 @@ int rv_vcpu_create(struct rv_vm *vm, unsigned long id)
 	ret = anon_inode_getfd("kvm-vcpu", &rv_vcpu_fops, vcpu, O_RDWR | O_CLOEXEC);
 	if (ret < 0) {
 		rv_vm_put(vm);
-		xa_erase(&vm->vcpus, id);
-		synchronize_rcu();
+		xa_release(&vm->vcpus, id);
 		rv_vcpu_free(vcpu);
 		goto unlock;
 	}
+	/* Last, and without failing: who finds a vCPU there need not fear that it goes. */
+	xa_store(&vm->vcpus, id, vcpu, GFP_KERNEL_ACCOUNT);
 	vm->nr_vcpus++;
 unlock:
 	mutex_unlock(&vm->lock);
