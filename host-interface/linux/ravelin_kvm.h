@@ -91,7 +91,6 @@ struct rv_vm {
 	struct maple_tree slot_tree;	/* by guest frame */
 
 	struct xarray vcpus;
-	u32 nr_vcpus;
 
 	struct mutex donated_lock;	/* of the list below */
 	struct list_head donated;	/* pages that the hypervisor holds, by page->lru */

@@ -278,7 +278,6 @@ int rv_vcpu_create(struct rv_vm *vm, unsigned long id)
 	}
 	/* Last, and without failing: who finds a vCPU there need not fear that it goes. */
 	xa_store(&vm->vcpus, id, vcpu, GFP_KERNEL_ACCOUNT);
-	vm->nr_vcpus++;
 unlock:
 	mutex_unlock(&vm->lock);
 	return ret;
