@@ -48,7 +48,7 @@ static void rv_kick_cpu(int cpu)
 	struct rv_kick *kick = per_cpu_ptr(&rv_kicks, cpu);
 	unsigned long flags;
 
-	/* Others rely on a kick that is pending: it must not wait for this thread to be scheduled. */
+	/* Others rely on a kick that is pending, which must not wait for this thread's turn. */
 	local_irq_save(flags);
 	if (!atomic_xchg(&kick->pending, 1) && smp_call_function_single_async(cpu, &kick->csd))
 		/* The CPU has gone, and nothing runs there. */
