@@ -148,7 +148,8 @@ pub(crate) fn checkpatch() -> Result<Vec<String>> {
     let mut checkpatch = Command::new("perl");
     checkpatch.arg(checkpatch_program()?).args(["--no-tree", "--strict", "--terse", "--no-summary", "--show-types"]);
     checkpatch.args(["--ignore", &ignored, "--file"]).args(files.iter().filter(is_c));
-    // It ends with a status of failure when it has something to say.
+    // It leaves a list of names where it runs, and ends with a status of failure when it has something to say.
+    checkpatch.current_dir(workspace::output_dir()?);
     let output = checkpatch.stdin(Stdio::null()).output().context("cannot start perl")?;
     let said = String::from_utf8_lossy(&output.stdout);
     let lines: Vec<_> = said.lines().filter(|line| !line.trim().is_empty()).map(str::to_owned).collect();
