@@ -30,7 +30,7 @@ const ROWS: [Row; 7] = [
     (Config::new("cortex-a76", 2, "1G"), "convert pins", 50),
     (Config::new("cortex-a76", 2, "1G"), "attack irq", 20),
     (Config::new("cortex-a76", 2, "512M"), "life", 15),
-    (Config::new("max", 4, "1G"), "run.pkvm run.realm convert.realm", 40),
+    (Config::new("max", 4, "1G"), "run.pkvm run.realm convert.realm irq", 70),
     (Config::new("cortex-a53", 1, "512M"), "run.ordinary convert.pkvm", 30),
 ];
 

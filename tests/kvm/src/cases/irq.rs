@@ -1,6 +1,7 @@
 //! Interrupts that the host raises, and doorbells that the guest rings.
 
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use kvm_bindings::{
@@ -25,6 +26,7 @@ cases! {
     gic_device_errors[KINDS];
     line[KINDS];
     line_before_boot[KINDS];
+    lines_from_many_threads[KINDS];
     line_errors[KINDS];
     irqfd[KINDS];
     irqfd_errors[KINDS];
@@ -123,6 +125,37 @@ fn line_before_boot(kind: Kind) -> Outcome {
     check_eq!(taken(&mut guest)?, 33, "the one that is up");
     works("down", machine.vm.set_spi(33, false))?;
     check_eq!(taken(&mut guest)?, NOTHING, "the one that is down");
+    Ok(())
+}
+
+/// Threads on all CPUs interrupt one vCPU, and so the CPU that it is on, as fast as they can.
+fn lines_from_many_threads(kind: Kind) -> Outcome {
+    let machine = Plan::new(kind, 4).build()?;
+    let mut guest = prepared(&machine, false)?;
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| -> Outcome {
+        let (machine, stop) = (&machine, &stop);
+        let change = move |intid| -> Outcome {
+            while !stop.load(Ordering::Relaxed) {
+                works("up", machine.vm.set_spi(intid, true))?;
+                works("down", machine.vm.set_spi(intid, false))?;
+            }
+            Ok(())
+        };
+        let threads = [32, 40, 48, 63].map(|intid| scope.spawn(move || change(intid)));
+        let result = (0..50).try_for_each(|seed| {
+            guest.fill(MEMORY, 4, 0, seed)?;
+            guest.check(MEMORY, 4, 0, seed)
+        });
+        stop.store(true, Ordering::Relaxed);
+        for thread in threads {
+            thread.join().map_err(|_| anyhow::anyhow!("a thread panicked"))??;
+        }
+        result
+    })?;
+    check_eq!(taken(&mut guest)?, NOTHING, "when all are down");
+    works("up", machine.vm.set_spi(33, true))?;
+    check_eq!(taken(&mut guest)?, 33, "the one that is up");
     Ok(())
 }
 
