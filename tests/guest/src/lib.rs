@@ -84,6 +84,48 @@ pub const fn pattern(page: u64, index: u64, seed: u64) -> u64 {
     (page ^ index << 3 ^ seed << 48).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1
 }
 
+/// Defines functions that return code for [`Command::Run`], as the assembler has it, in words of two instructions.
+///
+/// ```ignore
+/// snippets! {
+///     /// Loads a word: x0 = address. Returns it.
+///     load: "ldr x0, [x0]";
+/// }
+/// guest.run(load(), &[MEMORY])?;
+/// ```
+///
+/// The code is called with x0 to x7 and returns them. It may change x8 to x30 but x18, keeps SP, and may take an exception,
+/// which ends it. A `ret` follows of itself. It must not refer to anything outside of itself.
+#[macro_export]
+macro_rules! snippets {
+    ($($(#[$meta:meta])* $name:ident: $($line:literal),+;)+) => {$(
+        $(#[$meta])*
+        #[expect(unsafe_code, reason = "code for guests")]
+        pub(crate) fn $name() -> &'static [u64] {
+            let (start, end): (*const u64, *const u64);
+            // SAFETY: The code is jumped over; only its labels are used.
+            unsafe {
+                core::arch::asm!(
+                    "adr {start}, 2f",
+                    "adr {end}, 3f",
+                    "b 3f",
+                    ".balign 8",
+                    "2:",
+                    $($line,)+
+                    "ret",
+                    ".balign 8",
+                    "3:",
+                    start = out(reg) start,
+                    end = out(reg) end,
+                    options(nomem, nostack, preserves_flags),
+                );
+            }
+            // SAFETY: Both are labels of one piece of code, aligned to 8 bytes, the second one behind the first one.
+            unsafe { core::slice::from_raw_parts(start, (end.addr() - start.addr()) / 8) }
+        }
+    )+};
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,8 +3,6 @@
 //! The guest loads commands from a device that the case plays, and stores results there: see `tests/guest`. Code for it is
 //! called with x0 to x7 and returns them. It may change x8 to x30 but x18, keeps SP, and may take an exception, which ends it.
 
-use core::slice;
-
 use anyhow::{bail, ensure};
 use nix::errno::Errno;
 use ravelin_guest::{
@@ -16,40 +14,7 @@ use crate::kvm::{Exit, Kind, Vcpu};
 use crate::machine::block_of;
 use crate::memory::PAGE;
 
-/// Defines functions that return code for guests, in words of two instructions. A `ret` follows of itself.
-macro_rules! snippets {
-    ($($(#[$meta:meta])* $name:ident: $($line:literal),+;)+) => {$(
-        $(#[$meta])*
-        pub(crate) fn $name() -> &'static [u64] {
-            let (start, end): (*const u64, *const u64);
-            // SAFETY: The code is jumped over; only its labels are used.
-            unsafe {
-                core::arch::asm!(
-                    "adr {start}, 2f",
-                    "adr {end}, 3f",
-                    "b 3f",
-                    ".balign 8",
-                    "2:",
-                    $($line,)+
-                    "ret",
-                    ".balign 8",
-                    "3:",
-                    start = out(reg) start,
-                    end = out(reg) end,
-                    options(nomem, nostack, preserves_flags),
-                );
-            }
-            $crate::guest::between(start, end)
-        }
-    )+};
-}
-pub(crate) use snippets;
-
-/// The words between two labels of this program.
-pub(crate) fn between(start: *const u64, end: *const u64) -> &'static [u64] {
-    // SAFETY: Both are labels of one piece of code, aligned to 8 bytes, the second one behind the first one.
-    unsafe { slice::from_raw_parts(start, (end.addr() - start.addr()) / 8) }
-}
+pub(crate) use ravelin_guest::snippets;
 
 snippets! {
     /// Loads a word: x0 = address. Returns it.
