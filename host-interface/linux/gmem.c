@@ -25,7 +25,9 @@
 #define RV_GMEM_MAGIC 0x52764c6e
 #define RV_GMEM_FLAGS (GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED)
 
+/* Mounted while there are files. */
 static struct vfsmount *rv_gmem_mount;
+static int rv_gmem_mounts;
 
 /* Makes the page at @index one that the host may touch. NULL for a hole, if @hole is fine. */
 static struct page *rv_gmem_make_usable(struct rv_gmem *gmem, pgoff_t index, bool hole)
@@ -201,7 +203,8 @@ static int rv_gmem_punch(struct rv_gmem *gmem, pgoff_t first, pgoff_t last)
 	int err;
 
 	do {
-		down_read(&vm->slots_lock);
+		if (down_read_killable(&vm->slots_lock))
+			return -EINTR;
 		down_write(&gmem->lock);
 		err = rv_gmem_take_back(gmem, first, last);
 		if (!err) {
@@ -301,6 +304,8 @@ static int rv_gmem_release(struct inode *inode, struct file *file)
 	mtree_destroy(&gmem->attributes);
 	kfree(gmem);
 	rv_vm_put(vm);
+	/* The file itself still has the mount, and by that the module. */
+	simple_release_fs(&rv_gmem_mount, &rv_gmem_mounts);
 	return 0;
 }
 
@@ -327,6 +332,21 @@ static int rv_gmem_setattr(struct mnt_idmap *idmap, struct dentry *dentry, struc
 
 static const struct inode_operations rv_gmem_iops = {
 	.setattr = rv_gmem_setattr,
+};
+
+static int rv_gmem_init_fs_context(struct fs_context *fc)
+{
+	if (!init_pseudo(fc, RV_GMEM_MAGIC))
+		return -ENOMEM;
+	fc->s_iflags |= SB_I_NOEXEC | SB_I_NODEV;
+	return 0;
+}
+
+static struct file_system_type rv_gmem_fs = {
+	.owner = THIS_MODULE,
+	.name = "ravelin_gmem",
+	.init_fs_context = rv_gmem_init_fs_context,
+	.kill_sb = kill_anon_super,
 };
 
 static struct inode *rv_gmem_inode(loff_t size)
@@ -385,7 +405,7 @@ static struct file *rv_gmem_file(struct rv_vm *vm, const struct kvm_create_guest
 int rv_gmem_create(struct rv_vm *vm, const struct kvm_create_guest_memfd *args)
 {
 	struct file *file;
-	int fd;
+	int fd, err;
 
 	if (args->flags & ~RV_GMEM_FLAGS)
 		return -EINVAL;
@@ -394,8 +414,14 @@ int rv_gmem_create(struct rv_vm *vm, const struct kvm_create_guest_memfd *args)
 	fd = get_unused_fd_flags(0);
 	if (fd < 0)
 		return fd;
+	err = simple_pin_fs(&rv_gmem_fs, &rv_gmem_mount, &rv_gmem_mounts);
+	if (err) {
+		put_unused_fd(fd);
+		return err;
+	}
 	file = rv_gmem_file(vm, args);
 	if (IS_ERR(file)) {
+		simple_release_fs(&rv_gmem_mount, &rv_gmem_mounts);
 		put_unused_fd(fd);
 		return PTR_ERR(file);
 	}
@@ -450,30 +476,4 @@ void rv_gmem_unbind(struct rv_slot *slot)
 	list_del(&slot->gmem_link);
 	slot->gmem = NULL;
 	up_write(&gmem->lock);
-}
-
-static int rv_gmem_init_fs_context(struct fs_context *fc)
-{
-	if (!init_pseudo(fc, RV_GMEM_MAGIC))
-		return -ENOMEM;
-	fc->s_iflags |= SB_I_NOEXEC | SB_I_NODEV;
-	return 0;
-}
-
-/* Without an owner, because the mount of a module's own would keep it loaded for ever. */
-static struct file_system_type rv_gmem_fs = {
-	.name = "ravelin_gmem",
-	.init_fs_context = rv_gmem_init_fs_context,
-	.kill_sb = kill_anon_super,
-};
-
-int rv_gmem_init(void)
-{
-	rv_gmem_mount = kern_mount(&rv_gmem_fs);
-	return PTR_ERR_OR_ZERO(rv_gmem_mount);
-}
-
-void rv_gmem_exit(void)
-{
-	kern_unmount(rv_gmem_mount);
 }

@@ -184,12 +184,9 @@ static int __init rv_init(void)
 	if (ret)
 		return ret;
 	rv_vcpu_setup();
-	ret = rv_gmem_init();
-	if (ret)
-		return ret;
 	ret = rv_irq_setup();
 	if (ret)
-		goto exit_gmem;
+		return ret;
 	ret = rv_vm_probe();
 	if (ret)
 		goto exit_irq;
@@ -219,8 +216,6 @@ remove_ppis:
 	rv_remove_ppis();
 exit_irq:
 	rv_irq_exit();
-exit_gmem:
-	rv_gmem_exit();
 	return ret;
 }
 
@@ -232,7 +227,6 @@ static void __exit rv_exit(void)
 	unregister_pm_notifier(&rv_pm_block);
 	rv_remove_ppis();
 	rv_irq_exit();
-	rv_gmem_exit();
 	rv_vcpu_exit();
 }
 

@@ -253,8 +253,6 @@ long rv_set_one_reg(struct rv_vcpu *vcpu, const struct kvm_one_reg *reg);
 long rv_get_reg_list(struct kvm_reg_list __user *list);
 
 /* gmem.c */
-int rv_gmem_init(void);
-void rv_gmem_exit(void);
 /* The fd of a new file, which holds a reference to the VM. */
 int rv_gmem_create(struct rv_vm *vm, const struct kvm_create_guest_memfd *args);
 /*
