@@ -254,14 +254,21 @@ static int rv_el2_populate(struct rv_vm *vm)
 static int rv_el2_seal(struct rv_vm *vm, struct rv_vcpu *boot)
 {
 	u64 dist, redist;
+	int tries = 0;
 	long status;
 	int ret;
 
 	ret = rv_vgic_addresses(vm, &dist, &redist);
 	if (ret)
 		return ret;
-	status = rv_hyp(RAVELIN_CALL_VM_SEAL, NULL, vm->handle, rv_regs_pc(boot),
-			rv_regs_x0(boot), dist, redist);
+	for (;;) {
+		status = rv_hyp(RAVELIN_CALL_VM_SEAL, NULL, vm->handle, rv_regs_pc(boot),
+				rv_regs_x0(boot), dist, redist);
+		/* Another thread may be asking for a page that it has just lost to the guest. */
+		if (status != RAVELIN_STATUS_BUSY || ++tries == RV_BUSY_TRIES)
+			break;
+		usleep_range(20, 100);
+	}
 	return rv_errno(status);
 }
 
