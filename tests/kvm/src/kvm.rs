@@ -4,11 +4,11 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use kvm_bindings::{
-    KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, KVM_DEV_ARM_VGIC_CTRL_INIT, KVM_DEV_ARM_VGIC_GRP_ADDR,
-    KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_MEM_GUEST_MEMFD, KVM_REG_ARM_CORE, KVM_REG_ARM64, KVM_REG_SIZE_U64,
-    KVM_VGIC_V3_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_REDIST, kvm_create_device, kvm_create_guest_memfd,
-    kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, kvm_enable_cap, kvm_ioeventfd, kvm_irq_level, kvm_irqfd,
-    kvm_mp_state, kvm_msi, kvm_one_reg, kvm_pre_fault_memory, kvm_userspace_memory_region,
+    KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, KVM_CAP_EXIT_HYPERCALL, KVM_DEV_ARM_VGIC_CTRL_INIT,
+    KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_MEM_GUEST_MEMFD, KVM_REG_ARM_CORE, KVM_REG_ARM64,
+    KVM_REG_SIZE_U64, KVM_VGIC_V3_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_REDIST, kvm_create_device,
+    kvm_create_guest_memfd, kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, kvm_enable_cap, kvm_ioeventfd,
+    kvm_irq_level, kvm_irqfd, kvm_mp_state, kvm_msi, kvm_one_reg, kvm_pre_fault_memory, kvm_userspace_memory_region,
     kvm_userspace_memory_region2, kvm_vcpu_init,
 };
 use nix::errno::Errno;
@@ -76,6 +76,9 @@ pub(crate) const CAP_GUEST_MEMFD_FLAGS: u32 = 244;
 
 /// Bits of guest addresses in the VMs of the cases. In a realm the last one marks what is shared.
 pub(crate) const IPA_BITS: u32 = 36;
+
+/// Number of the hypercall exit for a conversion.
+pub(crate) const MAP_GPA_RANGE: u64 = 12;
 
 /// Makes an ioctl with a number as its argument.
 pub(crate) fn ioctl(file: impl AsFd, request: u32, argument: u64) -> Result<i32, Errno> {
@@ -291,6 +294,13 @@ impl Vm {
         Ok(unsafe { OwnedFd::from_raw_fd(device.fd.cast_signed()) })
     }
 
+    /// Asks to be told of conversions.
+    pub(crate) fn tell_of_conversions(&self) -> Outcome {
+        let args = [1 << MAP_GPA_RANGE, 0, 0, 0];
+        let mut arguments = kvm_enable_cap { cap: KVM_CAP_EXIT_HYPERCALL, args, ..Default::default() };
+        works("KVM_ENABLE_CAP", ioctl_with(self, ENABLE_CAP, &mut arguments)).map(drop)
+    }
+
     /// `KVM_IRQ_LINE` of an SPI.
     pub(crate) fn set_spi(&self, intid: u32, level: bool) -> Result<i32, Errno> {
         const SPI: u32 = 1 << 24;
@@ -352,7 +362,7 @@ pub(crate) enum Exit {
     },
     Hypercall {
         number: u64,
-        arguments: [u64; 3],
+        arguments: [u64; 6],
     },
     /// `KVM_RUN` failed otherwise.
     Failed(Errno),
@@ -366,6 +376,8 @@ impl Vcpu {
     const IMMEDIATE_EXIT: usize = 0;
     const REASON: usize = 8;
     const UNION: usize = 32;
+    /// Index of `hypercall.ret` among the words of what comes with the reason.
+    const RET: usize = 7;
 
     /// `KVM_RUN`, without a look at what it says.
     pub(crate) fn run_once(&self) -> Result<i32, Errno> {
@@ -399,7 +411,11 @@ impl Vcpu {
             }
             (None, SYSTEM_EVENT) => Exit::SystemEvent { kind: self.word(0)? as u32 },
             (None, HYPERCALL) => {
-                Exit::Hypercall { number: self.word(0)?, arguments: [self.word(1)?, self.word(2)?, self.word(3)?] }
+                let mut arguments = [0; 6];
+                for (index, argument) in arguments.iter_mut().enumerate() {
+                    *argument = self.word(1 + index)?;
+                }
+                Exit::Hypercall { number: self.word(0)?, arguments }
             }
             (None, reason) => Exit::Other { reason },
         })
@@ -423,6 +439,11 @@ impl Vcpu {
     /// Sets the value of a load from a device.
     pub(crate) fn answer(&self, value: u64) -> Outcome {
         self.set_word(1, value)
+    }
+
+    /// Sets what a hypercall returns.
+    pub(crate) fn set_return(&self, value: u64) -> Outcome {
+        self.set_word(Self::RET, value)
     }
 
     /// Sets `immediate_exit`.

@@ -4,7 +4,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use kvm_bindings::{KVM_CAP_EXIT_HYPERCALL, kvm_enable_cap};
+use kvm_bindings::KVM_CAP_EXIT_HYPERCALL;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::mman::{MRemapFlags, MapFlags, MmapAdvise, ProtFlags, mremap};
@@ -19,7 +19,7 @@ use super::memfd::punch;
 use crate::check::{Outcome, check_eq, fails, works};
 use crate::guest::{Conversion, Guest, Stop};
 use crate::host::{self, Child};
-use crate::kvm::{self, Exit, FLAG_MMAP, Kind, PROTECTED};
+use crate::kvm::{self, Exit, FLAG_MMAP, Kind, MAP_GPA_RANGE, PROTECTED};
 use crate::machine::{Backing, MEMORY, Plan};
 use crate::memory::{self, Mapping, PAGE};
 
@@ -706,44 +706,52 @@ fn by_two_vcpus(kind: Kind) -> Outcome {
     })
 }
 
+/// The exit for a conversion of the first two pages of the memory.
+fn conversion_exit(guest: &mut Guest<'_>, share: bool) -> Outcome {
+    const ENCRYPTED: u64 = 1 << 4;
+    guest.begin_convert(MEMORY, 2, share)?;
+    let Exit::Hypercall { number, arguments } = guest.exit()? else { anyhow::bail!("no exit, share {share}") };
+    let flags = if share { 0 } else { ENCRYPTED };
+    check_eq!((number, arguments), (MAP_GPA_RANGE, [MEMORY, 2, flags, 0, 0, 0]), "the exit, share {share}");
+    Ok(())
+}
+
 /// Userspace may ask to be told, and may refuse that the guest takes pages back.
 fn exits_to_userspace(kind: Kind) -> Outcome {
-    const MAP_GPA_RANGE: u64 = 12;
-    const ENCRYPTED: u64 = 1 << 4;
-    /// Index of `ret` among the words of the exit.
-    const RET: usize = 7;
     let machine = Plan::new(kind, 4).build()?;
     let offered = works("KVM_CAP_EXIT_HYPERCALL", kvm::capability(&machine.vm, KVM_CAP_EXIT_HYPERCALL))?;
     check_eq!(u64::from(offered.cast_unsigned()) >> MAP_GPA_RANGE & 1, 1, "KVM_CAP_EXIT_HYPERCALL");
-    let mut arguments =
-        kvm_enable_cap { cap: KVM_CAP_EXIT_HYPERCALL, args: [1 << MAP_GPA_RANGE, 0, 0, 0], ..Default::default() };
-    works("KVM_ENABLE_CAP", kvm::ioctl_with(&machine.vm, kvm::ENABLE_CAP, &mut arguments))?;
+    machine.vm.tell_of_conversions()?;
     let mapping = &machine.memory.mapping;
     let mut guest = machine.boot()?;
     guest.fill(MEMORY, 4, 0, 4)?;
-    guest.begin_convert(MEMORY, 2, true)?;
-    let Exit::Hypercall { number, arguments } = guest.exit()? else { anyhow::bail!("no exit for the share") };
-    check_eq!([number, arguments[0], arguments[1]], [MAP_GPA_RANGE, MEMORY, 2], "the exit for the share");
-    check_eq!(arguments[2] & ENCRYPTED, 0, "its flags");
-    guest.vcpu.set_word(RET, 0)?;
+    conversion_exit(&mut guest, true)?;
+    guest.vcpu.set_return(0)?;
     guest.finish()?;
     mapping.check_pattern(0, 2, 0, 4)?;
 
-    // Refused, then not.
-    for (answer, expected) in [(Errno::EAGAIN as u64, Conversion::Refused), (0, Conversion::Done(2))] {
-        guest.begin_convert(MEMORY, 2, false)?;
-        let Exit::Hypercall { number, arguments } = guest.exit()? else { anyhow::bail!("no exit for the unshare") };
-        check_eq!([number, arguments[0], arguments[1]], [MAP_GPA_RANGE, MEMORY, 2], "the exit for the unshare");
-        check_eq!(arguments[2] & ENCRYPTED, ENCRYPTED, "its flags");
-        guest.vcpu.set_word(RET, answer)?;
-        let reply = guest.finish()?;
-        check_eq!(guest.converted(MEMORY, reply.x), expected, "unshare after the answer {answer}");
-        match expected {
-            Conversion::Refused => mapping.check_pattern(0, 2, 0, 4)?,
-            Conversion::Done(_) => mapping.check_bus_error(0)?,
+    // Refused, whatever the error is: the guest is told, and all can go on with the pages.
+    for (seed, error) in [(5, Errno::EAGAIN as u64), (6, 1), (7, u64::MAX)] {
+        conversion_exit(&mut guest, false)?;
+        guest.vcpu.set_return(error)?;
+        let x = guest.finish()?.x;
+        match kind {
+            // SUCCESS, as far as it went, REJECT.
+            Kind::Realm => check_eq!([x[0], x[1], x[2]], [0, MEMORY, 1], "IPA_STATE_SET after {error:#x}"),
+            _ => check_eq!(x[0].cast_signed(), -3, "MEM_UNSHARE after {error:#x}"),
         }
+        mapping.check_pattern(0, 2, 0, seed - 1)?;
+        mapping.fill_pattern(0, 2, 0, seed)?;
+        guest.check(kind.shared(MEMORY), 2, 0, seed)?;
     }
-    guest.check(MEMORY, 4, 0, 4)
+
+    conversion_exit(&mut guest, false)?;
+    guest.vcpu.set_return(0)?;
+    let reply = guest.finish()?;
+    check_eq!(guest.converted(MEMORY, reply.x), Conversion::Done(2), "unshare that is not refused");
+    mapping.check_bus_error(0)?;
+    guest.check(MEMORY, 2, 0, 7)?;
+    guest.check(MEMORY + 2 * P, 2, 2 * P, 4)
 }
 
 /// The calls are not for them.
