@@ -59,6 +59,8 @@ pub(crate) const SET_ONE_REG: u32 = iow::<kvm_one_reg>(0xac);
 pub(crate) const ARM_VCPU_INIT: u32 = iow::<kvm_vcpu_init>(0xae);
 pub(crate) const ARM_PREFERRED_TARGET: u32 = ior::<kvm_vcpu_init>(0xaf);
 pub(crate) const GET_REG_LIST: u32 = iowr::<u64>(0xb0);
+/// Of guest_memfd; from patches that Linux has not merged.
+pub(crate) const SET_MEMORY_ATTRIBUTES2: u32 = iowr::<MemoryAttributes>(0xd2);
 pub(crate) const CREATE_GUEST_MEMFD: u32 = iowr::<kvm_create_guest_memfd>(0xd4);
 pub(crate) const PRE_FAULT_MEMORY: u32 = iowr::<kvm_pre_fault_memory>(0xd5);
 pub(crate) const CREATE_DEVICE: u32 = iowr::<kvm_create_device>(0xe0);
@@ -73,6 +75,18 @@ pub(crate) const FLAG_INIT_SHARED: u64 = 1 << 1;
 
 /// Its flags that are valid.
 pub(crate) const CAP_GUEST_MEMFD_FLAGS: u32 = 244;
+
+/// The argument of `KVM_SET_MEMORY_ATTRIBUTES2`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(crate) struct MemoryAttributes {
+    pub(crate) offset: u64,
+    pub(crate) size: u64,
+    pub(crate) attributes: u64,
+    pub(crate) flags: u64,
+    pub(crate) error_offset: u64,
+    pub(crate) reserved: [u64; 11],
+}
 
 /// Bits of guest addresses in the VMs of the cases. In a realm the last one marks what is shared.
 pub(crate) const IPA_BITS: u32 = 36;

@@ -27,7 +27,7 @@ type Row = (Config, &'static str, usize);
 const ROWS: [Row; 7] = [
     (Config::new("cortex-a76", 2, "1G"), "memfd slots ioctls", 100),
     (Config::new("cortex-a76", 2, "1G"), "run", 60),
-    (Config::new("cortex-a76", 2, "1G"), "convert pins", 50),
+    (Config::new("cortex-a76", 2, "1G"), "convert pins attributes", 70),
     (Config::new("cortex-a76", 2, "1G"), "attack irq", 20),
     (Config::new("cortex-a76", 2, "512M"), "life", 15),
     (Config::new("max", 4, "1G"), "run.pkvm run.realm convert.realm irq", 70),

@@ -3,6 +3,7 @@
 use crate::runner::Case;
 
 mod attack;
+mod attributes;
 mod convert;
 mod ioctls;
 mod irq;
@@ -20,6 +21,7 @@ pub(crate) const GROUPS: &[(&str, &[Case])] = &[
     ("run", run::CASES),
     ("convert", convert::CASES),
     ("pins", pins::CASES),
+    ("attributes", attributes::CASES),
     ("attack", attack::CASES),
     ("irq", irq::CASES),
     ("life", life::CASES),

@@ -100,8 +100,8 @@ fn io_uring_buffers(kind: Kind) -> Outcome {
 }
 
 /// vmsplice(2) puts the page itself into the pipe.
-fn splice_into_pipe(mapping: &Mapping, input: &OwnedFd) -> Outcome {
-    let vector = [libc::iovec { iov_base: mapping.pointer(0), iov_len: PAGE }];
+pub(super) fn splice_into_pipe(mapping: &Mapping, offset: usize, input: &OwnedFd) -> Outcome {
+    let vector = [libc::iovec { iov_base: mapping.pointer(offset), iov_len: PAGE }];
     // SAFETY: The kernel reads the vector, and takes the page.
     let moved = Errno::result(unsafe { libc::vmsplice(input.as_raw_fd(), vector.as_ptr(), 1, 0) });
     check_eq!(moved, Ok(PAGE as isize), "vmsplice");
@@ -112,7 +112,7 @@ fn pages_in_a_pipe(kind: Kind) -> Outcome {
     let machine = Plan::new(kind, 2).build()?;
     let mut guest = shared_pages(&machine, 1)?;
     let (output, input) = works("pipe", pipe())?;
-    splice_into_pipe(&machine.memory.mapping, &input)?;
+    splice_into_pipe(&machine.memory.mapping, 0, &input)?;
     refused(&machine, &mut guest)?;
     let mut bytes = vec![0; PAGE];
     check_eq!(read(&output, &mut bytes), Ok(PAGE), "read from the pipe");
@@ -249,7 +249,7 @@ fn punch_while_pinned(kind: Kind) -> Outcome {
     let machine = Plan::new(kind, 2).build()?;
     let mut guest = shared_pages(&machine, 1)?;
     let (output, input) = works("pipe", pipe())?;
-    splice_into_pipe(&machine.memory.mapping, &input)?;
+    splice_into_pipe(&machine.memory.mapping, 0, &input)?;
     match punch(machine.memory.file()?, 0, P) {
         Ok(()) => guest_loses(&mut guest, kind.shared(MEMORY))?,
         Err(Errno::EBUSY | Errno::EAGAIN) => machine.memory.mapping.check_pattern(0, 1, 0, 7)?,
@@ -266,7 +266,7 @@ fn closed_while_pinned(kind: Kind) -> Outcome {
     let machine = Plan::new(kind, 2).build()?;
     drop(shared_pages(&machine, 1)?);
     let (output, input) = works("pipe", pipe())?;
-    splice_into_pipe(&machine.memory.mapping, &input)?;
+    splice_into_pipe(&machine.memory.mapping, 0, &input)?;
     drop(machine);
     let mut bytes = vec![0; PAGE];
     check_eq!(read(&output, &mut bytes), Ok(PAGE), "read from the pipe");
@@ -282,7 +282,7 @@ fn killed_while_pinned(kind: Kind) -> Outcome {
         let machine = Plan::new(kind, 2).build()?;
         let mut guest = shared_pages(&machine, 1)?;
         let _ring = register(&machine.memory.mapping, 0, PAGE)?;
-        splice_into_pipe(&machine.memory.mapping, &input)?;
+        splice_into_pipe(&machine.memory.mapping, 0, &input)?;
         works("write", nix::unistd::write(&told, &[1]))?;
         guest.run(crate::guest::spin(), &[]).map(drop)
     })?;
