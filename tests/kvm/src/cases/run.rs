@@ -50,6 +50,7 @@ cases! {
     slot_deleted_under_the_guest;
     pre_fault[KINDS];
     pre_fault_arguments[KINDS];
+    realm_calls_its_host;
     anonymous_memory_is_changed_under_the_guest;
     floating_point[KINDS];
 }
@@ -733,6 +734,40 @@ fn pre_fault_arguments(kind: Kind) -> Outcome {
     let (result, left) = pre_fault_range(vcpu, MEMORY + 2 * page, 4 * page, 0);
     anyhow::ensure!(result == Ok(0) || result == Err(Errno::ENOENT), "beyond the end: {result:?}");
     check_eq!(left, 2 * page, "what is left");
+    Ok(())
+}
+
+/// A realm's call to its host: an immediate, and x0 to x4 of those that it sends; what comes back is in x0.
+fn realm_calls_its_host() -> Outcome {
+    const HOST_CALL: u64 = 0xc400_0199;
+    /// Index of `flags` among the words of the exit, and the flag for SMC.
+    const FLAGS: usize = 8;
+    const SMC: u64 = 1;
+    let machine = Plan::new(Kind::Realm, 2).build()?;
+    let mut guest = machine.boot()?;
+    // An upper half that the immediate does not have.
+    guest.store(MEMORY + 256, 0xabcd_0000_0000_1234)?;
+    for register in 0..31 {
+        guest.store(MEMORY + 264 + 8 * register, 0x1000 + register)?;
+    }
+    for result in [0x5555_6666_7777_8888, 0] {
+        let first = guest.load(MEMORY + 264)?;
+        guest.begin_code(guest.conduit(), &[HOST_CALL, MEMORY + 256])?;
+        let Exit::Hypercall { number, arguments } = guest.exit()? else { anyhow::bail!("no exit for the call") };
+        check_eq!(number, HOST_CALL, "the number of the exit");
+        check_eq!(arguments, [0x1234, first, 0x1001, 0x1002, 0x1003, 0x1004], "its arguments");
+        check_eq!(guest.vcpu.word(FLAGS)?, SMC, "its flags");
+        guest.vcpu.set_return(result)?;
+        check_eq!(guest.finish()?.x[0], 0, "RSI_HOST_CALL");
+        check_eq!(guest.load(MEMORY + 264)?, result, "x0 afterwards");
+        for register in 1..31 {
+            check_eq!(guest.load(MEMORY + 264 + 8 * register)?, 0x1000 + register, "x{register} afterwards");
+        }
+    }
+    // The host does not hear of a call with an address that is none.
+    for bad in [MEMORY + 8, Kind::Realm.shared(MEMORY)] {
+        check_eq!(guest.call(&[HOST_CALL, bad])?[0], 1, "RSI_HOST_CALL at {bad:#x}");
+    }
     Ok(())
 }
 
