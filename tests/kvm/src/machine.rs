@@ -88,7 +88,8 @@ impl Memory {
         Ok(Self { mapping, file: Some(file) })
     }
 
-    fn add(&self, vm: &Vm, slot: u32, gpa: u64) -> Outcome {
+    /// Makes it a slot.
+    pub(crate) fn add(&self, vm: &Vm, slot: u32, gpa: u64) -> Outcome {
         let mapping = &self.mapping;
         let added = match &self.file {
             None => vm.add_anonymous(slot, gpa, mapping),

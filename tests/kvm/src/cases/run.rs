@@ -50,6 +50,7 @@ cases! {
     slot_deleted_under_the_guest;
     pre_fault[KINDS];
     pre_fault_arguments[KINDS];
+    pre_fault_and_deletion.seconds(120);
     realm_calls_its_host;
     anonymous_memory_is_changed_under_the_guest;
     floating_point[KINDS];
@@ -734,6 +735,50 @@ fn pre_fault_arguments(kind: Kind) -> Outcome {
     let (result, left) = pre_fault_range(vcpu, MEMORY + 2 * page, 4 * page, 0);
     anyhow::ensure!(result == Ok(0) || result == Err(Errno::ENOENT), "beyond the end: {result:?}");
     check_eq!(left, 2 * page, "what is left");
+    Ok(())
+}
+
+/// A slot comes and goes while another thread faults it in.
+fn pre_fault_and_deletion() -> Outcome {
+    const PAGES: u64 = 64;
+    const ROUNDS: u64 = 200;
+    if !kvm::is_ravelin() {
+        crate::check::skip!("this KVM has no KVM_PRE_FAULT_MEMORY");
+    }
+    for backing in [Backing::Anonymous, Backing::Memfd] {
+        let machine = Plan::new(Kind::Ordinary, PAGES as usize).backing(backing).build()?;
+        let mut guest = machine.boot()?;
+        let (vcpu, page) = (&machine.vcpus[0], PAGE as u64);
+        let stop = AtomicBool::new(false);
+        let [good, missing] = std::thread::scope(|scope| -> Outcome<[u64; 2]> {
+            let faults = scope.spawn(|| -> Outcome<[u64; 2]> {
+                let [mut good, mut missing] = [0; 2];
+                while !stop.load(Ordering::Relaxed) {
+                    match pre_fault_range(vcpu, MEMORY, PAGES * page, 0) {
+                        (Ok(_), 0) => good += 1,
+                        // As far as it got.
+                        (Ok(_) | Err(Errno::ENOENT), 1..) => missing += 1,
+                        other => anyhow::bail!("KVM_PRE_FAULT_MEMORY: {other:?}"),
+                    }
+                }
+                Ok([good, missing])
+            });
+            let result = (0..ROUNDS).try_for_each(|round| -> Outcome {
+                works(format_args!("deletion {round}"), machine.vm.delete_slot(MEMORY_SLOT))?;
+                machine.memory.add(&machine.vm, MEMORY_SLOT, MEMORY)
+            });
+            stop.store(true, Ordering::Relaxed);
+            let counts = faults.join().map_err(|_| anyhow::anyhow!("the thread panicked"))?;
+            result.and(counts)
+        })?;
+        machine.memory.mapping.fill_pattern(0, PAGES as usize, 0, 3)?;
+        guest.check(MEMORY, PAGES, 0, 3)?;
+        anyhow::ensure!(missing > 0, "{backing:?}: no race, {good} times there was all");
+        works("deletion", machine.vm.delete_slot(MEMORY_SLOT))?;
+        let (result, left) = pre_fault_range(vcpu, MEMORY, PAGES * page, 0);
+        fails("where a slot was", result, Errno::ENOENT)?;
+        check_eq!(left, PAGES * page, "what is left");
+    }
     Ok(())
 }
 
