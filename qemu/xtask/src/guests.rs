@@ -142,7 +142,7 @@ mod tests {
 
     #[test]
     fn scripts_are_busybox_scripts() {
-        for name in ["start", "guest", "guest-init", "guest-demo", "demo"] {
+        for name in ["start", "guest", "guest-init", "guest-demo", "demo", "boots"] {
             assert!(script(name).unwrap().starts_with(b"#!/bin/busybox sh\n"), "{name}");
         }
     }

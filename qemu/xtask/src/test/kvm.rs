@@ -117,7 +117,7 @@ fn enough(passed: usize, expected: usize) -> Result<()> {
 }
 
 /// A module that is not part of the kernel, and is not signed, taints it; nothing else does.
-fn taint(transcript: &Transcript) -> Result<()> {
+pub(super) fn taint(transcript: &Transcript) -> Result<()> {
     const OUT_OF_TREE: u64 = 1 << 12;
     const UNSIGNED: u64 = 1 << 13;
     let taint = transcript.number("taint afterwards")?;

@@ -1,5 +1,6 @@
 //! `cargo xtask test`: every test, in suites, with a summary.
 
+mod boots;
 mod cargo;
 mod conformance;
 mod demo;
@@ -45,7 +46,7 @@ const SUITES: &[Suite] = &[
     Suite { name: "guests", about: "the payload as the host of guests in QEMU", run: conformance::guests },
     Suite { name: "linux", about: "a stock Linux as the host in QEMU", run: linux::run },
     Suite { name: "kvm", about: "the kernel module's /dev/kvm and guest_memfd, from the host", run: kvm::run },
-    Suite { name: "demo", about: "protected guests on that host, and an attack on them", run: demo::run },
+    Suite { name: "demo", about: "guests on that host from start to end, and an attack on them", run: demo::run },
     Suite { name: "miri", about: "unit tests under Miri, if a nightly toolchain can be had", run: cargo::miri },
 ];
 
