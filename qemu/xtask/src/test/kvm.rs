@@ -11,8 +11,9 @@ use anyhow::{Context, Result, ensure};
 use super::Report;
 use super::linux::transcript::{Check, Transcript};
 use super::linux::{self, Config};
-use crate::initramfs::ExtraFile;
+use crate::initramfs::{self, ExtraFile, Task};
 use crate::module::{self, Kernel};
+use crate::qemu::Outcome;
 use crate::setup::packages::Manifest;
 use crate::setup::{self, BUSYBOX, Needs};
 use crate::{guests, image, programs};
@@ -76,7 +77,51 @@ pub(super) fn run(full: bool, report: &mut Report) -> Result<()> {
     for (config, arguments, cases) in ROWS {
         row(&config, arguments, cases, full, &files, report);
     }
+    report.check("kexec while a protected guest runs", kexec());
     Ok(())
+}
+
+/// By kexec another kernel gets the machine while a guest has a part of its memory: it has to get that, too.
+fn kexec() -> Result<()> {
+    const MARKER: &str = "status after kexec: ";
+    const HOST: Config = Config::new("cortex-a76", 2, "1G");
+    // The guest fills 100 MiB, and works on.
+    const BEFORE: &str = "
+ln -s /guest/debian/Image /root/kernel
+guest='head -c 100m /dev/zero | tr \\\\0 x >/tmp/full; echo \"guest: is $(wc -c </tmp/full) large;\"; while :; do :; done'
+realm-guest --exec \"$guest\" --cpus 2 </dev/null >/tmp/log 2>&1 &
+end=$(($(date +%s) + 300))
+until grep -q '^guest: is 104857600 large;' /tmp/log || [ $(date +%s) -gt $end ]; do sleep 1; done
+mount -t debugfs debugfs /sys/kernel/debug
+sed -n 's/^guest_private_pages /@note private pages = /p' /sys/kernel/debug/ravelin/statistics
+probe kexec
+";
+    // A page that is a guest's would be the end of the kernel or of the program.
+    const AFTER: &str = "
+[ $(nproc) = 2 ] || echo '@fail all CPUs'
+dmesg -r | sed 's/^/@dmesg /'
+dmesg -c >/dev/null
+probe memory 40
+dmesg -r | sed 's/^/@later /'
+";
+    let busybox = fs::read(Manifest::load()?.ensure(BUSYBOX)?)?;
+    let file = |path: &str, contents| ExtraFile { path: path.into(), contents };
+    let probe = file("bin/probe", fs::read(programs::probe()?)?);
+    let initrd = initramfs::build(&busybox, &Task::Command { script: AFTER, marker: MARKER }, None, &[probe])?;
+    let transcript = linux::boot("kexec with a guest", &HOST, |options| {
+        options.guests = true;
+        options.exec = Some(BEFORE.into());
+        options.extra_files = vec![file("root/initrd", initrd)];
+    })?;
+    ensure!(transcript.outcome == Outcome::Ended(0), "{:?}; {}", transcript.outcome, transcript.tail());
+    let private = transcript.number("private pages")?;
+    ensure!(private > 100 << 8, "the guest had {private} pages only");
+    ensure!(transcript.console.contains(&format!("{MARKER}0")), "{}", transcript.tail());
+    ensure!(!transcript.checks.is_empty(), "no memory was filled; {}", transcript.tail());
+    for (name, check) in &transcript.checks {
+        ensure!(*check == Check::Passed, "{name}: {check:?}");
+    }
+    linux::complaint(&transcript)
 }
 
 /// Boots a host and runs some cases there.
@@ -128,7 +173,6 @@ pub(super) fn taint(transcript: &Transcript) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::qemu::Outcome;
 
     #[test]
     fn only_the_modules_own_taint_passes() {
