@@ -167,6 +167,11 @@ impl Config {
     pub(super) const fn new(cpu: &'static str, smp: u32, memory: &'static str) -> Self {
         Self { cpu, smp, memory, kernel: DEFAULT_KERNEL, variant: None }
     }
+
+    /// The same machine with a kernel of the manifest.
+    pub(super) fn with_kernel(self, kernel: &'static str) -> Self {
+        Self { kernel, ..self }
+    }
 }
 
 impl std::fmt::Display for Config {
