@@ -458,8 +458,12 @@ pub(super) fn complaint(transcript: &Transcript) -> Result<()> {
     ];
     ensure!(transcript.messages.len() > 50, "dmesg has {} lines only", transcript.messages.len());
     let complains = |text: &str| COMPLAINTS.iter().any(|complaint| text.contains(complaint));
-    match transcript.messages.iter().chain(&transcript.later).find(|message| complains(&message.text)) {
-        Some(message) => bail!("{}", message.text),
+    let messages: Vec<_> = transcript.messages.iter().chain(&transcript.later).map(|message| &*message.text).collect();
+    match messages.iter().position(|message| complains(message)) {
+        // A trace says little without what comes before and after it.
+        Some(found) => {
+            bail!("{}", messages[found.saturating_sub(6)..messages.len().min(found + 16)].join("\n"))
+        }
         None => Ok(()),
     }
 }
