@@ -86,7 +86,7 @@ pub const fn pattern(page: u64, index: u64, seed: u64) -> u64 {
 
 /// Defines functions that return code for [`Command::Run`], as the assembler has it, in words of two instructions.
 ///
-/// ```ignore
+/// ```text
 /// snippets! {
 ///     /// Loads a word: x0 = address. Returns it.
 ///     load: "ldr x0, [x0]";
