@@ -1,7 +1,6 @@
 //! Host calls from registers to registers, on the recording machine.
 
 mod vms;
-mod world;
 
 use std::{
     ops::Range,
@@ -14,9 +13,10 @@ use ravelin_hypercall::FaultAction;
 use ravelin_memory::{Ipa, PAGE_SIZE};
 use ravelin_ownership::HOST_RESERVE;
 use ravelin_pgtable::recording::Stage;
+use ravelin_world::{Layout, World};
 
-use crate::world::{CARVE_OUT, RAM, in_world};
-
+const RAM: Range<u64> = Layout::FOUR_BLOCKS.ram;
+const CARVE_OUT: Range<u64> = Layout::FOUR_BLOCKS.carve_out;
 const PAGE: u64 = RAM.start;
 
 const FEATURES: u64 = 0xc600_1000;
@@ -28,6 +28,35 @@ const PIN: u64 = 0xc600_1005;
 const UNPIN: u64 = 0xc600_1006;
 const PAGE_STATE: u64 = 0xc600_1007;
 const STATISTICS: u64 = 0xc600_1008;
+
+/// Runs a test in a world with so many tables.
+fn in_world(pool_pages: usize, test: impl FnOnce(&World<'_>)) {
+    ravelin_world::in_world(&Layout { pool_pages, ..Layout::FOUR_BLOCKS }, test);
+}
+
+fn succeeds(world: &World<'_>, function: u64, address: u64, pages: u64) {
+    let answer = world.hvc([function, address, pages, 0]);
+    assert_eq!(answer, [0, 0, pages, 0], "{function:#x} of {pages} pages at {address:#x}");
+    world.is_consistent();
+}
+
+fn state(world: &World<'_>, page: u64) -> (PageStateCode, u64) {
+    let [status, state, pins, _] = world.hvc([PAGE_STATE, page, 0, 0]);
+    assert_eq!(status, 0);
+    (PageStateCode::from_code(state).unwrap(), pins)
+}
+
+/// Shares a page and has the statistics written to it, and to nothing else.
+fn statistics_of(world: &World<'_>, page: u64) -> Statistics {
+    succeeds(world, SHARE, page, 1);
+    let before = world.machine.peek::<{ PAGE_SIZE as usize }>(page, 0);
+    assert_eq!(world.hvc([STATISTICS, page, 0, 7]), [0, Statistics::SIZE as u64, 0, 7]);
+    world.is_consistent();
+    let after = world.machine.peek::<{ PAGE_SIZE as usize }>(page, 0);
+    let (written, rest) = after.split_first_chunk::<{ Statistics::SIZE }>().unwrap();
+    assert_eq!(rest, &before[Statistics::SIZE..]);
+    Statistics::from_bytes(written)
+}
 
 #[test]
 #[cfg_attr(miri, ignore = "walks the tables of all RAM after each call")]
@@ -62,7 +91,7 @@ fn what_is_no_call_changes_x0_alone() {
         for function in [0, 0x8400_0000, 0xc400_0003, 0x8000_0000, 0x8000_0001, 0x8600_0000, 0xc600_0003, 0xc600_1009] {
             refused(0, function);
         }
-        let counters = world.statistics_of(PAGE).calls;
+        let counters = statistics_of(world, PAGE).calls;
         assert_eq!(counters.iter().sum::<u64>(), 2, "SHARE and STATISTICS");
     });
 }
@@ -71,22 +100,22 @@ fn what_is_no_call_changes_x0_alone() {
 #[cfg_attr(miri, ignore = "walks the tables of all RAM after each call")]
 fn the_life_of_a_page() {
     in_world(64, |world| {
-        assert_eq!(world.state(PAGE), (PageStateCode::Owned, 0));
-        world.succeeds(SHARE, PAGE, 4);
-        assert_eq!(world.state(PAGE + 0x3000), (PageStateCode::SharedOwned, 0));
-        world.succeeds(PIN, PAGE, 2);
-        world.succeeds(PIN, PAGE + 0x1000, 2);
-        assert_eq!(world.state(PAGE + 0x1000), (PageStateCode::SharedOwned, 2));
+        assert_eq!(state(world, PAGE), (PageStateCode::Owned, 0));
+        succeeds(world, SHARE, PAGE, 4);
+        assert_eq!(state(world, PAGE + 0x3000), (PageStateCode::SharedOwned, 0));
+        succeeds(world, PIN, PAGE, 2);
+        succeeds(world, PIN, PAGE + 0x1000, 2);
+        assert_eq!(state(world, PAGE + 0x1000), (PageStateCode::SharedOwned, 2));
         world.fails([UNSHARE, PAGE, 4, 0], Status::Busy, PAGE);
         world.fails([UNPIN, PAGE, 4, 0], Status::Denied, PAGE + 0x3000);
-        world.succeeds(UNPIN, PAGE, 3);
-        world.succeeds(UNPIN, PAGE + 0x1000, 1);
-        world.succeeds(UNSHARE, PAGE, 4);
-        world.succeeds(DONATE, PAGE, 512);
-        assert_eq!(world.state(PAGE), (PageStateCode::NoPage, 0));
+        succeeds(world, UNPIN, PAGE, 3);
+        succeeds(world, UNPIN, PAGE + 0x1000, 1);
+        succeeds(world, UNSHARE, PAGE, 4);
+        succeeds(world, DONATE, PAGE, 512);
+        assert_eq!(state(world, PAGE), (PageStateCode::NoPage, 0));
         world.fails([SHARE, PAGE, 1, 0], Status::Denied, PAGE);
-        world.succeeds(TAKE_BACK, PAGE, 512);
-        assert_eq!(world.state(PAGE), (PageStateCode::Owned, 0));
+        succeeds(world, TAKE_BACK, PAGE, 512);
+        assert_eq!(state(world, PAGE), (PageStateCode::Owned, 0));
     });
 }
 
@@ -94,7 +123,7 @@ fn the_life_of_a_page() {
 #[cfg_attr(miri, ignore = "walks the tables of all RAM after each call")]
 fn every_way_to_fail() {
     in_world(64, |world| {
-        world.succeeds(SHARE, PAGE + 0x2000, 1);
+        succeeds(world, SHARE, PAGE + 0x2000, 1);
         for function in [SHARE, DONATE] {
             world.fails([function, PAGE, 4, 0], Status::Denied, PAGE + 0x2000);
             world.fails([function, PAGE, 4, 1], Status::Reserved, 0);
@@ -116,8 +145,8 @@ fn every_way_to_fail() {
         }
         world.fails([PIN, PAGE + 0x2000, 1, 0], Status::Limit, PAGE + 0x2000);
         world.fails([STATISTICS, PAGE + 0x2000, 0, 0], Status::Limit, PAGE + 0x2000);
-        assert_eq!(world.state(0xffff_ffff_f000), (PageStateCode::NoPage, 0));
-        assert_eq!(world.state(CARVE_OUT.start), (PageStateCode::NoPage, 0));
+        assert_eq!(state(world, 0xffff_ffff_f000), (PageStateCode::NoPage, 0));
+        assert_eq!(state(world, CARVE_OUT.start), (PageStateCode::NoPage, 0));
     });
 }
 
@@ -125,7 +154,7 @@ fn every_way_to_fail() {
 #[cfg_attr(miri, ignore = "walks the tables of all RAM after each call")]
 fn nobody_is_to_blame_for_a_lack_of_tables() {
     in_world(HOST_RESERVE + 2, |world| {
-        world.succeeds(SHARE, PAGE, 1);
+        succeeds(world, SHARE, PAGE, 1);
         // The first mapping in EL2 takes three.
         world.fails([PIN, PAGE, 1, 0], Status::NoMemory, 0);
         world.fails([STATISTICS, PAGE, 0, 0], Status::NoMemory, 0);
@@ -137,7 +166,7 @@ fn nobody_is_to_blame_for_a_lack_of_tables() {
 #[cfg_attr(miri, ignore = "walks the tables of all RAM after each call")]
 fn statistics_tell_what_happened() {
     in_world(64, |world| {
-        world.succeeds(DONATE, PAGE + 0x20_0000, 600);
+        succeeds(world, DONATE, PAGE + 0x20_0000, 600);
         world.fails([DONATE, PAGE + 0x20_0000, 1, 0], Status::Denied, PAGE + 0x20_0000);
         assert_eq!(world.host.fault(world.machine, Ipa::new(PAGE).unwrap()), FaultAction::Resume);
         assert_eq!(world.host.fault(world.machine, Ipa::new(PAGE + 0x20_0000).unwrap()), FaultAction::Inject);
@@ -146,8 +175,8 @@ fn statistics_tell_what_happened() {
         world.host.smc(0, 0, &mut registers);
         world.host.smc(0, 1, &mut registers);
 
-        let statistics = world.statistics_of(PAGE);
-        assert_eq!(world.state(PAGE), (PageStateCode::SharedOwned, 0), "the hypervisor's pin is gone");
+        let statistics = statistics_of(world, PAGE);
+        assert_eq!(state(world, PAGE), (PageStateCode::SharedOwned, 0), "the hypervisor's pin is gone");
         let mut calls = [0; CALL_COUNTERS];
         (calls[1], calls[3], calls[8]) = (1, 2, 1);
         assert_eq!(
@@ -177,7 +206,7 @@ fn statistics_tell_what_happened() {
 fn the_host_cannot_take_back_a_pin_of_the_hypervisors() {
     const ROUNDS: usize = 300;
     in_world(64, |world| {
-        world.succeeds(SHARE, PAGE, 1);
+        succeeds(world, SHARE, PAGE, 1);
         let done = AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| {
@@ -191,7 +220,7 @@ fn the_host_cannot_take_back_a_pin_of_the_hypervisors() {
             }
             done.store(true, Relaxed);
         });
-        assert_eq!(world.state(PAGE), (PageStateCode::SharedOwned, 0));
+        assert_eq!(state(world, PAGE), (PageStateCode::SharedOwned, 0));
         world.is_consistent();
     });
 }
@@ -207,11 +236,11 @@ fn a_cpu_starts_only_in_memory_of_the_host() {
             registers[0]
         };
         let invalid_address = -9_i64 as u64;
-        world.succeeds(DONATE, PAGE, 1);
+        succeeds(world, DONATE, PAGE, 1);
         for entry in [PAGE, CARVE_OUT.start, RAM.end, RAM.start - 0x1000, 0, 1 << 48] {
             assert_eq!(start(entry), invalid_address, "{entry:#x}");
         }
-        world.succeeds(SHARE, PAGE + 0x1000, 1);
+        succeeds(world, SHARE, PAGE + 0x1000, 1);
         assert_eq!(start(PAGE + 0x1004), 0);
         assert_eq!(world.host.take_start(1).map(|start| (start.entry, start.context)), Some((PAGE + 0x1004, 5)));
         assert_eq!(world.host.take_start(1), None);

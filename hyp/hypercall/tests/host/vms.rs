@@ -4,16 +4,14 @@ use std::{sync::Barrier, thread};
 
 use proptest::prelude::{any, proptest};
 use ravelin_abi::{
-    CALLS, ExitReason, Kind, MAX_TAKE_BACK_PAGES, PageStateCode, REGISTER_LAST, RunExit, RunPage, Statistics, Status,
+    CALLS, ExitReason, Kind, MAX_TAKE_BACK_PAGES, PageStateCode, REGISTER_LAST, RunExit, Statistics, Status,
     VmAttributes, VmKind,
 };
 use ravelin_memory::PAGE_SIZE;
 use ravelin_ownership::{Counts, PageReport};
+use ravelin_world::{Action, Door, Outcome, World, call, number};
 
-use crate::{
-    DONATE, PIN, SHARE, TAKE_BACK, UNPIN, UNSHARE,
-    world::{Action, CARVE_OUT, RAM, World, in_world},
-};
+use crate::{CARVE_OUT, DONATE, PIN, RAM, SHARE, TAKE_BACK, UNPIN, UNSHARE, in_world, state, statistics_of, succeeds};
 
 const METADATA: u64 = RAM.start;
 const VCPU: u64 = RAM.start + 0x10_0000;
@@ -26,10 +24,6 @@ const ENTRY: u64 = 0x8000_0000;
 const DISTRIBUTOR: u64 = 0x800_0000;
 const REDISTRIBUTORS: u64 = 0x80a_0000;
 
-fn number(name: &str) -> u64 {
-    CALLS.iter().find(|call| call.name == name).expect("a call of the table").number.into()
-}
-
 const fn attributes(kind: VmKind) -> u64 {
     VmAttributes { kind, ipa_bits: 40, vcpus: 2 }.bits()
 }
@@ -37,99 +31,41 @@ const fn attributes(kind: VmKind) -> u64 {
 const PKVM: u64 = attributes(VmKind::Pkvm);
 const ORDINARY: u64 = attributes(VmKind::Ordinary);
 
-/// Returns the registers of a call.
-fn call(name: &str, arguments: &[u64]) -> Vec<u64> {
-    [&[number(name)], arguments].concat()
+/// Returns pKVM's call of a guest.
+fn hvc<const N: usize>(registers: [u64; N]) -> Option<Action> {
+    Some(Action::call(Door::Hvc, registers))
 }
 
-impl World<'_> {
-    fn vm(&self, name: &str, arguments: &[u64]) -> [u64; 4] {
-        let answer = self.hvc(call(name, arguments));
-        self.is_consistent();
-        answer
-    }
+/// Makes a VM with vCPU 0 and pages for tables.
+fn create(world: &World<'_>, attributes: u64) -> u64 {
+    let (vm, vcpu) = world.sizes(attributes);
+    let handle = world.does("VM_CREATE", &[attributes, METADATA, vm]);
+    world.does("VM_DONATE_TABLES", &[handle, TABLES, 16]);
+    world.does("VCPU_CREATE", &[handle, 0, VCPU, vcpu, RUN_PAGE]);
+    handle
+}
 
-    /// Makes a call that succeeds, and returns x1.
-    #[track_caller]
-    fn does(&self, name: &str, arguments: &[u64]) -> u64 {
-        let [status, x1, ..] = self.vm(name, arguments);
-        assert_eq!(Status::from_code(status.cast_signed()), Some(Status::Success), "{name} {arguments:x?}: {x1:#x}");
-        x1
-    }
+fn seal(world: &World<'_>, handle: u64) {
+    assert_eq!(world.does("VM_SEAL", &[handle, ENTRY, ENTRY + 8, DISTRIBUTOR, REDISTRIBUTORS]), 0);
+}
 
-    /// Makes a call that fails, and changes nothing.
-    #[track_caller]
-    fn refuses(&self, name: &str, arguments: &[u64], status: Status, x1: u64) {
-        self.fails(call(name, arguments), status, x1);
-    }
+/// Makes a VM that has four pages, and seals it.
+fn sealed(world: &World<'_>, attributes: u64) -> u64 {
+    let handle = create(world, attributes);
+    world.does("VM_MAP", &[handle, ENTRY, PAYLOAD, 4]);
+    seal(world, handle);
+    handle
+}
 
-    /// Returns how many pages a VM takes, and how many each of its vCPUs.
-    fn sizes(&self, attributes: u64) -> (u64, u64) {
-        let [status, vm, vcpu, alignment] = self.vm("VM_SIZES", &[attributes]);
-        assert_eq!(status, 0);
-        assert!(alignment.is_power_of_two() && alignment < vm);
-        (vm, vcpu)
-    }
+/// Returns what a call that fails leaves as it was. It may have tried, and then has work of the TLBs to show for it.
+fn state_of_memory(world: &World<'_>) -> (Vec<PageReport>, Counts) {
+    let (pages, counts) = world.look();
+    (pages, Counts { stage2_invalidations: 0, el2_invalidations: 0, host_tables: 0, evictions: 0, ..counts })
+}
 
-    /// Makes a VM with vCPU 0 and pages for tables.
-    fn create(&self, attributes: u64) -> u64 {
-        let (vm, vcpu) = self.sizes(attributes);
-        let handle = self.does("VM_CREATE", &[attributes, METADATA, vm]);
-        self.does("VM_DONATE_TABLES", &[handle, TABLES, 16]);
-        self.does("VCPU_CREATE", &[handle, 0, VCPU, vcpu, RUN_PAGE]);
-        handle
-    }
-
-    fn seal(&self, handle: u64) {
-        assert_eq!(self.does("VM_SEAL", &[handle, ENTRY, ENTRY + 8, DISTRIBUTOR, REDISTRIBUTORS]), 0);
-    }
-
-    /// Makes a VM that has four pages, and seals it.
-    fn sealed(&self, attributes: u64) -> u64 {
-        let handle = self.create(attributes);
-        self.does("VM_MAP", &[handle, ENTRY, PAYLOAD, 4]);
-        self.seal(handle);
-        handle
-    }
-
-    /// Returns what a call that fails leaves as it was. It may have tried, and then has work of the TLBs to show for it.
-    fn state_of_memory(&self) -> (Vec<PageReport>, Counts) {
-        let (pages, counts) = self.look();
-        (pages, Counts { stage2_invalidations: 0, el2_invalidations: 0, host_tables: 0, evictions: 0, ..counts })
-    }
-
-    /// Runs vCPU 0 until the host has something to do, after this call of the guest if there is one.
-    fn run(&self, handle: u64, call: Option<[u64; 4]>) -> RunExit {
-        self.machine.guest.lock().unwrap().extend(call.map(Action::Call));
-        assert_eq!(self.does("VCPU_RUN", &[handle, 0]), 0);
-        RunExit::from_bytes(&self.machine.peek(RUN_PAGE, RunPage::EXIT))
-    }
-
-    fn reclaim_all(&self, handle: u64, ipa_bits: u64) {
-        let (mut page, end) = (0, 1 << (ipa_bits - 12));
-        while page < end {
-            let pages = (end - page).min(1 << 18);
-            let done = self.does("VM_RECLAIM", &[handle, page * PAGE_SIZE, pages]);
-            assert!((1..=pages).contains(&done));
-            page += done;
-        }
-    }
-
-    fn destroy(&self, handle: u64) {
-        let mut left = u64::MAX;
-        while left != 0 {
-            let now = self.does("VM_DESTROY", &[handle]);
-            assert!(now < left);
-            left = now;
-        }
-    }
-
-    /// Ends a VM that has memory below 4 GiB at most.
-    fn end(&self, handle: u64) {
-        self.does("VM_TEARDOWN", &[handle]);
-        self.reclaim_all(handle, 32);
-        self.destroy(handle);
-    }
+/// Runs vCPU 0 until the host has something to do, after this call of the guest if there is one.
+fn run(world: &World<'_>, handle: u64, call: Option<Action>) -> RunExit {
+    world.run(handle, RUN_PAGE, call)
 }
 
 #[test]
@@ -138,20 +74,20 @@ fn the_life_of_a_protected_vm() {
     in_world(64, |world| {
         let before = world.look();
         let (vm_pages, vcpu_pages) = world.sizes(PKVM);
-        let handle = world.sealed(PKVM);
+        let handle = sealed(world, PKVM);
         let kept = vm_pages + vcpu_pages + 16;
-        assert_eq!(world.state(PAYLOAD), (PageStateCode::NoPage, 0));
-        assert_eq!(world.state(METADATA), (PageStateCode::NoPage, 0));
-        assert_eq!(world.state(RUN_PAGE).0, PageStateCode::SharedOwned);
-        assert_eq!(world.run(handle, None).reason, ExitReason::Interrupted.code());
+        assert_eq!(state(world, PAYLOAD), (PageStateCode::NoPage, 0));
+        assert_eq!(state(world, METADATA), (PageStateCode::NoPage, 0));
+        assert_eq!(state(world, RUN_PAGE).0, PageStateCode::SharedOwned);
+        assert_eq!(run(world, handle, None).reason, ExitReason::Interrupted.code());
 
-        let share = world.run(handle, Some([0xc600_0003, ENTRY, 2, 0]));
+        let share = run(world, handle, hvc([0xc600_0003, ENTRY, 2, 0]));
         assert_eq!((share.reason, share.address, share.pages), (ExitReason::Shared.code(), ENTRY, 2));
-        assert_eq!(world.state(PAYLOAD), (PageStateCode::NoPage, 0), "offered is not claimed");
+        assert_eq!(state(world, PAYLOAD), (PageStateCode::NoPage, 0), "offered is not claimed");
         world.does("CLAIM", &[handle, ENTRY, 1]);
-        assert_eq!(world.state(PAYLOAD), (PageStateCode::SharedBorrowed, 0));
-        assert_eq!(world.state(PAYLOAD + PAGE_SIZE), (PageStateCode::NoPage, 0));
-        let statistics = world.statistics_of(PAYLOAD + BLOCK);
+        assert_eq!(state(world, PAYLOAD), (PageStateCode::SharedBorrowed, 0));
+        assert_eq!(state(world, PAYLOAD + PAGE_SIZE), (PageStateCode::NoPage, 0));
+        let statistics = statistics_of(world, PAYLOAD + BLOCK);
         let expected = Statistics {
             vm_pages: kept,
             host_lent_pages: 0,
@@ -163,20 +99,23 @@ fn the_life_of_a_protected_vm() {
         assert_eq!(statistics, expected);
         let uses = |name: &str| statistics.calls[usize::try_from(number(name) & 0xff).unwrap()];
         assert_eq!([uses("VCPU_RUN"), uses("VM_SEAL"), uses("CLAIM"), uses("RELEASE")], [2, 1, 1, 0]);
-        world.succeeds(UNSHARE, PAYLOAD + BLOCK, 1);
+        succeeds(world, UNSHARE, PAYLOAD + BLOCK, 1);
 
         world.does("RELEASE", &[handle, ENTRY, 1]);
-        assert_eq!(world.state(PAYLOAD), (PageStateCode::NoPage, 0));
+        assert_eq!(state(world, PAYLOAD), (PageStateCode::NoPage, 0));
         world.does("CLAIM", &[handle, ENTRY, 2]);
-        let unshare = world.run(handle, Some([0xc600_0004, ENTRY, 2, 0]));
+        let unshare = run(world, handle, hvc([0xc600_0004, ENTRY, 2, 0]));
         assert_eq!((unshare.reason, unshare.address, unshare.pages), (ExitReason::Unshare.code(), ENTRY, 2));
         world.does("RELEASE", &[handle, ENTRY, 2]);
-        assert_eq!(world.run(handle, Some([0xc600_0004, ENTRY, 2, 0])).reason, ExitReason::Interrupted.code());
+        assert_eq!(run(world, handle, None).reason, ExitReason::Interrupted.code());
+        let unshared = world.machine.take_happened().pop().unwrap();
+        assert_eq!(Some(unshared.action), hvc([0xc600_0004, ENTRY, 2, 0]), "what the guest was at");
+        assert!(matches!(unshared.outcome, Outcome::Returned([0, 2, 0, 0, ..])), "{unshared:?}");
         world.refuses("CLAIM", &[handle, ENTRY, 1], Status::NotOffered, ENTRY);
 
         world.does("FORCE_RECLAIM", &[PAYLOAD + 3 * PAGE_SIZE, 1]);
-        assert_eq!(world.state(PAYLOAD + 3 * PAGE_SIZE), (PageStateCode::Owned, 0));
-        assert_eq!(world.vm("SPI", &[handle, 32, 1])[..3], [0, 0, 0], "the guest has not enabled it");
+        assert_eq!(state(world, PAYLOAD + 3 * PAGE_SIZE), (PageStateCode::Owned, 0));
+        assert_eq!(world.named("SPI", &[handle, 32, 1])[..3], [0, 0, 0], "the guest has not enabled it");
         world.end(handle);
         let (pages, counts) = world.look();
         assert_eq!(pages, before.0);
@@ -188,15 +127,15 @@ fn the_life_of_a_protected_vm() {
 #[cfg_attr(miri, ignore = "walks the tables of all RAM after each call")]
 fn an_ordinary_vm_borrows_its_memory() {
     in_world(64, |world| {
-        let handle = world.sealed(attributes(VmKind::Ordinary));
-        assert_eq!(world.state(PAYLOAD), (PageStateCode::SharedOwned, 0));
-        assert_eq!(world.statistics_of(PAYLOAD + BLOCK).host_lent_pages, 4);
+        let handle = sealed(world, attributes(VmKind::Ordinary));
+        assert_eq!(state(world, PAYLOAD), (PageStateCode::SharedOwned, 0));
+        assert_eq!(statistics_of(world, PAYLOAD + BLOCK).host_lent_pages, 4);
         for (function, name) in [(SHARE, "share"), (UNSHARE, "unshare"), (DONATE, "donate"), (PIN, "pin")] {
             println!("{name}");
             world.fails([function, PAYLOAD, 1, 0], Status::Denied, PAYLOAD);
         }
         world.does("VM_UNMAP", &[handle, ENTRY + PAGE_SIZE, 2]);
-        assert_eq!(world.state(PAYLOAD + PAGE_SIZE), (PageStateCode::Owned, 0));
+        assert_eq!(state(world, PAYLOAD + PAGE_SIZE), (PageStateCode::Owned, 0));
         world.refuses("VM_UNMAP", &[handle, ENTRY, 2], Status::Absent, ENTRY + PAGE_SIZE);
         world.refuses("VM_UNMAP", &[handle, 1 << 40, 1], Status::Overflow, 0);
         world.refuses("FORCE_RECLAIM", &[PAYLOAD, 1], Status::Denied, PAYLOAD);
@@ -208,16 +147,16 @@ fn an_ordinary_vm_borrows_its_memory() {
 #[cfg_attr(miri, ignore = "walks the tables of all RAM after each call")]
 fn an_interrupt_wakes_vcpus() {
     in_world(64, |world| {
-        let handle = world.create(PKVM);
+        let handle = create(world, PKVM);
         let (_, vcpu_pages) = world.sizes(PKVM);
         world.does("VCPU_CREATE", &[handle, 1, VCPU + 0x1_0000, vcpu_pages, RUN_PAGE + PAGE_SIZE]);
-        world.seal(handle);
+        seal(world, handle);
         // Group 1 on; interrupt 32 to vCPU 1, in group 1, enabled.
         let stores = [(0, 2), (0x6100, 1), (0x84, 1), (0x104, 1)];
         let stores = stores.map(|(offset, value)| Action::Store(DISTRIBUTOR + offset, value));
-        world.machine.guest.lock().unwrap().extend(stores);
-        assert_eq!(world.run(handle, None).reason, ExitReason::Interrupted.code());
-        assert_eq!(world.vm("SPI", &[handle, 32, 1])[..3], [0, 1 << 1, 0]);
+        world.machine.then(stores);
+        assert_eq!(run(world, handle, None).reason, ExitReason::Interrupted.code());
+        assert_eq!(world.named("SPI", &[handle, 32, 1])[..3], [0, 1 << 1, 0]);
         world.end(handle);
     });
 }
@@ -282,18 +221,18 @@ fn every_way_to_fail_to_make_a_vm() {
         map(ENTRY + PAGE_SIZE, PAYLOAD + BLOCK, 2, Status::Exists, PAYLOAD + BLOCK);
         map(ENTRY + BLOCK, PAYLOAD, 1, Status::Denied, PAYLOAD);
 
-        let seal = |entry, device_tree, distributor, redistributors, status| {
+        let seal_fails = |entry, device_tree, distributor, redistributors, status| {
             let x1 = if status == Status::Exists { ENTRY } else { 0 };
             world.refuses("VM_SEAL", &[handle, entry, device_tree, distributor, redistributors], status, x1);
         };
-        seal(ENTRY + 2, ENTRY, DISTRIBUTOR, REDISTRIBUTORS, Status::Unaligned);
-        seal(ENTRY, ENTRY + 4, DISTRIBUTOR, REDISTRIBUTORS, Status::Unaligned);
-        seal(ENTRY, ENTRY, DISTRIBUTOR + PAGE_SIZE, REDISTRIBUTORS, Status::Unaligned);
-        seal(ENTRY, ENTRY, DISTRIBUTOR, DISTRIBUTOR, Status::Invalid);
-        seal(ENTRY, ENTRY, DISTRIBUTOR, 1 << 48, Status::Overflow);
-        seal(1 << 40, ENTRY, DISTRIBUTOR, REDISTRIBUTORS, Status::Overflow);
-        seal(ENTRY, ENTRY, ENTRY, REDISTRIBUTORS, Status::Exists);
-        world.seal(handle);
+        seal_fails(ENTRY + 2, ENTRY, DISTRIBUTOR, REDISTRIBUTORS, Status::Unaligned);
+        seal_fails(ENTRY, ENTRY + 4, DISTRIBUTOR, REDISTRIBUTORS, Status::Unaligned);
+        seal_fails(ENTRY, ENTRY, DISTRIBUTOR + PAGE_SIZE, REDISTRIBUTORS, Status::Unaligned);
+        seal_fails(ENTRY, ENTRY, DISTRIBUTOR, DISTRIBUTOR, Status::Invalid);
+        seal_fails(ENTRY, ENTRY, DISTRIBUTOR, 1 << 48, Status::Overflow);
+        seal_fails(1 << 40, ENTRY, DISTRIBUTOR, REDISTRIBUTORS, Status::Overflow);
+        seal_fails(ENTRY, ENTRY, ENTRY, REDISTRIBUTORS, Status::Exists);
+        seal(world, handle);
         map(REDISTRIBUTORS, PAYLOAD + BLOCK, 1, Status::Exists, REDISTRIBUTORS);
         world.end(handle);
     });
@@ -303,7 +242,7 @@ fn every_way_to_fail_to_make_a_vm() {
 #[cfg_attr(miri, ignore = "walks the tables of all RAM after each call")]
 fn every_way_to_fail_with_a_vm() {
     in_world(64, |world| {
-        let handle = world.sealed(PKVM);
+        let handle = sealed(world, PKVM);
         world.refuses("VCPU_RUN", &[handle, 128], Status::Invalid, 0);
         world.refuses("VCPU_RUN", &[handle, 1], Status::Absent, 0);
         world.refuses("SPI", &[handle, 31, 1], Status::Invalid, 0);
@@ -318,7 +257,7 @@ fn every_way_to_fail_with_a_vm() {
             world.refuses(name, &[handle, 1 << 40, 1], Status::Overflow, 0);
             world.refuses(name, &[handle, 0, (1 << 18) + 1], Status::TooLarge, 0);
         }
-        world.run(handle, Some([0xc600_0003, ENTRY, 1, 0]));
+        run(world, handle, hvc([0xc600_0003, ENTRY, 1, 0]));
         world.refuses("CLAIM", &[handle, ENTRY, 2], Status::NotOffered, ENTRY + PAGE_SIZE);
         world.does("CLAIM", &[handle, ENTRY, 1]);
         world.refuses("CLAIM", &[handle, ENTRY, 1], Status::Denied, ENTRY);
@@ -332,7 +271,7 @@ fn every_way_to_fail_with_a_vm() {
         world.refuses("VM_MAP", &[handle, poisoned, PAYLOAD + PAGE_SIZE, 1], Status::Poisoned, PAYLOAD + PAGE_SIZE);
         world.refuses("CLAIM", &[handle, poisoned, 1], Status::Poisoned, poisoned);
         // Until the guest gives the frame up.
-        world.run(handle, Some([0xc600_0009, poisoned, 1, 0]));
+        run(world, handle, hvc([0xc600_0009, poisoned, 1, 0]));
         world.does("VM_MAP", &[handle, poisoned, PAYLOAD + PAGE_SIZE, 1]);
         world.does("FORCE_RECLAIM", &[PAYLOAD + PAGE_SIZE, 1]);
 
@@ -384,12 +323,12 @@ fn steps_out_of_order() {
                 }
             }
         };
-        let handle = world.create(PKVM);
+        let handle = create(world, PKVM);
         world.does("VM_MAP", &[handle, ENTRY, PAYLOAD, 4]);
         let always = ["VM_UNMAP", "VM_RECLAIM", "VM_DESTROY", "VCPU_GET_REGISTER", "VCPU_SET_REGISTER"];
         refuses(handle, &always, Status::WrongState);
         refuses(handle, &["VCPU_RUN", "SPI"], Status::WrongState);
-        world.seal(handle);
+        seal(world, handle);
         refuses(handle, &always, Status::WrongState);
         refuses(handle, &["VCPU_CREATE", "VM_SEAL"], Status::WrongState);
         world.does("VM_TEARDOWN", &[handle]);
@@ -419,11 +358,11 @@ fn handles_that_name_nothing() {
             }
         };
         bad(&[0, 1, 254, 255, 1 << 8, u64::MAX]);
-        let first = world.sealed(PKVM);
+        let first = sealed(world, PKVM);
         bad(&[first + 1, first ^ 1 << 63, first + 256, first - 256, first & 0xff]);
         world.end(first);
         bad(&[first]);
-        let second = world.sealed(PKVM);
+        let second = sealed(world, PKVM);
         assert_ne!(first, second);
         bad(&[first]);
         world.end(second);
@@ -436,7 +375,7 @@ fn handles_that_name_nothing() {
 fn registers_of_an_ordinary_vms_vcpu() {
     const PC: u64 = 64;
     in_world(64, |world| {
-        let handle = world.create(ORDINARY);
+        let handle = create(world, ORDINARY);
         for register in [0, 60, PC, 84, 210, 213, 0xc080] {
             world.does("VCPU_SET_REGISTER", &[handle, 0, register, register << 40 | 5]);
             assert_eq!(world.does("VCPU_GET_REGISTER", &[handle, 0, register]), register << 40 | 5);
@@ -448,7 +387,7 @@ fn registers_of_an_ordinary_vms_vcpu() {
         world.refuses("VCPU_GET_REGISTER", &[handle, 1, PC], Status::Absent, 0);
         world.refuses("VCPU_SET_REGISTER", &[handle, 128, PC, 0], Status::Invalid, 0);
         world.does("VM_MAP", &[handle, ENTRY, PAYLOAD, 4]);
-        world.seal(handle);
+        seal(world, handle);
         assert_eq!(world.does("VCPU_GET_REGISTER", &[handle, 0, PC]), ENTRY);
         assert_eq!(world.does("VCPU_GET_REGISTER", &[handle, 0, 60]), 60 << 40 | 5);
         world.end(handle);
@@ -460,8 +399,8 @@ fn registers_of_an_ordinary_vms_vcpu() {
 fn a_running_vcpu_keeps_others_away() {
     static MEETING: Barrier = Barrier::new(2);
     in_world(64, |world| {
-        let handle = world.sealed(PKVM);
-        *world.machine.meeting.lock().unwrap() = Some(&MEETING);
+        let handle = sealed(world, PKVM);
+        world.machine.meet_at(Some(&MEETING));
         thread::scope(|scope| {
             scope.spawn(|| assert_eq!(world.hvc(call("VCPU_RUN", &[handle, 0]))[0], 0));
             MEETING.wait();
@@ -472,10 +411,10 @@ fn a_running_vcpu_keeps_others_away() {
             world.refuses("VCPU_RUN", &[handle, 1], Status::Absent, 0);
             world.does("VM_MAP", &[handle, ENTRY + 4 * PAGE_SIZE, PAYLOAD + BLOCK, 1]);
             world.does("FORCE_RECLAIM", &[PAYLOAD, 1]);
-            assert_eq!(world.vm("SPI", &[handle, 40, 1])[0], 0);
+            assert_eq!(world.named("SPI", &[handle, 40, 1])[0], 0);
             MEETING.wait();
         });
-        *world.machine.meeting.lock().unwrap() = None;
+        world.machine.meet_at(None);
         world.end(handle);
     });
 }
@@ -525,7 +464,7 @@ proptest! {
             let before = world.look().1;
             let first = VmAttributes { kind: VmKind::ALL[kind], ipa_bits: BITS, vcpus: 2 }.bits();
             let sizes = <[u64; 2]>::from(world.sizes(first));
-            let mut handles = vec![if is_sealed { world.sealed(first) } else { world.create(first) }];
+            let mut handles = vec![if is_sealed { sealed(world, first) } else { create(world, first) }];
             for (index, seeds, action) in steps {
                 // Those that lead on more often than the others.
                 let vital = [
@@ -543,9 +482,9 @@ proptest! {
                 // pKVM's share, unshare and relinquish; what the other guests have at these numbers.
                 let function = [0xc600_0003, 0xc600_0004, 0xc600_0009, 0xc400_0197][usize::from(action % 4)];
                 let at = ENTRY + u64::from(action / 4) * PAGE_SIZE;
-                *world.machine.guest.lock().unwrap() = [Action::Call([function, at, 2, 0])].into();
+                world.machine.set_actions(hvc([function, at, 2, 0]));
 
-                let before = world.state_of_memory();
+                let before = state_of_memory(world);
                 let [x0, x1, x2, x3] = world.hvc(&values);
                 world.is_consistent();
                 if matches!(name, "UID" | "REVISION") {
@@ -556,7 +495,7 @@ proptest! {
                     Status::Success if name == "VM_DESTROY" && x1 == 0 => handles.retain(|&it| it != values[1]),
                     Status::Success => continue,
                     status => {
-                        assert!(world.state_of_memory() == before, "{name} changed something: {status:?}");
+                        assert!(state_of_memory(world) == before, "{name} changed something: {status:?}");
                         let kept = |index: usize| values.get(index).copied().unwrap_or(0x1000 + index as u64);
                         assert_eq!([x2, x3], [kept(2), kept(3)]);
                         assert!(status == Status::NeedsTables || x1 % PAGE_SIZE == 0, "{status:?} {x1:#x}");
