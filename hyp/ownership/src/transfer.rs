@@ -215,7 +215,8 @@ impl Guest {
     }
 }
 
-fn address(frame: u64) -> Option<Ipa> {
+/// Returns the guest address of a frame.
+pub(crate) fn address(frame: u64) -> Option<Ipa> {
     Ipa::new(frame.checked_mul(PAGE_SIZE)?)
 }
 

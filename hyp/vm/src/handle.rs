@@ -34,7 +34,8 @@ impl Handle {
     }
 
     /// Returns where the VM is, if there is one.
-    pub(crate) fn slot(self) -> usize {
+    #[must_use]
+    pub fn slot(self) -> usize {
         let [slot, ..] = self.0.to_le_bytes();
         slot.into()
     }

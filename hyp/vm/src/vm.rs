@@ -235,6 +235,15 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
         (sizes.total(), pages_for::<Vcpu<V>>(1).saturating_add(area), sizes.root)
     }
 
+    /// Runs `f` on what the guest's calls work on, for those who compare it with what should be.
+    ///
+    /// # Errors
+    ///
+    /// BAD_HANDLE; BUSY.
+    pub fn with_guest<R>(&self, handle: Handle, f: impl FnOnce(&Guest<G>) -> R) -> Result<R, Refusal> {
+        self.table.shared(handle, |vm| Ok(f(&vm.guest)))
+    }
+
     /// Makes a VM of pages that the host donates.
     ///
     /// # Errors
