@@ -319,6 +319,8 @@ fn map_el2(
         let physical = PhysAddr::from_bits_truncating(cpu_block(layout, index));
         el2.map(&machine, pool, stack.map_err(|_| BootError::Tables)?, physical, El2Usage::Data)?;
     }
+    #[cfg(feature = "checked")]
+    crate::checked::map_window(&machine, pool, &mut el2, &platform.ram)?;
     Ok(el2)
 }
 

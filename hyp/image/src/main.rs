@@ -5,8 +5,14 @@
 
 #![cfg_attr(target_os = "none", no_std, no_main)]
 
+#[cfg(feature = "checked")]
+extern crate alloc;
+
 #[cfg(target_os = "none")]
 mod boot;
+#[cfg(all(target_os = "none", feature = "checked"))]
+#[expect(unsafe_code, reason = "the heap of the model, the window to RAM, and a lock that is passed on")]
+mod checked;
 #[cfg(target_os = "none")]
 mod console;
 #[cfg(target_os = "none")]

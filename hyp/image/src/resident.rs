@@ -12,19 +12,29 @@ use ravelin_arch::{
     CpuStart, El3, Exit, Hardware, HostFrame, Objects, enable_stage2, halt, host_exit as read_exit, prepare_cpu,
     pstate_features, secondary_entry, skip_instruction, take_exception, trapped,
 };
-use ravelin_hypercall::{Cpu, Entries, Exception, FaultAction, Firmware, Host, HostedVms, PstateFeatures, Trapped};
-use ravelin_memory::{PAGE_SIZE, PhysAddr, PhysRange};
+use ravelin_hypercall::{
+    Cpu, Entries, Exception, FaultAction, Firmware, Host, HostedVms, PstateFeatures, Registers, Trapped,
+};
+use ravelin_memory::{Ipa, PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_ownership::{Memory, OwnershipTable, PAGES_PER_BLOCK};
 use ravelin_pgtable::{El2, Geometry, Machine, PageTable, PhysicalSize, Stage2};
 use ravelin_platform::{Layout, LogLevel, MAX_RAM_REGIONS, MAX_REDISTRIBUTOR_REGIONS};
 use spin::once::Once;
 
+#[cfg(feature = "checked")]
+use crate::checked;
 use crate::{console, panic, pool::Pool};
 
-static MEMORY: Once<Memory<'static, Pool>> = Once::new();
+/// What the host's exits are handled on.
+#[cfg(not(feature = "checked"))]
+type ThisCpu = Hardware;
+#[cfg(feature = "checked")]
+type ThisCpu = checked::Checked;
+
+pub(crate) static MEMORY: Once<Memory<'static, Pool>> = Once::new();
 static HYPERVISOR: Once<Hypervisor> = Once::new();
 static REDISTRIBUTORS: Once<ArrayVec<PhysRange, MAX_REDISTRIBUTOR_REGIONS>> = Once::new();
-static VMS: HostedVms<Objects> = {
+pub(crate) static VMS: HostedVms<Objects> = {
     // SAFETY: The pages are those that the ownership table says the hypervisor keeps for a VM; EL2 maps them until they go
     // back.
     let objects = unsafe { Objects::new() };
@@ -33,7 +43,7 @@ static VMS: HostedVms<Objects> = {
 
 /// What every CPU needs to serve the host.
 struct Hypervisor {
-    machine: Hardware,
+    machine: ThisCpu,
     host: Host<'static, Pool, El3, Objects>,
     stage2_root: PhysAddr,
     vtcr_el2: u64,
@@ -158,6 +168,10 @@ fn take_over(mut inheritance: Inheritance) {
     // pages from the pool before the host runs.
     inheritance.pool.free_pages(inheritance.stack, Inheritance::STACK_PAGES);
 
+    #[cfg(feature = "checked")]
+    checked::begin(&mut inheritance.pool, &inheritance.ram, layout.carve_out);
+    #[cfg(feature = "checked")]
+    let machine = checked::Checked(machine);
     let host_tables = PageTable::<Stage2>::new(stage2_root, geometry);
     let memory = MEMORY.call_once(|| Memory::new(table, host_tables, inheritance.el2, inheritance.pool));
     let entry = PhysAddr::from_bits_truncating(secondary_entry(layout.image.base()));
@@ -192,17 +206,15 @@ extern "C" fn host_exit(frame: &mut HostFrame) {
     let (Some(hypervisor), Some(cpu)) = (HYPERVISOR.get(), CpuStart::current()) else { halt() };
     let registers = &mut frame.arguments;
     match read_exit() {
-        Exit::Hvc(immediate) => {
-            hypervisor.host.hvc(&hypervisor.machine, immediate, registers);
-            #[cfg(feature = "checked")]
-            check(hypervisor);
-        }
+        Exit::Hvc(immediate) => hvc(hypervisor, immediate, registers),
         Exit::Smc(immediate) => {
             skip_instruction();
+            #[cfg(feature = "checked")]
+            checked::before_smc(registers);
             hypervisor.host.smc(cpu.index(), immediate, registers);
         }
         Exit::Stage2Fault(address) => {
-            if hypervisor.host.fault(&hypervisor.machine, address) == FaultAction::Inject {
+            if fault(hypervisor, address) == FaultAction::Inject {
                 inject(Trapped::abort);
             }
         }
@@ -211,17 +223,42 @@ extern "C" fn host_exit(frame: &mut HostFrame) {
     }
 }
 
+#[cfg(not(feature = "checked"))]
+#[inline]
+fn hvc(hypervisor: &Hypervisor, immediate: u16, registers: &mut Registers) {
+    hypervisor.host.hvc(&hypervisor.machine, immediate, registers);
+}
+
+#[cfg(not(feature = "checked"))]
+#[inline]
+fn fault(hypervisor: &Hypervisor, address: Ipa) -> FaultAction {
+    hypervisor.host.fault(&hypervisor.machine, address)
+}
+
+#[cfg(feature = "checked")]
+fn hvc(hypervisor: &Hypervisor, immediate: u16, registers: &mut Registers) {
+    let before = *registers;
+    checked::take_turn();
+    hypervisor.host.hvc(&hypervisor.machine, immediate, registers);
+    checked::host_call(immediate, &before, registers);
+}
+
+#[cfg(feature = "checked")]
+fn fault(hypervisor: &Hypervisor, address: Ipa) -> FaultAction {
+    checked::take_turn();
+    let action = hypervisor.host.fault(&hypervisor.machine, address);
+    checked::host_fault(address.raw(), action == FaultAction::Resume);
+    action
+}
+
+/// Returns the machine, since the host runs.
+#[cfg(feature = "checked")]
+pub(crate) fn machine() -> Option<&'static checked::Checked> {
+    HYPERVISOR.get().map(|hypervisor| &hypervisor.machine)
+}
+
 /// Makes the host take an exception in place of what it did. Out of line, to keep it out of the way of calls.
 #[inline(never)]
 fn inject(exception: fn(&Trapped, PstateFeatures) -> Exception) {
     take_exception(&exception(&trapped(), pstate_features()));
-}
-
-/// Stops the machine if a table disagrees with the ownership entries.
-#[cfg(feature = "checked")]
-#[inline(never)]
-fn check(hypervisor: &Hypervisor) {
-    if let Some(Err(inconsistency)) = MEMORY.get().map(|memory| memory.check(&hypervisor.machine)) {
-        panic!("{inconsistency}");
-    }
 }

@@ -5,7 +5,10 @@ use ravelin_memory::{BLOCK_SIZE, PAGE_SIZE, PhysRange, TABLE_ENTRIES};
 use crate::{DtbError, Fault, HostImage, Platform};
 
 /// Memory of each CPU in the carve-out, in bytes: its stack and what else is its own.
-pub const CPU_BLOCK_SIZE: u64 = 12 << 10;
+pub const CPU_BLOCK_SIZE: u64 = if cfg!(feature = "checked") { 64 << 10 } else { 12 << 10 };
+
+/// Bytes that the pool has on top in the checking build, for the model.
+pub const MODEL_MEMORY: u64 = if cfg!(feature = "checked") { 32 << 20 } else { 0 };
 
 /// Bytes of the entry that the ownership table has for a page, and of that for a block.
 const ENTRY_SIZE: u64 = 8;
@@ -104,14 +107,16 @@ impl Sizes {
         let block_entries = blocks.checked_mul(ENTRY_SIZE)?.checked_next_multiple_of(PAGE_SIZE)?;
         let image = image_size.max(1).checked_next_multiple_of(PAGE_SIZE)?;
         let cpus = CPU_BLOCK_SIZE.checked_mul(u64::try_from(platform.cpu_count()).ok()?)?;
-        let fixed = page_entries.checked_add(block_entries)?.checked_add(image)?.checked_add(cpus)?;
+        let fixed =
+            [page_entries, block_entries, image, cpus, MODEL_MEMORY].into_iter().try_fold(0, u64::checked_add)?;
 
         let with_tables =
             |tables: u64| fixed.checked_add(tables.checked_mul(PAGE_SIZE)?)?.checked_next_multiple_of(BLOCK_SIZE);
         let ram = platform.ram_size();
         let wanted = with_tables(TABLES.checked_add((ram.div_ceil(1 << 30)).checked_mul(TABLES_PER_GIB)?)?)?;
         // With many CPUs or a large image on little memory there are fewer tables rather than more memory gone.
-        let carve_out = if wanted <= budget(ram)? { wanted } else { with_tables(MIN_TABLES)? };
+        let carve_out =
+            if wanted <= budget(ram)?.checked_add(MODEL_MEMORY)? { wanted } else { with_tables(MIN_TABLES)? };
         Some(Self { page_entries, block_entries, image, cpus, carve_out })
     }
 

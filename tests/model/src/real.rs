@@ -2,7 +2,7 @@
 
 use core::ops::Range;
 
-use alloc::vec::Vec;
+use alloc::{format, string::String, vec::Vec};
 use ravelin_abi::VmKind;
 
 use crate::{
@@ -118,6 +118,19 @@ impl Model {
         }
         let (counted, counts) = (real.counts(), self.counts());
         if counted == counts { Ok(()) } else { differs!("the hypervisor counts {counted:?}, and not {counts:?}") }
+    }
+
+    /// Returns what model and entries say of the pages that the last call was about, for a message.
+    #[must_use]
+    pub fn account(&self, real: &dyn Real) -> String {
+        let mut text = String::new();
+        for pages in blocks(self.touched.pages.iter().cloned()) {
+            for (part, page) in self.state.pages.parts(pages.clone()) {
+                text += &format!("model   {part:#x?}: {page:x?}\n");
+            }
+            real.pages(pages, &mut |part, page| text += &format!("entries {part:#x?}: {page:x?}\n"));
+        }
+        text
     }
 
     /// Returns how many pages are in each state.

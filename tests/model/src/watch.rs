@@ -1,7 +1,6 @@
 //! The model that watches the real thing, exit by exit.
 
 use alloc::collections::BTreeMap;
-use core::ops::Range;
 
 use crate::{Difference, GuestCall, Model, Reached, Real};
 
@@ -82,11 +81,5 @@ impl Watch {
     /// Yields what has been reached, and how often.
     pub fn reached(&self) -> impl Iterator<Item = (&Reached, u64)> {
         self.reached.iter().map(|(reached, &count)| (reached, count))
-    }
-
-    /// Returns what the model says of pages, for a message.
-    #[must_use]
-    pub fn describe(&self, pages: Range<u64>) -> alloc::string::String {
-        self.model.state.pages.parts(pages).map(|(part, page)| alloc::format!("{part:#x?}: {page:?}\n")).collect()
     }
 }

@@ -1,0 +1,146 @@
+//! The checking build: the model of `tests/model` watches each exit of the host and each call of a guest.
+//!
+//! The model knows one step after the other, so the CPUs take turns at EL2: a CPU has its turn from the moment it comes there
+//! until it leaves, and each exit is judged, and the tables compared, before the next one begins. Guests run meanwhile. What
+//! this hides, that is two CPUs at EL2 at the same moment, is tested elsewhere: by loom, by tests with threads, and by the same
+//! payloads on the ordinary build.
+
+mod heap;
+mod machine;
+
+use alloc::string::String;
+use core::{fmt::Write, mem, ops::Range};
+
+use ravelin_abi::VmAttributes;
+use ravelin_arch::Hardware;
+use ravelin_hypercall::{HostedVms, Registers};
+use ravelin_memory::{HypRange, PAGE_SIZE, PhysAddr, PhysRange};
+use ravelin_model::{Difference, Model, Real, Sizes, Watch};
+use ravelin_oracle::Observed;
+use ravelin_ownership::Memory;
+use ravelin_pgtable::{El2, El2Usage, MapError, PageTable, TablePool};
+use ravelin_vm::{GuestCpu, MachineMemory};
+use spin::{Mutex, mutex::TicketMutex};
+
+pub(crate) use machine::Checked;
+
+use crate::{
+    pool::Pool,
+    resident::{MEMORY, VMS, machine},
+};
+
+/// Where EL2 sees all of RAM, to look for what should have been scrubbed: that far behind its physical address, for reading.
+const WINDOW: u64 = 3 << 46;
+
+/// Exits between two comparisons of all of memory.
+const THOROUGH: u64 = 256;
+
+/// Whose turn it is.
+static TURN: TicketMutex<()> = TicketMutex::new(());
+
+static WATCH: Mutex<Option<Watch>> = Mutex::new(None);
+
+/// Maps RAM where [`is_zero`] reads it.
+pub(crate) fn map_window<P: TablePool>(
+    machine: &Hardware,
+    pool: &mut P,
+    el2: &mut PageTable<El2>,
+    ram: &[PhysRange],
+) -> Result<(), MapError> {
+    ram.iter().try_for_each(|region| {
+        let window = HypRange::new(WINDOW + region.base().raw(), region.pages()).map_err(|_| MapError::OutOfRange)?;
+        el2.map(machine, pool, window, region.base(), El2Usage::Rodata)
+    })
+}
+
+/// Begins to watch, before the host runs. The model lives in pages of `pool`.
+pub(crate) fn begin(pool: &mut Pool, ram: &[PhysRange], carve_out: PhysRange) {
+    heap::fill(pool);
+    let bytes = |range: PhysRange| -> Range<u64> { range.base().raw()..range.end() };
+    let model = Model::new(ram.iter().copied().map(bytes), bytes(carve_out), sizes);
+    *WATCH.lock() = Some(Watch::new(model, THOROUGH));
+}
+
+/// What VM_SIZES says. The hypervisor is asked, because how large its objects are is up to it.
+fn sizes(attributes: VmAttributes) -> Sizes {
+    let area = machine().map_or(0, |machine| machine.area_pages());
+    let (vm, vcpu, alignment) =
+        HostedVms::<ravelin_arch::Objects>::sizes::<MachineMemory<'_, '_, Pool, Hardware>>(attributes, area);
+    Sizes { vm, vcpu, alignment }
+}
+
+/// Waits until no other CPU has its turn, and begins this one's.
+pub(crate) fn take_turn() {
+    mem::forget(TURN.lock());
+}
+
+/// Ends this CPU's turn.
+pub(crate) fn pass_turn() {
+    // SAFETY: This CPU has the lock by `take_turn`, which has forgotten its guard.
+    unsafe { TURN.force_unlock() };
+}
+
+/// Judges a call of the host that has been handled in this CPU's turn, which ends.
+pub(crate) fn host_call(immediate: u16, before: &Registers, after: &Registers) {
+    let before = core::array::from_fn(|index| before[index]);
+    let after = core::array::from_fn(|index| after[index]);
+    judge(|watch, real| watch.host_call(real, immediate, before, after));
+    pass_turn();
+}
+
+/// Judges a fault of the host that has been handled in this CPU's turn, which ends.
+pub(crate) fn host_fault(address: u64, given: bool) {
+    judge(|watch, real| watch.host_fault(real, address, given));
+    pass_turn();
+}
+
+/// Stops the machine if the model says something else.
+fn judge(judge: impl FnOnce(&mut Watch, &dyn Real) -> Result<(), Difference>) {
+    let (Some(memory), Some(machine)) = (MEMORY.get(), machine()) else { return };
+    let real = Observed { memory, machine, vms: &VMS, is_zero: &is_zero };
+    let mut watch = WATCH.lock();
+    let Some(watch) = watch.as_mut() else { return };
+    let judged = judge(watch, &real).and_then(|()| consistent(memory, machine, watch));
+    if let Err(difference) = judged {
+        panic!("the model differs: {difference}\n{}", watch.model().account(&real));
+    }
+}
+
+/// Looks at what the hypervisor notes to be quicker, which the model does not know.
+fn consistent(memory: &Memory<'_, Pool>, machine: &Checked, watch: &Watch) -> Result<(), Difference> {
+    if !watch.exits().is_multiple_of(THOROUGH) {
+        return Ok(());
+    }
+    memory.check(machine).map_err(|inconsistency| {
+        let mut text = String::new();
+        let _ = write!(text, "{inconsistency}");
+        Difference(text)
+    })
+}
+
+/// Says what has been seen, before the host turns the machine off.
+pub(crate) fn before_smc(registers: &Registers) {
+    const SYSTEM_OFF: u64 = 0x8400_0008;
+    const SYSTEM_RESET: u64 = 0x8400_0009;
+    if !matches!(registers[0], SYSTEM_OFF | SYSTEM_RESET) {
+        return;
+    }
+    take_turn();
+    if let Some(watch) = &*WATCH.lock() {
+        log::info!("model: calls {}", watch.exits());
+        for (reached, count) in watch.reached() {
+            log::info!("model: reached {reached} {count}");
+        }
+    }
+    pass_turn();
+}
+
+/// Returns whether a page of RAM holds nothing but zeroes.
+fn is_zero(page: PhysAddr) -> bool {
+    let start = core::ptr::with_exposed_provenance::<u64>((WINDOW + page.raw()) as usize);
+    (0..PAGE_SIZE as usize / size_of::<u64>()).all(|index| {
+        // SAFETY: The window maps all of RAM, and the index stays in the page. Whoever else has the page may write to it.
+        let word = unsafe { start.wrapping_add(index).read_volatile() };
+        word == 0
+    })
+}
