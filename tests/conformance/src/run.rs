@@ -167,7 +167,8 @@ pub(crate) fn run(
     let mut last: Option<String> = None;
     loop {
         let after = last.as_ref().map_or_else(String::new, |test| format!(" after={test}"));
-        let mut session = Session::start(machine, images, &format!("{arguments} inspector=yes{after}"))?;
+        let checked = if machine.checked { " checked=yes" } else { "" };
+        let mut session = Session::start(machine, images, &format!("{arguments} inspector=yes{checked}{after}"))?;
         let mut parser = Parser::default();
         let mut console = String::new();
         let mut current: Option<String> = None;

@@ -52,7 +52,7 @@ impl Model {
     /// Returns what a call about VMs has to do.
     pub(crate) fn vm_call(&mut self, call: &'static str, x: [u64; 6]) -> Verdict {
         let attributes = || VmAttributes::from_bits(x[0]).expect("checked");
-        let frames = pages(x[1], x[2]);
+        let frames = || pages(x[1], x[2]);
         match call {
             "VM_SIZES" => self.vm_sizes(attributes()),
             "VM_CREATE" => self.vm_create(attributes(), pages(x[1], x[2])),
@@ -66,16 +66,16 @@ impl Model {
                     "VM_DONATE_TABLES" => self.donate_tables(handle, pages(x[1], x[2])),
                     "VCPU_CREATE" => self.create_vcpu(handle, &vm, x[1], pages(x[2], x[3]), x[4] / PAGE_SIZE),
                     "VM_MAP" => self.map(handle, &vm, x[1] / PAGE_SIZE, pages(x[2], x[3])),
-                    "VM_UNMAP" => self.unmap(handle, &vm, frames),
+                    "VM_UNMAP" => self.unmap(handle, &vm, frames()),
                     "VM_SEAL" => self.seal(handle, &vm, x),
                     "VCPU_GET_REGISTER" | "VCPU_SET_REGISTER" => register(&vm, x[1]),
                     "VCPU_RUN" => run(&vm, x[1]),
                     "SPI" => spi(&vm),
                     "VM_TEARDOWN" => teardown(handle, &vm),
-                    "VM_RECLAIM" => self.reclaim(handle, &vm, frames),
+                    "VM_RECLAIM" => self.reclaim(handle, &vm, frames()),
                     "VM_DESTROY" => self.destroy(handle, &vm),
-                    "CLAIM" => self.claim(handle, &vm, frames),
-                    "RELEASE" => self.release(handle, &vm, frames),
+                    "CLAIM" => self.claim(handle, &vm, frames()),
+                    "RELEASE" => self.release(handle, &vm, frames()),
                     _ => unreachable!("{call} is not in the specification"),
                 }
             }
@@ -233,7 +233,8 @@ impl Model {
             if vm.vcpus.contains_key(&index) {
                 return Err(Refusal::new(Status::Exists, state));
             }
-            if metadata.end - metadata.start != (self.sizes)(attributes).vcpu {
+            // Nothing can be made at address 0.
+            if metadata.end - metadata.start != (self.sizes)(attributes).vcpu || metadata.start == 0 {
                 return Err(Refusal::new(Status::Invalid, state));
             }
             self.demand_owned(run_page..run_page + 1)?;
