@@ -87,6 +87,8 @@ impl<'a> Parsed<'a> {
                 Kind::PageCount { max } => {
                     (pages, most_pages) = (value, max);
                     wrong.invalid |= value == 0;
+                    // Of the addresses up to here; one that follows is that of a page.
+                    wrong.overflow |= overflows(highest_page, value);
                 }
                 Kind::Number { first, last } => wrong.invalid |= !(first..=last).contains(&value),
                 Kind::Handle => {}
@@ -96,8 +98,7 @@ impl<'a> Parsed<'a> {
                 }
             }
         }
-        let end = pages.checked_mul(PAGE_SIZE).and_then(|size| highest_page.checked_add(size));
-        wrong.overflow = end.is_none_or(|end| end > ADDRESS_END);
+        wrong.overflow |= overflows(highest_page, 1);
         wrong.too_large = pages > most_pages;
         wrong.status().map_or(Ok(Self { values, pages }), Err)
     }
@@ -116,6 +117,12 @@ impl<'a> Parsed<'a> {
     pub(crate) fn attributes(&self, index: usize) -> VmAttributes {
         VmAttributes::from_bits(self.value(index)).unwrap_or(VmAttributes::LEAST)
     }
+}
+
+/// Returns whether so many pages from `base` on reach beyond the last address.
+fn overflows(base: u64, pages: u64) -> bool {
+    let end = pages.checked_mul(PAGE_SIZE).and_then(|size| base.checked_add(size));
+    end.is_none_or(|end| end > ADDRESS_END)
 }
 
 /// What is wrong with the arguments of a call, in the order in which it is told.
@@ -192,6 +199,16 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_count_is_of_the_addresses_before_it() {
+        const VCPU_CREATE: u64 = 0xc600_1012;
+        let create = |metadata, pages, run_page| parse(VCPU_CREATE, [0, 0, metadata, pages, run_page]);
+        let last = ADDRESS_END - PAGE_SIZE;
+        assert!(create(0x4000_0000, 3, last).is_ok());
+        assert_eq!(create(last, 3, 0x4000_0000), Err(Status::Overflow));
+        assert_eq!(create(0x4000_0000, 3, ADDRESS_END), Err(Status::Overflow));
     }
 
     #[test]

@@ -34,6 +34,9 @@ mod verdict;
 pub mod vms;
 mod watch;
 
+#[cfg(test)]
+mod tests;
+
 use alloc::{string::String, vec::Vec};
 use core::{fmt, ops::Range};
 
