@@ -35,6 +35,9 @@ const ROWS: [Row; 7] = [
     (Config::new("cortex-a53", 1, "512M"), "run.ordinary convert.pkvm", 30),
 ];
 
+/// What the model watches in each test run. With `--full` it watches all.
+const CHECKED: Row = (Config::new("cortex-a76", 2, "512M").checked(), "convert.pkvm convert.realm", 40);
+
 /// The drivers, the module, and what is looked at before and after the cases.
 const BEFORE: &str = "
 dmesg -n 1
@@ -72,12 +75,17 @@ pub(super) fn run(full: bool, report: &mut Report) -> Result<()> {
         row(&config, arguments, cases, full, &with_drivers, report);
     }
     if full {
+        for (config, arguments, cases) in ROWS {
+            row(&config.checked(), arguments, cases, false, &with_drivers, report);
+        }
         // Cases that need the drivers are skipped.
         let files = files(Kernel::LinuxNew)?;
         for (config, arguments, cases) in ROWS {
             row(&config.with_kernel(Kernel::LinuxNew.name()), arguments, cases, false, &files, report);
         }
     }
+    let (config, arguments, cases) = CHECKED;
+    row(&config, arguments, cases, false, &with_drivers, report);
     report.check("kexec while a protected guest runs", kexec());
     Ok(())
 }

@@ -158,6 +158,8 @@ pub(super) struct Config {
     smp: u32,
     memory: &'static str,
     kernel: &'static str,
+    /// Whether the model watches.
+    checked: bool,
     /// What is special, and the arguments for QEMU that make it so.
     variant: Option<(&'static str, &'static [&'static str])>,
 }
@@ -165,7 +167,12 @@ pub(super) struct Config {
 impl Config {
     /// A plain machine with the default kernel.
     pub(super) const fn new(cpu: &'static str, smp: u32, memory: &'static str) -> Self {
-        Self { cpu, smp, memory, kernel: DEFAULT_KERNEL, variant: None }
+        Self { cpu, smp, memory, kernel: DEFAULT_KERNEL, checked: false, variant: None }
+    }
+
+    /// The same machine with the checking build.
+    pub(super) const fn checked(self) -> Self {
+        Self { checked: true, ..self }
     }
 
     /// The same machine with a kernel of the manifest.
@@ -176,11 +183,11 @@ impl Config {
 
 impl std::fmt::Display for Config {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { cpu, smp, memory, kernel, variant } = self;
+        let Self { cpu, smp, memory, kernel, checked, variant } = self;
         if *kernel != DEFAULT_KERNEL {
             write!(f, "{kernel} on ")?;
         }
-        write!(f, "{cpu} x{smp} {memory}")?;
+        write!(f, "{cpu} x{smp} {memory}{}", if *checked { " checked" } else { "" })?;
         variant.map_or(Ok(()), |(name, _)| write!(f, " {name}"))
     }
 }
@@ -231,6 +238,7 @@ fn matrix(full: bool, report: &mut Report) -> Result<Vec<(Config, &'static [Extr
         }
     }
     matrix.extend(variants.map(|config| (config, &[][..])));
+    matrix.push((USUAL.checked(), &[]));
     for kernel in OTHER_KERNELS {
         match Manifest::load()?.ensure(kernel) {
             Ok(_) => matrix.extend(CPUS.map(|cpu| (Config { kernel, ..Config::new(cpu, 2, "2G") }, &[][..]))),
@@ -377,6 +385,7 @@ pub(super) fn boot(name: &str, config: &Config, change: impl FnOnce(&mut Options
         smp: Some(config.smp),
         memory: Some(config.memory.into()),
         host_kernel: kernel,
+        checked: config.checked,
         // Kernel messages are read by dmesg; on the console they would fall between the lines that are parsed.
         append: Some("quiet".into()),
         // A panic of the hypervisor becomes a status of QEMU.
