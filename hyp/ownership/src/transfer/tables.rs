@@ -84,11 +84,13 @@ impl<P: TablePool> Memory<'_, P> {
         if range.pages() > MAX_STEPS {
             return Err(failure(GuestReason::TooLarge));
         }
-        if range.base().raw() == 0 {
-            return Err(failure(GuestReason::Denied));
-        }
         let mut inner = self.lock();
         let mut guest = guest.lock();
+        if range.base().raw() == 0 {
+            // It ends the list of spare pages. What is wrong with it anyway comes first.
+            inner.table.check(range, &Step::KEEP)?;
+            return Err(failure(GuestReason::Denied));
+        }
         inner.take(machine, range, &Step::KEEP)?;
         range.iter().for_each(|page| guest.spare.push(machine, page));
         Ok(())
