@@ -17,6 +17,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -77,6 +78,40 @@ pub struct Translation {
     pub to: PhysAddr,
     /// Attribute bits of the leaf.
     pub attributes: u64,
+}
+
+/// What the tables have at an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// Nothing that translates it.
+    Nothing,
+    /// Poison.
+    Poisoned,
+    /// This translation, and for the addresses behind it what follows.
+    Leaf(Translation),
+}
+
+/// Consecutive addresses of which the tables say the same.
+struct Run {
+    range: Range<u64>,
+    seen: Seen,
+}
+
+impl Run {
+    /// Adds the run behind this one, if the two are one.
+    fn join(&mut self, next: &Self) -> bool {
+        let joins = match (self.seen, next.seen) {
+            (Seen::Leaf(first), Seen::Leaf(second)) => {
+                first.attributes == second.attributes
+                    && first.to.raw() + (self.range.end - self.range.start) == second.to.raw()
+            }
+            (first, second) => first == second,
+        };
+        if joins {
+            self.range.end = next.range.end;
+        }
+        joins
+    }
 }
 
 /// A table's entries, by address.
@@ -201,6 +236,37 @@ impl RecordingMachine {
         self.state().translate(stage, addr)
     }
 
+    /// Calls `f` with what the tables of `stage` say of `range`, in ascending order and in runs of one kind. `f` must not call
+    /// methods of this.
+    ///
+    /// # Panics
+    ///
+    /// If a TLB might answer otherwise for an address in `range`.
+    pub fn for_each_run(&self, stage: Stage, range: Range<u64>, f: &mut dyn FnMut(Range<u64>, Seen)) {
+        let state = self.state();
+        let cached = |stale: &&Stale| stale.stage == stage && stale.start < range.end && range.start < stale.end;
+        if let Some(stale) = state.stale.iter().find(cached) {
+            panic!("missing flush: {:?} of {:#x} may still be cached", stale.descriptor, stale.start);
+        }
+        let mut last = None::<Run>;
+        for &(_, root, geometry) in state.roots.iter().filter(|root| root.0 == stage) {
+            for page in 0..geometry.root_pages() {
+                let base = page << geometry.table_shift();
+                let table = PhysAddr::from_bits_truncating(root.raw() + page * PAGE_SIZE);
+                state.runs(table, geometry.start(), base, &range, &mut |run| {
+                    if !last.as_mut().is_some_and(|last| last.join(&run))
+                        && let Some(done) = last.replace(run)
+                    {
+                        f(done.range, done.seen);
+                    }
+                });
+            }
+        }
+        if let Some(Run { range, seen }) = last {
+            f(range, seen);
+        }
+    }
+
     /// Panics unless all writes are published, nothing stale is cached, every table in use is linked, and table
     /// descriptors note the right number of entries.
     pub fn assert_quiescent(&self) {
@@ -248,6 +314,31 @@ impl State {
             }
         }
         answers
+    }
+
+    /// Calls `f` with what the entries of a table at `base` say of those of their addresses that are in `range`.
+    fn runs(&self, table: PhysAddr, level: Level, base: u64, range: &Range<u64>, f: &mut dyn FnMut(Run)) {
+        let size = level.size();
+        let first = range.start.saturating_sub(base) / size;
+        let behind = range.end.saturating_sub(base).div_ceil(size).min(512);
+        for index in first..behind {
+            let start = base + index * size;
+            let part = start.max(range.start)..(start + size).min(range.end);
+            let descriptor = Descriptor::from_bits(self.table(table).entries[index as usize]);
+            let seen = match descriptor.kind(level) {
+                Kind::Table(next) => {
+                    self.runs(next, level.next().unwrap(), start, range, f);
+                    continue;
+                }
+                Kind::Leaf(to) => Seen::Leaf(Translation {
+                    to: PhysAddr::from_bits_truncating(to.raw() + (part.start - start)),
+                    attributes: descriptor.attributes(),
+                }),
+                Kind::Poisoned => Seen::Poisoned,
+                Kind::Invalid | Kind::Pending(_) => Seen::Nothing,
+            };
+            f(Run { range: part, seen });
+        }
     }
 
     /// Whether EL2 maps the page for data, and nothing else may be cached.
