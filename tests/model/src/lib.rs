@@ -138,6 +138,11 @@ impl Model {
         Self { state, sizes, touched: Touched::default() }
     }
 
+    /// Yields the numbers of the pages that the last call had to zero.
+    pub fn scrubbed(&self) -> impl Iterator<Item = u64> {
+        self.touched.scrubbed.iter().cloned().flatten()
+    }
+
     /// Gives pages a new state, and remembers to look at them.
     pub(crate) fn set(&mut self, pages: Range<u64>, page: Page) {
         self.touched.pages.push(pages.clone());
