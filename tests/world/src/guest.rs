@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use ravelin_abi::Status;
 use ravelin_memory::PhysRange;
-use ravelin_pgtable::{Vmid, recording::Stage};
+use ravelin_pgtable::{Vmid, Vttbr, recording::Stage};
 use ravelin_vm::{Context, Entry, GuestCpu, IdRegisters, Left, PstateFeatures, Syndrome, VectorPlaces};
 
 use crate::machine::TestMachine;
@@ -45,6 +45,11 @@ impl Action {
 /// What became of an action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
+    /// The hypervisor has done what the call has to do with memory, and these are the registers now, from x0 on. They are as they
+    /// were if the call waits for the host, or is about something else. Comes once more for each time that it is tried again.
+    Handled([u64; CALL_REGISTERS]),
+    /// Stage 2 has nothing at the address of an access. Comes once more for each time that it is tried again.
+    Faulted,
     /// The guest is behind the instruction, which the hypervisor has performed, with these registers from x0 on.
     Returned([u64; CALL_REGISTERS]),
     /// The guest has accessed memory, which held this before.
@@ -56,8 +61,8 @@ pub enum Outcome {
 /// Something that a guest has done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Happened {
-    /// The guest.
-    pub vmid: Vmid,
+    /// The guest's stage 2.
+    pub tree: Vttbr,
     /// Its vCPU.
     pub vcpu: usize,
     /// What it has done.
@@ -71,26 +76,39 @@ pub struct Happened {
 pub(crate) struct Script {
     pub(crate) actions: VecDeque<Action>,
     pub(crate) happened: Vec<Happened>,
+    /// How often instructions have been tried again since the host was left.
+    tries: u32,
     /// The instruction that a vCPU was left at, and its address.
     pub(crate) in_flight: BTreeMap<(Vmid, usize), (u64, Action)>,
 }
 
 impl Script {
     /// Returns what a vCPU does next: once more the instruction that it is still at, if there is one.
-    fn next(&mut self, vmid: Vmid, vcpu: usize, context: &Context) -> Option<Action> {
-        if let Some((pc, action)) = self.in_flight.remove(&(vmid, vcpu)) {
-            if context.pc == pc {
+    fn next(&mut self, tree: Vttbr, vcpu: usize, context: &mut Context) -> Option<Action> {
+        if let Some((pc, action)) = self.in_flight.remove(&(tree.vmid, vcpu)) {
+            // At a vector that is at the instruction itself, it would be at it until an interrupt comes.
+            if context.pc == pc && self.tries < MOST_TRIES {
+                self.tries += 1;
                 return Some(action);
             }
             let outcome = if context.pc == pc.wrapping_add(4) {
-                Outcome::Returned(*context.x.first_chunk().expect("there are 31 registers"))
+                Outcome::Returned(first_registers(context))
             } else {
+                // Its handler returns behind the instruction.
+                context.pc = pc.wrapping_add(4);
                 Outcome::Interrupted
             };
-            self.happened.push(Happened { vmid, vcpu, action, outcome });
+            self.happened.push(Happened { tree, vcpu, action, outcome });
         }
         self.actions.pop_front()
     }
+}
+
+/// How often a guest tries instructions again during a run, at most.
+const MOST_TRIES: u32 = 8;
+
+fn first_registers(context: &Context) -> [u64; CALL_REGISTERS] {
+    *context.x.first_chunk().expect("there are 31 registers")
 }
 
 /// Exception class of HVC in AArch64 state.
@@ -108,9 +126,9 @@ impl TestMachine {
             meeting.wait();
             meeting.wait();
         }
-        let (vmid, vcpu) = (guest.tree.vmid, guest.vcpu);
+        let (tree, vcpu) = (guest.tree, guest.vcpu);
         let mut script = self.script();
-        while let Some(action) = script.next(vmid, vcpu, guest.context) {
+        while let Some(action) = script.next(tree, vcpu, guest.context) {
             let context = &mut *guest.context;
             let pc = context.pc;
             let syndrome = match action {
@@ -125,13 +143,14 @@ impl TestMachine {
                     };
                     Syndrome { esr, far: 0, hpfar: 0 }
                 }
-                Action::Load(at) | Action::Store(at, _) => match self.access(vmid, action, at) {
+                Action::Load(at) | Action::Store(at, _) => match self.access(tree.vmid, action, at) {
                     Some(held) => {
                         context.pc = pc.wrapping_add(4);
-                        script.happened.push(Happened { vmid, vcpu, action, outcome: Outcome::Accessed(held) });
+                        script.happened.push(Happened { tree, vcpu, action, outcome: Outcome::Accessed(held) });
                         continue;
                     }
                     None => {
+                        script.happened.push(Happened { tree, vcpu, action, outcome: Outcome::Faulted });
                         let esr = if let Action::Store(_, value) = action {
                             context.x[5] = value.into();
                             STORE
@@ -142,10 +161,20 @@ impl TestMachine {
                     }
                 },
             };
-            script.in_flight.insert((vmid, vcpu), (pc, action));
+            script.in_flight.insert((tree.vmid, vcpu), (pc, action));
             return Left::Synchronous(syndrome);
         }
         Left::Interrupt
+    }
+
+    /// Notes what has become of the call that a guest is at, if it is at one.
+    fn note_call(&self, guest: &Entry<'_>) {
+        let mut script = self.script();
+        let (tree, vcpu) = (guest.tree, guest.vcpu);
+        if let Some(&(_, action @ Action::Call(..))) = script.in_flight.get(&(tree.vmid, vcpu)) {
+            let outcome = Outcome::Handled(first_registers(guest.context));
+            script.happened.push(Happened { tree, vcpu, action, outcome });
+        }
     }
 
     /// Accesses memory as a guest and returns what was there, or `None` if stage 2 has nothing there.
@@ -166,13 +195,18 @@ impl GuestCpu for TestMachine {
         Ok(())
     }
 
-    fn return_to_host(&self, (): &()) {}
+    fn return_to_host(&self, (): &()) {
+        self.script().tries = 0;
+    }
 
     fn enter(&self, (): &(), guest: &mut Entry<'_>, mut handles: impl FnMut(&Syndrome, &mut Context) -> bool) -> Left {
         loop {
-            match self.enter_once(guest) {
-                Left::Synchronous(syndrome) if handles(&syndrome, guest.context) => {}
-                left => return left,
+            let left = self.enter_once(guest);
+            let Left::Synchronous(syndrome) = left else { return left };
+            let handled = handles(&syndrome, guest.context);
+            self.note_call(guest);
+            if !handled {
+                return left;
             }
         }
     }

@@ -80,6 +80,13 @@ impl TestMachine {
         bytes
     }
 
+    /// Returns whether a page holds nothing but zeroes.
+    #[must_use]
+    pub fn is_zero(&self, page: u64) -> bool {
+        let bytes = lock(&self.bytes);
+        bytes.get(&page).map_or(self.inner.peek(address(page)) == 0, |page| page.iter().all(|&byte| byte == 0))
+    }
+
     /// Changes bytes of a page, whoever may do so. The number that stands for the rest of its contents stays.
     pub fn patch(&self, page: u64, offset: usize, bytes: &[u8]) {
         self.copy_in(address(page), offset, bytes);
@@ -111,9 +118,13 @@ impl TestMachine {
     }
 
     fn copy_out(&self, page: PhysAddr, offset: usize, bytes: &mut [u8]) {
-        match lock(&self.bytes).get(&page.raw()) {
-            Some(page) => bytes.copy_from_slice(&page[offset..][..bytes.len()]),
-            None => bytes.copy_from_slice(&page_of(self.inner.peek(page))[offset..][..bytes.len()]),
+        if let Some(page) = lock(&self.bytes).get(&page.raw()) {
+            bytes.copy_from_slice(&page[offset..][..bytes.len()]);
+            return;
+        }
+        let contents = self.inner.peek(page).to_le_bytes();
+        for (offset, byte) in (offset..).zip(bytes) {
+            *byte = contents[offset % contents.len()];
         }
     }
 

@@ -10,7 +10,7 @@ use ravelin_pgtable::{
     Geometry, PageTable, Vmid,
     recording::{RecordingPool, Stage},
 };
-use ravelin_vm::ObjectMemory;
+use ravelin_vm::{GuestCpu, MachineMemory, ObjectMemory};
 
 use crate::{
     machine::{TestMachine, address},
@@ -73,6 +73,8 @@ pub struct World<'a> {
     pub machine: &'a TestMachine,
     /// Who owns what.
     pub memory: &'a Memory<'a, RecordingPool>,
+    /// All VMs.
+    pub vms: &'a HostedVms<Heap>,
     /// The hypervisor's handlers of what the host does.
     pub host: Host<'a, RecordingPool, Agreeable, Heap>,
 }
@@ -108,7 +110,15 @@ pub fn in_world<R>(layout: &Layout, f: impl FnOnce(&World<'_>) -> R) -> R {
     let vms = Box::new(HostedVms::new(Heap));
     let host = Host::new(&memory, &vms, Agreeable, &cpus, entries);
     assert!(host.take_start(0).is_some());
-    f(&World { layout, machine: &machine, memory: &memory, host })
+    f(&World { layout, machine: &machine, memory: &memory, vms: &vms, host })
+}
+
+/// Returns what VM_SIZES says of these attributes: pages for a VM, and for each of its vCPUs, and of how many pages the VM's
+/// address is a multiple.
+#[must_use]
+pub fn vm_sizes(attributes: VmAttributes) -> (u64, u64, u64) {
+    type Transitions<'a, 'm> = MachineMemory<'a, 'm, RecordingPool, TestMachine>;
+    HostedVms::<Heap>::sizes::<Transitions<'_, '_>>(attributes, TestMachine::default().area_pages())
 }
 
 impl World<'_> {
