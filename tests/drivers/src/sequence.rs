@@ -1,0 +1,334 @@
+//! A sequence of steps in one world, each judged by the model.
+
+use std::collections::BTreeMap;
+
+use ravelin_abi::{Status, VmAttributes};
+use ravelin_memory::PAGE_SIZE;
+use ravelin_model::{
+    Difference, Door as ModelDoor, GuestCall, Model, Reached, Sizes,
+    state::{Frame, Page, Vm},
+};
+use ravelin_world::{Action, Door, Happened, Layout, Outcome, World, number, vm_sizes};
+
+use crate::{
+    coverage::{ACCESS, Coverage},
+    op::{Op, REGISTERS, RunAnswer, Value},
+    real::RealWorld,
+};
+
+/// How often everything is compared, in steps: all of memory, all VMs, all contents. Each step compares what it is about.
+const THOROUGH: u64 = 256;
+
+/// A world and the model of it.
+pub struct Sequence<'w, 'a> {
+    world: &'w World<'a>,
+    model: Model,
+    /// What each page of RAM holds, from the first one on.
+    contents: Vec<u64>,
+    /// By slot: the handle of the VM that was made last.
+    handles: BTreeMap<u8, u64>,
+    /// A number that no page has held.
+    fresh: u64,
+    steps: u64,
+    coverage: Coverage,
+}
+
+/// Returns what VM_SIZES says.
+fn sizes(attributes: VmAttributes) -> Sizes {
+    let (vm, vcpu, alignment) = vm_sizes(attributes);
+    Sizes { vm, vcpu, alignment }
+}
+
+/// Returns a model of a world that has just booted.
+#[must_use]
+pub fn model(layout: &Layout) -> Model {
+    Model::new([layout.ram.clone()], layout.carve_out.clone(), sizes)
+}
+
+macro_rules! differs {
+    ($($format:tt)+) => {
+        Err(Difference(format!($($format)+)))
+    };
+}
+
+impl<'w, 'a> Sequence<'w, 'a> {
+    /// Begins in a world that has just booted. Each page gets contents of its own.
+    #[must_use]
+    pub fn new(world: &'w World<'a>) -> Self {
+        let pages = (world.layout.ram.end - world.layout.ram.start) / PAGE_SIZE;
+        let contents: Vec<_> = (1..=pages).collect();
+        let new = Self {
+            world,
+            model: model(world.layout),
+            contents,
+            handles: BTreeMap::new(),
+            // Above what a guest can store.
+            fresh: 1 << 32,
+            steps: 0,
+            coverage: Coverage::default(),
+        };
+        for index in 0..new.contents.len() {
+            world.machine.fill(new.address(index), new.contents[index]);
+        }
+        new
+    }
+
+    /// Returns the model.
+    #[must_use]
+    pub const fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// Returns the world.
+    #[must_use]
+    pub const fn world(&self) -> &'w World<'a> {
+        self.world
+    }
+
+    /// Returns the handle of the VM that was made last in a slot; 0 if none was.
+    #[must_use]
+    pub fn handle(&self, slot: u8) -> u64 {
+        self.handles.get(&slot).copied().unwrap_or(0)
+    }
+
+    /// Returns the VM in a slot, if there is one.
+    #[must_use]
+    pub fn vm(&self, slot: u8) -> Option<&Vm> {
+        self.model.state.vms.get(&self.handle(slot))
+    }
+
+    /// Ends the sequence, and returns what it has reached.
+    ///
+    /// # Errors
+    ///
+    /// What differs then.
+    pub fn finish(self) -> Result<Coverage, Difference> {
+        self.compare_all()?;
+        Ok(self.coverage)
+    }
+
+    /// Takes a step.
+    ///
+    /// # Errors
+    ///
+    /// What the model does not allow.
+    pub fn step(&mut self, op: &Op) -> Result<(), Difference> {
+        match *op {
+            Op::Call { immediate, registers } => self.call(immediate, registers)?,
+            Op::Run { vm, vcpu, answer, action } => self.run(vm, vcpu, answer, action)?,
+            Op::Load(page) => self.access(page, None)?,
+            Op::Store(page) => {
+                self.fresh += 1;
+                self.access(page, Some(self.fresh))?;
+            }
+        }
+        self.steps += 1;
+        if self.steps.is_multiple_of(THOROUGH) { self.compare_all() } else { Ok(()) }
+    }
+
+    /// Makes a call of the host.
+    fn call(&mut self, immediate: u16, values: [Value; REGISTERS]) -> Result<(), Difference> {
+        let registers = values.map(|value| match value {
+            Value::Number(number) => number,
+            Value::Vm(slot) => self.handle(slot),
+        });
+        let after = self.world.hvc_with(immediate, registers);
+        let happened = self.world.machine.take_happened();
+        // The tables are those after the last one.
+        let is_call = |happened: &Happened| matches!(happened.outcome, Outcome::Handled(_));
+        let last = happened.iter().rposition(is_call);
+        for (index, happened) in happened.iter().enumerate() {
+            if let Some(reached) = self.happened(happened)? {
+                if Some(index) == last { self.conclude(reached)? } else { self.note(reached) }
+            }
+        }
+        let real = RealWorld(self.world);
+        let reached = self.model.host_call(&real, immediate, registers, after)?;
+        let [status, handle, ..] = after;
+        if (immediate, registers[0], status) == (0, number("VM_CREATE"), Status::Success.register()) {
+            let [slot, ..] = handle.to_le_bytes();
+            self.handles.insert(slot, handle);
+        }
+        self.conclude(reached)
+    }
+
+    /// Answers the last exit of a vCPU and runs it.
+    fn run(&mut self, vm: u8, vcpu: u64, answer: RunAnswer, action: Option<Action>) -> Result<(), Difference> {
+        if let Some(run_page) = self.vm(vm).and_then(|vm| vm.vcpus.get(&vcpu)).map(|vcpu| vcpu.run_page) {
+            self.access(run_page * PAGE_SIZE, None)?;
+            self.world.answer(run_page * PAGE_SIZE, &answer.into());
+        }
+        self.world.machine.set_actions(action);
+        let Op::Call { immediate, registers } = Op::call("VCPU_RUN", &[Value::Vm(vm), vcpu.into()]) else {
+            unreachable!("it is a call")
+        };
+        let ran = self.call(immediate, registers);
+        // What it has not come to is not for others.
+        self.world.machine.set_actions(None);
+        ran
+    }
+
+    /// Judges what a guest has done. Returns what has been reached, if it was a call.
+    fn happened(&mut self, happened: &Happened) -> Result<Option<Reached>, Difference> {
+        let root = happened.tree.root.page_number();
+        match (happened.action, happened.outcome) {
+            (Action::Call(door, [x0, x1, x2, x3, ..]), Outcome::Handled([a0, a1, a2, a3, ..])) => {
+                let door = if door == Door::Hvc { ModelDoor::Hvc } else { ModelDoor::Smc };
+                let call = GuestCall { root, door, before: [x0, x1, x2, x3], after: [a0, a1, a2, a3] };
+                return self.model.guest_call(&call).map(Some);
+            }
+            (Action::Load(at) | Action::Store(at, _), outcome @ (Outcome::Accessed(_) | Outcome::Faulted)) => {
+                let page = self.page_of_guest(root, at)?;
+                match (page, outcome) {
+                    (None, Outcome::Faulted) => {}
+                    (Some(page), Outcome::Accessed(held)) => {
+                        let index = self.index(page).ok_or(Difference(format!("{page:#x} is no RAM")))?;
+                        if self.contents[index] != held {
+                            return differs!(
+                                "a guest finds {held:#x} in page {page:#x}, not {:#x}",
+                                self.contents[index]
+                            );
+                        }
+                        if let Action::Store(_, value) = happened.action {
+                            self.contents[index] = value.into();
+                        }
+                    }
+                    (page, outcome) => {
+                        return differs!("a guest's access to {at:#x} is {outcome:x?}; it has {page:x?}");
+                    }
+                }
+                let result = if page.is_some() { "GIVEN" } else { "REFUSED" };
+                self.coverage.note(Reached { state: "-", call: ACCESS, result });
+            }
+            _ => {}
+        }
+        Ok(None)
+    }
+
+    /// Returns the number of the page that a guest may access at an address.
+    fn page_of_guest(&self, root: u64, at: u64) -> Result<Option<u64>, Difference> {
+        let vm = self.model.state.vms.values().find(|vm| vm.metadata.0 == root);
+        let vm = vm.ok_or(Difference(format!("a guest runs whose tables are at page {root:#x}")))?;
+        let end = vm.frame_count();
+        let is_realm = vm.kind() == ravelin_abi::VmKind::Realm;
+        let (frame, shared) = match at / PAGE_SIZE {
+            frame if is_realm && (end..2 * end).contains(&frame) => (frame - end, true),
+            frame => (frame, false),
+        };
+        let found = if frame < end { self.model.state.look(vm, frame..frame + 1).next() } else { None };
+        Ok(match found {
+            Some((_, Frame::Page(page, state))) => {
+                let offered = matches!(state, Page::Offered(_) | Page::Claimed(_));
+                (!is_realm || offered == shared).then_some(page.0)
+            }
+            _ => None,
+        })
+    }
+
+    /// Accesses a page as the host; it holds `store` then, if that is a number.
+    fn access(&mut self, page: u64, store: Option<u64>) -> Result<(), Difference> {
+        let held = self.world.load(page);
+        let reached = self.model.host_fault(page, held.is_some())?;
+        if let (Some(held), Some(index)) = (held, self.index(page / PAGE_SIZE)) {
+            if self.contents[index] != held {
+                return differs!("the host finds {held:#x} in {page:#x}, and not {:#x}", self.contents[index]);
+            }
+            if let Some(contents) = store {
+                self.world.store(page, contents);
+                self.contents[index] = contents;
+            }
+        }
+        self.conclude(reached)
+    }
+
+    /// Compares what a step was about.
+    fn conclude(&mut self, reached: Reached) -> Result<(), Difference> {
+        self.model.compare(&RealWorld(self.world))?;
+        self.note(reached);
+        Ok(())
+    }
+
+    /// Notes what has been reached, and which pages have been scrubbed.
+    fn note(&mut self, reached: Reached) {
+        self.coverage.note(reached);
+        let scrubbed: Vec<_> = self.model.scrubbed().filter_map(|page| self.index(page)).collect();
+        for index in scrubbed {
+            self.contents[index] = 0;
+        }
+    }
+
+    /// Compares everything.
+    ///
+    /// # Errors
+    ///
+    /// What differs.
+    pub fn compare_all(&self) -> Result<(), Difference> {
+        self.model.compare_all(&RealWorld(self.world))?;
+        self.world.machine.inner.assert_quiescent();
+        if let Err(inconsistency) = self.world.memory.check(self.world.machine) {
+            return differs!("{inconsistency}");
+        }
+        // What it has noted is of no use here, and grows.
+        drop(self.world.machine.inner.take_log());
+        for (index, &contents) in self.contents.iter().enumerate() {
+            let page = self.address(index);
+            let held = self.world.machine.inner.peek(page);
+            if held != contents {
+                return differs!("page {page} holds {held:#x}, and not {contents:#x}");
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns where in the list of contents the page of this number is.
+    fn index(&self, page: u64) -> Option<usize> {
+        let index = usize::try_from(page.checked_sub(self.world.layout.ram.start / PAGE_SIZE)?).ok()?;
+        (index < self.contents.len()).then_some(index)
+    }
+
+    fn address(&self, index: usize) -> ravelin_memory::PhysAddr {
+        let address = self.world.layout.ram.start + index as u64 * PAGE_SIZE;
+        ravelin_memory::PhysAddr::new(address).expect("RAM has addresses of 48 bits")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ravelin_memory::{PhysAddr, PhysRange};
+    use ravelin_world::in_world;
+
+    use super::*;
+
+    const PAGE: u64 = Layout::FOUR_BLOCKS.ram.start;
+
+    /// Says what a step finds after something was done that no call has asked for.
+    fn after(tamper: impl FnOnce(&World<'_>), step: &str) -> String {
+        in_world(&Layout::FOUR_BLOCKS, |world| {
+            let mut sequence = Sequence::new(world);
+            sequence.step(&Op::Load(PAGE)).unwrap();
+            tamper(world);
+            sequence.step(&step.parse().unwrap()).unwrap_err().0
+        })
+    }
+
+    #[test]
+    fn what_no_call_has_done_is_seen() {
+        let share =
+            |world: &World<'_>| world.memory.share(world.machine, PhysRange::new(PAGE + 0x1000, 1).unwrap()).unwrap();
+        assert!(after(share, "load 40000000").contains("entries of pages"));
+        assert!(after(share, "call 0 c6001001 40001000 1 0 0 0 0").contains("returned DENIED"));
+        let donate = |world: &World<'_>| world.memory.donate(world.machine, PhysRange::new(PAGE, 1).unwrap()).unwrap();
+        assert!(after(donate, "load 40000000").contains("an access of the host"));
+    }
+
+    #[test]
+    fn contents_that_no_store_has_changed_are_seen() {
+        let fill = |world: &World<'_>| world.machine.fill(PhysAddr::new(PAGE).unwrap(), 7);
+        assert!(after(fill, "load 40000000").contains("the host finds 0x7"));
+        in_world(&Layout::FOUR_BLOCKS, |world| {
+            let sequence = Sequence::new(world);
+            fill(world);
+            assert!(sequence.finish().unwrap_err().0.contains("holds 0x7"));
+        });
+    }
+}
