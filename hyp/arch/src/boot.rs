@@ -197,8 +197,20 @@ impl CpuStart {
     /// [`CpuStart::place`] was called for the page, its tables map what the description names and the other stack, and
     /// nothing of the present stack is needed any more.
     pub unsafe fn switch(page: PhysAddr, argument: u64, stack_top: Option<HypAddr>) -> ! {
+        #[cfg(feature = "trace")]
+        {
+            let start = ptr::with_exposed_provenance::<Self>(page.raw() as usize);
+            // SAFETY: The caller has placed the description there.
+            crate::trace::switching(unsafe { &*start });
+        }
         // SAFETY: The caller vouches for what the assembly loads.
         unsafe { symbols::switch_to_carveout(page.raw(), argument, stack_top.map_or(0, HypAddr::raw)) }
+    }
+
+    /// TTBR0_EL2, TCR_EL2, MAIR_EL2 and SCTLR_EL2.
+    #[cfg(feature = "trace")]
+    pub(crate) const fn registers(&self) -> [u64; 4] {
+        [self.ttbr0_el2, self.tcr_el2, self.mair_el2, self.sctlr_el2]
     }
 
     /// Returns where this description lies.

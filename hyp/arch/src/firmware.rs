@@ -4,6 +4,8 @@ use core::arch::asm;
 
 use ravelin_hypercall::Firmware;
 
+use crate::sysreg::traced;
+
 /// The firmware at EL3.
 #[derive(Clone, Copy, Debug)]
 pub struct El3;
@@ -11,6 +13,7 @@ pub struct El3;
 impl Firmware for El3 {
     fn smc(&self, registers: [u64; 4]) -> [u64; 4] {
         let [mut x0, mut x1, mut x2, mut x3] = registers;
+        traced!("dsb sy");
         // A CPU that the call turns on must find what was written for it, and an SMC orders nothing by itself.
         // SAFETY: The relay passes on only calls that leave the hypervisor's memory alone. Registers are those of SMCCC
         // (Arm DEN0028, 2.6): x4 to x17 may change with version 1.0.

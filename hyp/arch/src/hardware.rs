@@ -7,11 +7,13 @@ use core::{
 };
 
 use ravelin_memory::{HypRange, IpaRange, PAGE_SIZE, PhysAddr, PhysRange};
+#[cfg(feature = "trace")]
+use ravelin_pgtable::Hint;
 use ravelin_pgtable::{Machine, Vttbr};
 
 use crate::{
     guest::Guests,
-    sysreg::{id_field, maintain, read_sysreg, write_lower_sysreg},
+    sysreg::{id_field, maintain, read_sysreg, traced, write_lower_sysreg},
 };
 
 /// From this many pages on, and without FEAT_TLBIRANGE, one invalidation of everything costs less than one for each page.
@@ -65,11 +67,15 @@ impl Machine for Hardware {
 
     #[inline]
     fn write(&self, table: PhysAddr, index: usize, value: u64) {
+        #[cfg(feature = "trace")]
+        crate::trace::write(table, index, value);
         Self::descriptor(table, index).store(value, Ordering::Relaxed);
     }
 
     fn clear_table(&self, table: PhysAddr) {
         zero(table, PAGE_SIZE);
+        #[cfg(feature = "trace")]
+        crate::trace::init(table);
     }
 
     #[inline]
@@ -133,6 +139,21 @@ impl Machine for Hardware {
     fn clean(&self, range: PhysRange) {
         clean_to_poc(range.base(), range.size());
         synchronise_instructions();
+    }
+
+    // Spare pages are no tables, so that this is no store of a descriptor.
+    #[cfg(feature = "trace")]
+    fn write_link(&self, page: PhysAddr, next: u64) {
+        Self::descriptor(page, 0).store(next, Ordering::Relaxed);
+    }
+
+    #[cfg(feature = "trace")]
+    fn hint(&self, hint: Hint) {
+        // In a trace, tables begin as zeroes.
+        if let Hint::Overwrite(table) = hint {
+            zero(table, PAGE_SIZE);
+        }
+        crate::trace::hint(hint);
     }
 }
 
@@ -239,6 +260,7 @@ fn zero(base: PhysAddr, size: u64) {
 /// caches are off sees what was written.
 pub fn clean_to_poc(base: PhysAddr, size: u64) {
     let line = 4_u64 << ((read_sysreg!("ctr_el0") >> 16) & 0xf);
+    traced!("dsb sy");
     // Four lines a turn.
     // SAFETY: Cleaning does not change what memory holds for a coherent reader. Lines before the base and beyond the end lie
     // in the same pages, which four lines divide.

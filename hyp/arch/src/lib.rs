@@ -19,7 +19,11 @@ mod host;
 mod objects;
 mod power;
 mod report;
+#[cfg(feature = "trace")]
+mod semihosting;
 mod sysreg;
+#[cfg(feature = "trace")]
+pub mod trace;
 
 pub use boot::{BootTables, CpuEntry, CpuStart, El2Tables, Image, secondary_entry};
 pub use console::Console;
@@ -30,3 +34,5 @@ pub use host::{Lacking, check_cpu, enable_stage2, physical_address_size, prepare
 pub use objects::{Objects, Placed};
 pub use power::{Conduit, halt, power_off, semihosting_exit};
 pub use report::{Backtrace, FatalFrame, mpidr, system_registers};
+#[cfg(feature = "trace")]
+pub use semihosting::Output;

@@ -18,6 +18,8 @@ macro_rules! read_sysreg {
 macro_rules! write_lower_sysreg {
     ($name:literal, $value:expr) => {{
         let value: u64 = $value;
+        #[cfg(feature = "trace")]
+        $crate::trace::write_register(const { $crate::trace::register($name) }, value);
         // SAFETY: The register acts on EL1 and EL0: none of EL2's own accesses or instructions depend on it.
         unsafe {
             core::arch::asm!(concat!("msr ", $name, ", {}"), in(reg) value, options(nostack, preserves_flags));
@@ -27,20 +29,35 @@ macro_rules! write_lower_sysreg {
 
 /// Executes barriers, TLB and instruction cache maintenance, each given as its assembly, with an operand or without.
 macro_rules! maintain {
-    ($($instruction:literal),+) => {
+    ($($instruction:literal),+) => {{
+        #[cfg(feature = "trace")]
+        {
+            $($crate::trace::execute(const { $crate::trace::Instruction::of($instruction) }, 0);)+
+        }
         // SAFETY: Barriers only order, and removing entries from TLBs and instruction caches is always allowed: they are
         // read again from tables and memory.
         unsafe { core::arch::asm!($($instruction),+, options(nostack, preserves_flags)) }
-    };
+    }};
     ($instruction:literal, operand = $operand:expr) => {{
         let operand: u64 = $operand;
+        #[cfg(feature = "trace")]
+        $crate::trace::execute(const { $crate::trace::Instruction::of($instruction) }, operand);
         // SAFETY: As above.
         unsafe { core::arch::asm!($instruction, in(reg) operand, options(nostack, preserves_flags)) }
     }};
 }
 
+/// Records an instruction that is part of a longer piece of assembly.
+macro_rules! traced {
+    ($instruction:literal) => {
+        #[cfg(feature = "trace")]
+        $crate::trace::execute(const { $crate::trace::Instruction::of($instruction) }, 0);
+    };
+}
+
 pub(crate) use maintain;
 pub(crate) use read_sysreg;
+pub(crate) use traced;
 pub(crate) use write_lower_sysreg;
 
 /// Returns the four-bit field of an ID register that starts at bit `shift`.

@@ -192,6 +192,11 @@ fn start(memory: &mut BootMemory, dtb: &'static [u8], level: u64) -> Result<core
         log::warn!("unknown option {option}");
     }
     let boot_cpu = check_platform(&platform)?;
+    #[cfg(feature = "trace")]
+    if platform.options.trace {
+        crate::trace::start();
+        ravelin_arch::trace::begin(&memory.machine, memory.tables.root(), boot_cpu);
+    }
 
     let host = inspect_host(memory, &platform)?;
     let image = Image::running();
@@ -243,6 +248,8 @@ fn start(memory: &mut BootMemory, dtb: &'static [u8], level: u64) -> Result<core
         ram: platform.ram.clone(),
         semihosting_exit: platform.options.semihosting_exit,
         stack: pool.allocate_pages(Inheritance::STACK_PAGES).ok_or(BootError::Tables)?,
+        #[cfg(feature = "trace")]
+        trace: platform.options.trace,
         uart: platform.uart,
         pool,
         redistributors: redistributors(&platform),

@@ -21,6 +21,8 @@ mod panic;
 mod pool;
 #[cfg(target_os = "none")]
 mod resident;
+#[cfg(all(target_os = "none", feature = "trace"))]
+mod trace;
 
 /// Says what this program is not, where it is built like an ordinary one.
 #[cfg(not(target_os = "none"))]

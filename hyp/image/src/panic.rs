@@ -28,6 +28,8 @@ pub(crate) fn exit_by_semihosting() {
 
 /// Ends the machine.
 pub(crate) fn exit(conduit: Conduit) -> ! {
+    #[cfg(feature = "trace")]
+    crate::trace::flush_last();
     if SEMIHOSTING.load(Ordering::Relaxed) {
         semihosting_exit(STATUS);
     }

@@ -71,6 +71,9 @@ pub(crate) struct Inheritance {
     pub(crate) semihosting_exit: bool,
     /// A stack for taking over, of [`Inheritance::STACK_PAGES`]: more than a CPU's own has room for.
     pub(crate) stack: PhysAddr,
+    /// Whether there is a trace.
+    #[cfg(feature = "trace")]
+    pub(crate) trace: bool,
     /// The console.
     pub(crate) uart: PhysRange,
 }
@@ -126,6 +129,8 @@ pub(crate) extern "C" fn cpu_main(start: &'static CpuStart, inheritance: u64) ->
         unsafe { CpuStart::switch(start.page(), 0, None) }
     }
     let Some(hypervisor) = HYPERVISOR.get() else { halt() };
+    #[cfg(feature = "trace")]
+    ravelin_arch::trace::started(start);
     let Some(asked) = hypervisor.host.take_start(start.index()) else { not_asked_for() };
     prepare_cpu();
     enable_stage2(hypervisor.stage2_root, hypervisor.vtcr_el2);
@@ -143,6 +148,10 @@ fn not_asked_for() -> ! {
 
 /// Takes over memory and CPUs.
 fn take_over(mut inheritance: Inheritance) {
+    #[cfg(feature = "trace")]
+    if inheritance.trace {
+        crate::trace::start();
+    }
     // SAFETY: Mapped in the tables that start-up built, and opened for the first time in this copy of the image.
     unsafe { console::open(inheritance.uart.base(), inheritance.log_level) };
     if inheritance.semihosting_exit {
@@ -174,6 +183,8 @@ fn take_over(mut inheritance: Inheritance) {
     let machine = checked::Checked(machine);
     let host_tables = PageTable::<Stage2>::new(stage2_root, geometry);
     let memory = MEMORY.call_once(|| Memory::new(table, host_tables, inheritance.el2, inheritance.pool));
+    #[cfg(feature = "trace")]
+    memory.announce(&machine);
     let entry = PhysAddr::from_bits_truncating(secondary_entry(layout.image.base()));
     let entries = Entries { start: entry, resume: entry };
     HYPERVISOR.call_once(|| Hypervisor {
@@ -211,6 +222,9 @@ extern "C" fn host_exit(frame: &mut HostFrame) {
             skip_instruction();
             #[cfg(feature = "checked")]
             checked::before_smc(registers);
+            // It may turn the machine off.
+            #[cfg(feature = "trace")]
+            crate::trace::trace_flush();
             hypervisor.host.smc(cpu.index(), immediate, registers);
         }
         Exit::Stage2Fault(address) => {

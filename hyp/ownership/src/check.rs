@@ -47,7 +47,7 @@ impl<P: TablePool> Memory<'_, P> {
     ///
     /// The first inconsistency.
     pub fn check<M: Machine>(&self, machine: &M) -> Result<(), Inconsistency> {
-        let inner = self.lock();
+        let inner = self.lock(machine);
         inner.check_counts()?;
         inner.check_stage2(machine)?;
         inner.check_el2(machine)
@@ -59,8 +59,8 @@ impl<P: TablePool> Memory<'_, P> {
     ///
     /// The first inconsistency.
     pub fn check_guest<M: Machine>(&self, machine: &M, guest: &GuestMemory) -> Result<(), Inconsistency> {
-        let inner = self.lock();
-        let tables = guest.lock();
+        let inner = self.lock(machine);
+        let tables = guest.lock(machine);
         if tables.tables.tables() != tables.spare.in_use {
             return Err(Inconsistency::Tables);
         }

@@ -20,7 +20,7 @@ impl<P: TablePool> Memory<'_, P> {
     /// For translation faults: one that another CPU has dealt with already is resolved. A permission fault, which only
     /// execution of device memory takes, is not for this.
     pub fn host_fault<M: Machine>(&self, machine: &M, ipa: Ipa) -> HostFault {
-        let mut inner = self.lock();
+        let mut inner = self.lock(machine);
         let fault = inner.host_fault(machine, ipa);
         let count = match fault {
             HostFault::Resolved => &mut inner.counts.faults_resolved,

@@ -6,6 +6,8 @@ use ravelin_memory::{Ipa, IpaRange, PAGE_SIZE, PhysAddr};
 use ravelin_pgtable::{Geometry, Machine, PageTable, Stage2, TablePool, Vmid, Vttbr};
 use spin::mutex::TicketMutex;
 
+use crate::held::Held;
+
 /// What kind of guest it is, as far as its memory goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GuestKind {
@@ -53,6 +55,16 @@ impl GuestMemory {
         let vttbr = tables.vttbr();
         let inner = TicketMutex::new(Guest { tables, spare: Spare::default(), pages: 0, dying: false });
         Self { slot, kind, vttbr, geometry, inner }
+    }
+
+    /// Returns the tables as they are at first and in the end.
+    pub(crate) const fn empty_tables(&self) -> PageTable<Stage2> {
+        PageTable::of_guest(self.vttbr.root, self.geometry, self.vttbr.vmid)
+    }
+
+    /// Tells a trace that the root of the guest's stage 2 is about to be given back, and nothing uses it any more.
+    pub fn give_up_root<M: Machine>(&self, machine: &M) {
+        self.empty_tables().give_up(machine);
     }
 
     /// Returns the slot, which is what entries of the ownership table name the guest by. The VMID is one more.
@@ -108,8 +120,8 @@ impl GuestMemory {
         u64::try_from(guest.spare.available.saturating_add(guest.spare.in_use)).unwrap_or(u64::MAX)
     }
 
-    pub(crate) fn lock(&self) -> impl DerefMut<Target = Guest> {
-        self.inner.lock()
+    pub(crate) fn lock<M: Machine>(&self, machine: &M) -> impl DerefMut<Target = Guest> {
+        Held::new(self.inner.lock(), machine, self.vttbr.root)
     }
 
     /// Returns where `frames` are mapped in `view`.
@@ -153,7 +165,7 @@ impl Spare {
     /// Adds a page that is mapped writable in the EL2 stage 1, other than the one at address 0.
     pub(crate) fn push<M: Machine>(&mut self, machine: &M, page: PhysAddr) {
         // Bit 0 is clear, so for a walker that still gets here this is an invalid descriptor.
-        machine.write(page, 0, self.first.map_or(0, PhysAddr::raw));
+        machine.write_link(page, self.first.map_or(0, PhysAddr::raw));
         self.first = Some(page);
         self.available = self.available.saturating_add(1);
     }

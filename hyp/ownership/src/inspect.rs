@@ -22,7 +22,7 @@ impl<P: TablePool> Memory<'_, P> {
     /// Calls `f` in ascending order with runs of pages of `range` and what their entries say, from the first page to the first that is
     /// not RAM.
     pub fn visit_entries(&self, range: PhysRange, f: &mut dyn FnMut(PhysRange, Entries)) {
-        let inner = self.lock();
+        let inner = self.lock_entries();
         let _: ControlFlow<()> = inner.table.visit(range, &mut |run, entry, _| {
             if let Some(entry) = entry {
                 let guest = entry.guest().and_then(|(slot, frame)| Some((slot, address(frame)?)));
@@ -39,7 +39,7 @@ impl<P: TablePool> Memory<'_, P> {
         range: IpaRange,
         f: &mut dyn FnMut(IpaRange, Found<Stage2Usage>),
     ) {
-        let inner = self.lock();
+        let inner = self.lock(machine);
         let _: ControlFlow<()> = inner.host.visit(machine, range, &mut |part, found| {
             f(part, found);
             ControlFlow::Continue(())
@@ -48,7 +48,7 @@ impl<P: TablePool> Memory<'_, P> {
 
     /// Calls `f` in ascending order with parts of `range` and what the EL2 stage 1 has there.
     pub fn visit_el2<M: Machine>(&self, machine: &M, range: HypRange, f: &mut dyn FnMut(HypRange, Found<El2Usage>)) {
-        let inner = self.lock();
+        let inner = self.lock(machine);
         let _: ControlFlow<()> = inner.el2.visit(machine, range, &mut |part, found| {
             f(part, found);
             ControlFlow::Continue(())
@@ -63,8 +63,8 @@ impl<P: TablePool> Memory<'_, P> {
         range: IpaRange,
         f: &mut dyn FnMut(IpaRange, Found<Stage2Usage>),
     ) {
-        let _inner = self.lock();
-        let _: ControlFlow<()> = guest.lock().tables.visit(machine, range, &mut |part, found| {
+        let _inner = self.lock(machine);
+        let _: ControlFlow<()> = guest.lock(machine).tables.visit(machine, range, &mut |part, found| {
             f(part, found);
             ControlFlow::Continue(())
         });

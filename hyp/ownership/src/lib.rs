@@ -26,6 +26,7 @@ mod counts;
 mod entry;
 mod fault;
 mod guest;
+mod held;
 mod inspect;
 mod memory;
 mod reason;

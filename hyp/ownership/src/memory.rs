@@ -1,6 +1,9 @@
 //! All of memory behind one lock.
 
-use core::{mem, ops::ControlFlow};
+use core::{
+    mem,
+    ops::{ControlFlow, DerefMut},
+};
 
 use ravelin_memory::{HypAddr, Level, PhysAddr, PhysRange};
 use ravelin_pgtable::{El2, El2Usage, Flush, Machine, PageTable, Stage2, TablePool};
@@ -10,6 +13,7 @@ use crate::{
     HOST_RESERVE,
     counts::Counts,
     entry::{Entry, State},
+    held::Held,
     step::{El2Change, Step},
     table::{OwnershipTable, RamRange},
 };
@@ -105,7 +109,7 @@ impl<'a, P: TablePool> Memory<'a, P> {
     ///
     /// [`Reason::NotRam`]; [`Reason::Denied`] unless the host owns every page and shares it with nobody.
     pub fn share<M: Machine>(&self, machine: &M, range: PhysRange) -> Result<(), Failure> {
-        self.inner.lock().take(machine, range, &Step::SHARE)
+        self.lock(machine).take(machine, range, &Step::SHARE)
     }
 
     /// Ends what [`Memory::share`] began.
@@ -114,7 +118,7 @@ impl<'a, P: TablePool> Memory<'a, P> {
     ///
     /// [`Reason::NotRam`]; [`Reason::Denied`] for a page that is not shared; [`Reason::Busy`] for one that is pinned.
     pub fn unshare<M: Machine>(&self, machine: &M, range: PhysRange) -> Result<(), Failure> {
-        self.inner.lock().take(machine, range, &Step::UNSHARE)
+        self.lock(machine).take(machine, range, &Step::UNSHARE)
     }
 
     /// Makes pages of the host the hypervisor's, with their contents. They are mapped in EL2 for reading and writing, and
@@ -125,7 +129,7 @@ impl<'a, P: TablePool> Memory<'a, P> {
     /// [`Reason::NotRam`]; [`Reason::Denied`] unless the host owns every page and shares it with nobody;
     /// [`Reason::NoMemory`].
     pub fn donate<M: Machine>(&self, machine: &M, range: PhysRange) -> Result<(), Failure> {
-        self.inner.lock().take(machine, range, &Step::DONATE)
+        self.lock(machine).take(machine, range, &Step::DONATE)
     }
 
     /// Returns donated pages to the host, scrubbed.
@@ -135,7 +139,7 @@ impl<'a, P: TablePool> Memory<'a, P> {
     /// [`Reason::NotRam`]; [`Reason::Denied`] for a page that the host has not donated; [`Reason::Busy`] for one in use;
     /// [`Reason::NoMemory`] if a large mapping of EL2 would have to be split.
     pub fn take_back<M: Machine>(&self, machine: &M, range: PhysRange) -> Result<(), Failure> {
-        self.inner.lock().take(machine, range, &Step::TAKE_BACK)
+        self.lock(machine).take(machine, range, &Step::TAKE_BACK)
     }
 
     /// Pins shared pages once more. While a page is pinned the host can neither unshare it nor give it away, and it is
@@ -145,7 +149,7 @@ impl<'a, P: TablePool> Memory<'a, P> {
     ///
     /// [`Reason::NotRam`]; [`Reason::Denied`] for a page that is not shared; [`Reason::PinLimit`]; [`Reason::NoMemory`].
     pub fn pin<M: Machine>(&self, machine: &M, range: PhysRange) -> Result<(), Failure> {
-        self.inner.lock().take(machine, range, &Step::PIN)
+        self.lock(machine).take(machine, range, &Step::PIN)
     }
 
     /// Undoes one [`Memory::pin`] of each page.
@@ -155,7 +159,7 @@ impl<'a, P: TablePool> Memory<'a, P> {
     /// [`Reason::NotRam`]; [`Reason::Denied`] for a page that is not pinned; [`Reason::NoMemory`] if a large mapping of
     /// EL2 would have to be split.
     pub fn unpin<M: Machine>(&self, machine: &M, range: PhysRange) -> Result<(), Failure> {
-        self.inner.lock().take(machine, range, &Step::UNPIN)
+        self.lock(machine).take(machine, range, &Step::UNPIN)
     }
 
     /// Borrows a page of the host's for the hypervisor's own use. It is mapped in EL2 for reading and writing, and the host
@@ -167,7 +171,7 @@ impl<'a, P: TablePool> Memory<'a, P> {
     /// [`Reason::NotRam`]; [`Reason::Denied`] unless the host owns the page and shares it with nobody;
     /// [`Reason::NoMemory`].
     pub fn borrow_from_host<M: Machine>(&self, machine: &M, page: PhysAddr) -> Result<(), Failure> {
-        self.inner.lock().take(machine, PhysRange::single(page), &Step::BORROW)
+        self.lock(machine).take(machine, PhysRange::single(page), &Step::BORROW)
     }
 
     /// Ends what [`Memory::borrow_from_host`] began, which is always possible. The contents stay.
@@ -176,7 +180,7 @@ impl<'a, P: TablePool> Memory<'a, P> {
     ///
     /// [`Reason::NotRam`]; [`Reason::Denied`] for a page that is not borrowed.
     pub fn return_to_host<M: Machine>(&self, machine: &M, page: PhysAddr) -> Result<(), Failure> {
-        self.inner.lock().take(machine, PhysRange::single(page), &Step::RETURN)
+        self.lock(machine).take(machine, PhysRange::single(page), &Step::RETURN)
     }
 
     /// Runs `f` while nothing is mapped or unmapped.
@@ -215,7 +219,22 @@ impl<'a, P: TablePool> Memory<'a, P> {
         }
     }
 
-    pub(crate) fn lock(&self) -> impl core::ops::DerefMut<Target = Inner<'a, P>> {
+    /// Tells a trace which roots the lock guards.
+    pub fn announce<M: Machine>(&self, machine: &M) {
+        let inner = self.lock(machine);
+        let lock = inner.host.root();
+        inner.host.announce(machine, lock);
+        inner.el2.announce(machine, lock);
+    }
+
+    pub(crate) fn lock<M: Machine>(&self, machine: &M) -> impl DerefMut<Target = Inner<'a, P>> {
+        let guard = self.inner.lock();
+        let lock = guard.host.root();
+        Held::new(guard, machine, lock)
+    }
+
+    /// The same for what has nothing to do with tables, and no machine.
+    pub(crate) fn lock_entries(&self) -> impl DerefMut<Target = Inner<'a, P>> {
         self.inner.lock()
     }
 }

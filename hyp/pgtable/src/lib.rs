@@ -44,6 +44,6 @@ mod tests;
 pub use descriptor::{Descriptor, Kind};
 pub use flush::Flush;
 pub use geometry::{Geometry, PhysicalSize};
-pub use machine::{Machine, TablePool};
+pub use machine::{Hint, Machine, TablePool};
 pub use regime::{El2, El2Usage, Regime, Stage2, Stage2Usage, Vmid, Vttbr};
 pub use table::{Found, MapError, Mapping, PageTable, Walk};

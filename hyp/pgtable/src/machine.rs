@@ -4,6 +4,36 @@ use ravelin_memory::{HypRange, IpaRange, PhysAddr, PhysRange};
 
 use crate::Vttbr;
 
+/// What a checker of a trace of the machine cannot tell from tables and instructions. A lock is named by the first root
+/// whose tables it guards: an object with a lock may move before it is shared, a root never does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hint {
+    /// A lock was taken.
+    Lock(PhysAddr),
+    /// It is about to be released.
+    Unlock(PhysAddr),
+    /// This lock guards the tables under this root.
+    RootLock {
+        /// The root.
+        root: PhysAddr,
+        /// The lock.
+        lock: PhysAddr,
+    },
+    /// This page is a table under this root.
+    Owner {
+        /// The table.
+        table: PhysAddr,
+        /// The root.
+        root: PhysAddr,
+    },
+    /// All entries of this page, whose contents are unknown, are about to be written, and then it is a table.
+    Overwrite(PhysAddr),
+    /// This page is a table no more.
+    Free(PhysAddr),
+    /// This root is given up.
+    Release(PhysAddr),
+}
+
 /// Table memory, barriers and TLB maintenance.
 ///
 /// `ravelin-arch` implements it for the CPU. The recording machine implements it for tests, where it plays a TLB that
@@ -47,6 +77,17 @@ pub trait Machine {
     /// then the instruction caches: a reader with its caches off sees what was written, and no dirty line is left that could
     /// later overwrite what such a writer writes.
     fn clean(&self, range: PhysRange);
+
+    /// Notes in the first entry of a page that waits to become a table which page comes after it, 0 for none. Walkers see an
+    /// invalid descriptor.
+    #[inline]
+    fn write_link(&self, page: PhysAddr, next: u64) {
+        self.write(page, 0, next);
+    }
+
+    /// Is told what a trace needs besides. Does nothing where there is none.
+    #[inline]
+    fn hint(&self, _hint: Hint) {}
 }
 
 /// Where pages for translation tables come from.

@@ -5,7 +5,7 @@ use core::{fmt, marker::PhantomData, ops::ControlFlow};
 use ravelin_memory::{Addr, Level, PAGE_SIZE, PageRange, PhysAddr, TABLE_ENTRIES};
 
 use crate::{
-    Machine, Regime, Stage2, TablePool, Vmid, Vttbr,
+    Hint, Machine, Regime, Stage2, TablePool, Vmid, Vttbr,
     descriptor::{Descriptor, Kind},
     flush::Flush,
     geometry::Geometry,
@@ -226,6 +226,24 @@ impl<R: Regime> PageTable<R> {
         self.tables
     }
 
+    /// Tells a trace that `lock` guards the tables from now on.
+    pub fn announce<M: Machine>(&self, machine: &M, lock: PhysAddr) {
+        for page in self.root_tables() {
+            machine.hint(Hint::Owner { table: page, root: self.root });
+        }
+        machine.hint(Hint::RootLock { root: self.root, lock });
+    }
+
+    /// Tells a trace that the root is given up, and its pages are tables no more.
+    pub fn give_up<M: Machine>(&self, machine: &M) {
+        machine.hint(Hint::Release(self.root));
+        self.root_tables().for_each(|page| machine.hint(Hint::Free(page)));
+    }
+
+    fn root_tables(&self) -> impl Iterator<Item = PhysAddr> + use<R> {
+        PageRange::new(self.root.raw(), self.geometry.root_pages()).into_iter().flat_map(PageRange::iter)
+    }
+
     /// Walks the tables for `addr`.
     pub fn lookup<M: Machine>(&self, machine: &M, addr: Addr<R::Space>) -> Walk<R::Usage> {
         let raw = addr.raw();
@@ -422,6 +440,7 @@ impl<R: Regime> PageTable<R> {
         while detached.raw() != 0 {
             let next = Addr::from_bits_truncating(machine.read(detached, 0));
             pool.free(detached);
+            machine.hint(Hint::Free(detached));
             self.tables = self.tables.saturating_sub(1);
             detached = next;
         }
@@ -492,6 +511,7 @@ impl<R: Regime> PageTable<R> {
                 (Kind::Invalid, None) => {
                     let next = self.allocate(means).ok_or(MapError::OutOfTables)?;
                     means.machine.clear_table(next);
+                    means.machine.hint(Hint::Owner { table: next, root: self.root });
                     let entries = self.map_in(means, next, below, slot.part, wanted)?;
                     // A walker that finds the table must find its contents.
                     means.machine.publish();
@@ -581,6 +601,8 @@ impl<R: Regime> PageTable<R> {
     ) -> Option<Descriptor> {
         let below = slot.level.next()?;
         let table = self.allocate(means)?;
+        means.machine.hint(Hint::Overwrite(table));
+        means.machine.hint(Hint::Owner { table, root: self.root });
         let (mut entry, step) = match old.kind(slot.level) {
             Kind::Leaf(to) => (Descriptor::leaf(below, to, old.attributes()).bits(), below.size()),
             _ => (old.bits(), 0),

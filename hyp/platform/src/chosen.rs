@@ -37,6 +37,9 @@ pub struct Options<'a> {
     pub log_level: Option<LogLevel>,
     /// `exit=semihosting`: a panic ends the machine by semihosting, with a status, instead of by PSCI.
     pub semihosting_exit: bool,
+    /// `trace=semihosting`: the architecture trace is written by semihosting, to the file that its command line names.
+    #[cfg(any(test, feature = "trace"))]
+    pub trace: bool,
     /// The first option that is none of these. Bootloaders add some of their own, so it is no error.
     pub unknown: Option<&'a str>,
 }
@@ -59,6 +62,10 @@ impl<'a> Options<'a> {
                 }
                 Some(("exit", "semihosting")) => options.semihosting_exit = true,
                 Some(("exit", _)) => return Err(Fault::Malformed("bootargs (option exit)")),
+                #[cfg(any(test, feature = "trace"))]
+                Some(("trace", "semihosting")) => options.trace = true,
+                #[cfg(any(test, feature = "trace"))]
+                Some(("trace", _)) => return Err(Fault::Malformed("bootargs (option trace)")),
                 _ => options.unknown = options.unknown.or(Some(option)),
             }
         }
@@ -221,5 +228,17 @@ fn linux_initrd(chosen: FdtNode<'_>) -> Result<Option<Module<'_>>, Fault> {
         }
         (None, Some(_)) => Err(Fault::Missing("property linux,initrd-start")),
         (Some(_), None) => Err(Fault::Missing("property linux,initrd-end")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_option_trace() {
+        assert!(Options::parse("loglevel=info trace=semihosting").is_ok_and(|options| options.trace));
+        assert!(Options::parse("exit=semihosting").is_ok_and(|options| !options.trace));
+        assert!(Options::parse("trace=file").is_err());
     }
 }

@@ -80,6 +80,10 @@ impl<P: TablePool, M: Machine + PageAccess> Transitions for MachineMemory<'_, '_
         Ok(self.memory.new_guest(self.machine, slot, kind, geometry(attributes), root.base())?)
     }
 
+    fn end_of_root(&self, guest: &GuestMemory) {
+        guest.give_up_root(self.machine);
+    }
+
     fn tree(&self, guest: &GuestMemory) -> (Vttbr, Geometry) {
         (guest.vttbr(), guest.geometry())
     }

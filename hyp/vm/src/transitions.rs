@@ -48,6 +48,9 @@ pub trait Transitions {
     /// DENIED unless the root is kept and aligned to its size.
     fn new_guest(&self, slot: usize, attributes: VmAttributes, root: PhysRange) -> Result<Self::Guest, Refusal>;
 
+    /// Is told that nothing uses the root of the guest's stage 2 any more, and that it is about to be given back.
+    fn end_of_root(&self, _guest: &Self::Guest) {}
+
     /// Returns root, VMID and shape of a guest's stage 2.
     fn tree(&self, guest: &Self::Guest) -> (Vttbr, Geometry);
 

@@ -609,6 +609,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
             if left != 0 {
                 return Ok(left.saturating_add(metadata.pages()));
             }
+            transitions.end_of_root(&vm.guest.memory);
             *entry = None;
             transitions.give_back(metadata);
             Ok(0)

@@ -183,3 +183,21 @@ pub enum Record {
         value: u64,
     },
 }
+
+impl Record {
+    /// Returns the name of its kind in the text.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::MemInit { .. } => "mem-init",
+            Self::MemFree { .. } => "mem-free",
+            Self::Hint { .. } => "hint",
+            Self::Lock(_) => "lock",
+            Self::Unlock(_) => "unlock",
+            Self::MemWrite { .. } => "mem-write",
+            Self::Barrier(_) => "barrier",
+            Self::Tlbi { .. } => "tlbi",
+            Self::SysregWrite { .. } => "sysreg-write",
+        }
+    }
+}

@@ -28,17 +28,7 @@ pub struct Entry {
 impl fmt::Display for Entry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { id, tid, record } = self;
-        let name = match record {
-            Record::MemInit { .. } => "mem-init",
-            Record::MemFree { .. } => "mem-free",
-            Record::Hint { .. } => "hint",
-            Record::Lock(_) => "lock",
-            Record::Unlock(_) => "unlock",
-            Record::MemWrite { .. } => "mem-write",
-            Record::Barrier(_) => "barrier",
-            Record::Tlbi { .. } => "tlbi",
-            Record::SysregWrite { .. } => "sysreg-write",
-        };
+        let name = record.name();
         write!(f, "({name} (id {id}) (tid {tid}) ")?;
         match *record {
             Record::MemInit { address, size } | Record::MemFree { address, size } => {

@@ -23,7 +23,7 @@ use crate::{
     firmware,
     hardware::Hardware,
     host::physical_address_size,
-    sysreg::{maintain, read_sysreg, write_lower_sysreg},
+    sysreg::{maintain, read_sysreg, traced, write_lower_sysreg},
 };
 
 pub(crate) use world::HostState;
@@ -91,6 +91,7 @@ impl GuestCpu for Hardware {
             // SAFETY: The context is the vCPU's alone. All that the guest can do is bounded by the registers of EL2 that have
             // just been set; the assembly keeps what Rust expects to be kept.
             let why = unsafe { guest_run(guest.context) };
+            traced!("isb");
             match why {
                 0 => {
                     let (esr, far, hpfar) =

@@ -4,7 +4,7 @@ use ravelin_abi::Status;
 use ravelin_arch::Hardware;
 use ravelin_memory::{HypRange, IpaRange, PhysAddr, PhysRange};
 use ravelin_model::{Door, GuestCall};
-use ravelin_pgtable::{Machine, Vttbr};
+use ravelin_pgtable::{Hint, Machine, Vttbr};
 use ravelin_vm::{
     Context, EntropySource, Entry, GuestCpu, IdRegisters, Left, PageAccess, PstateFeatures, Syndrome, VectorPlaces,
 };
@@ -171,5 +171,13 @@ impl Machine for Checked {
 
     fn clean(&self, range: PhysRange) {
         self.0.clean(range);
+    }
+
+    fn write_link(&self, page: PhysAddr, next: u64) {
+        self.0.write_link(page, next);
+    }
+
+    fn hint(&self, hint: Hint) {
+        self.0.hint(hint);
     }
 }

@@ -569,7 +569,7 @@ fn a_part_of_a_poisoned_block_can_be_given_up() {
         assert_eq!(rig.change(Relinquish, &guest, RAM, 513), Ok(512), "a step for each page");
         assert_eq!(rig.change(Relinquish, &guest, RAM + 512 * PAGE, 1), Ok(1));
         assert!(guest.is_empty());
-        assert_eq!(guest.lock().spare.in_use, 0);
+        assert_eq!(guest.lock(&rig.machine).spare.in_use, 0);
         rig.give(&guest, GIB, 512, RAM).unwrap();
         rig.destroy(guest, frames(RAM, 513));
     });
@@ -592,7 +592,7 @@ fn a_poisoned_block_is_given_up_in_one_step() {
         assert_eq!(rig.change(Relinquish, &guest, RAM + 3 * 2 * MIB, 512), Ok(512));
         assert!((0..2048).all(|page| rig.at(&guest, RAM + page * PAGE) == GuestPage::Absent));
         rig.check_guest(&guest);
-        assert_eq!(guest.lock().spare.in_use, 0);
+        assert_eq!(guest.lock(&rig.machine).spare.in_use, 0);
         rig.destroy(guest, frames(RAM, 1));
     });
 }
@@ -1060,7 +1060,7 @@ fn a_reclaim_without_tables_changes_neither_half_of_a_realm() {
         rig.give(&guest, GIB + 2 * MIB, 512, RAM).unwrap();
         assert_eq!(rig.change(GuestShare, &guest, RAM, 512), Ok(512));
         rig.give(&guest, GIB + 4 * MIB, 512, RAM + 2 * MIB).unwrap();
-        assert_eq!(guest.lock().spare.available, 0);
+        assert_eq!(guest.lock(&rig.machine).spare.available, 0);
         guest.kill();
         let before = rig.everything();
         // Of the two pages one, so that their table stays; of the block one.
@@ -1097,10 +1097,10 @@ fn poison_of_many_blocks_is_dropped_in_several_calls() {
         assert_eq!(release(), Ok(all - 8));
         assert!(invalidations(&rig.machine.take_log()).len() <= 2, "one of the guest's stage 2, one of EL2");
         rig.check_guest(&guest);
-        let in_use = guest.lock().spare.in_use;
+        let in_use = guest.lock(&rig.machine).spare.in_use;
         assert!((80..120).contains(&in_use), "{in_use}");
         assert_eq!(release(), Ok(all - 16));
-        assert_eq!(guest.lock().spare.in_use, 0);
+        assert_eq!(guest.lock(&rig.machine).spare.in_use, 0);
         rig.destroy(guest, frames(RAM, 1));
     });
 }

@@ -151,7 +151,7 @@ impl<'a> Rig<'a> {
     }
 
     fn everything(&self) -> Everything {
-        let (blocks, pages) = self.memory.lock().table.raw();
+        let (blocks, pages) = self.memory.lock(&self.machine).table.raw();
         Everything { blocks, pages, tables: self.machine.snapshot() }
     }
 }

@@ -31,7 +31,7 @@ impl<P: TablePool> Memory<'_, P> {
         range: PhysRange,
         at: Ipa,
     ) -> Result<(), HostFailure> {
-        self.lock().give(machine, guest, range, at, State::GUEST_OWNED)
+        self.lock(machine).give(machine, guest, range, at, State::GUEST_OWNED)
     }
 
     /// Lends pages of the host to an ordinary guest, at `at`. The host keeps its access.
@@ -46,7 +46,7 @@ impl<P: TablePool> Memory<'_, P> {
         range: PhysRange,
         at: Ipa,
     ) -> Result<(), HostFailure> {
-        self.lock().give(machine, guest, range, at, State::HOST_LENT)
+        self.lock(machine).give(machine, guest, range, at, State::HOST_LENT)
     }
 }
 
@@ -62,7 +62,7 @@ impl<P: TablePool> Inner<'_, P> {
     ) -> Result<(), HostFailure> {
         let failure = |reason, page| HostFailure { reason, page };
         let refuse = |reason| Err(failure(reason, range.base()));
-        let mut tables = guest.lock();
+        let mut tables = guest.lock(machine);
         if tables.dying || (guest.kind() == GuestKind::Ordinary) != (to == State::HOST_LENT) {
             return refuse(GuestReason::Denied);
         }

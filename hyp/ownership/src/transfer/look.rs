@@ -88,8 +88,8 @@ impl<P: TablePool> Memory<'_, P> {
     #[must_use]
     pub fn guest_page<M: Machine>(&self, machine: &M, guest: &GuestMemory, ipa: Ipa) -> GuestPage {
         let Some(frame) = guest.frame(ipa) else { return GuestPage::Absent };
-        let inner = self.lock();
-        let tables = guest.lock();
+        let inner = self.lock(machine);
+        let tables = guest.lock(machine);
         let in_view = |view| inner.page(machine, &tables, guest.in_view(view, IpaRange::single(frame)).base());
         match (in_view(View::Private), guest.other(View::Private)) {
             (GuestPage::Absent, Some(view)) => in_view(view),
@@ -104,8 +104,8 @@ impl<P: TablePool> Memory<'_, P> {
         let Ok(range) = IpaRange::from_bounds(range.base().raw(), range.end().min(guest.end())) else {
             return (GuestPage::Absent, range.pages());
         };
-        let inner = self.lock();
-        let tables = guest.lock();
+        let inner = self.lock(machine);
+        let tables = guest.lock(machine);
         let (first, pages) = inner.run(machine, guest, &tables, range, View::Private);
         match (first, guest.other(View::Private), first_pages(range, pages)) {
             (GuestPage::Absent, Some(view), Some(frames)) => inner.run(machine, guest, &tables, frames, view),
@@ -128,8 +128,8 @@ impl<P: TablePool> Memory<'_, P> {
         range: IpaRange,
         f: &mut dyn FnMut(PhysRange),
     ) -> Result<u64, GuestFailure> {
-        let mut inner = self.lock();
-        let tables = guest.lock();
+        let mut inner = self.lock(machine);
+        let tables = guest.lock(machine);
         let plan = inner.plan(machine, guest, &tables, range, &LOOK)?;
         let mut runs = Runs::new();
         let pages = inner.runs(machine, guest, &tables, plan.frames, View::Private, &mut runs);
@@ -149,7 +149,7 @@ impl<P: TablePool> Memory<'_, P> {
     /// Returns slot and frame of the guest that owns the page of `addr` or has borrowed it.
     #[must_use]
     pub fn page_owner(&self, addr: PhysAddr) -> Option<(u8, Ipa)> {
-        let (slot, frame) = self.lock().table.entry(addr.page())?.guest()?;
+        let (slot, frame) = self.lock_entries().table.entry(addr.page())?.guest()?;
         Some((slot, address(frame)?))
     }
 }

@@ -26,8 +26,8 @@ impl<P: TablePool> Memory<'_, P> {
     /// [`GuestReason::Denied`] for a page that is not lent, [`GuestReason::Absent`], [`GuestReason::TooLarge`],
     /// [`GuestReason::NeedsTables`] to cut a block.
     pub fn unlend<M: Machine>(&self, machine: &M, guest: &GuestMemory, range: IpaRange) -> Result<(), GuestFailure> {
-        let mut inner = self.lock();
-        let mut tables = guest.lock();
+        let mut inner = self.lock(machine);
+        let mut tables = guest.lock(machine);
         let plan = inner.plan_all(machine, guest, &tables, range, &UNLEND)?;
         tables.have_for_cut(machine, plan.frames)?;
         inner.set_state(machine, guest, &tables, plan.frames, &UNLEND);
@@ -50,8 +50,8 @@ impl<P: TablePool> Memory<'_, P> {
         guest: &GuestMemory,
         range: IpaRange,
     ) -> Result<u64, GuestFailure> {
-        let mut inner = self.lock();
-        let mut tables = guest.lock();
+        let mut inner = self.lock(machine);
+        let mut tables = guest.lock(machine);
         let plan = inner.plan(machine, guest, &tables, range, &RELINQUISH)?;
         inner.empty(machine, guest, &mut tables, plan.frames, View::Private)
     }
@@ -69,7 +69,7 @@ impl<P: TablePool> Memory<'_, P> {
         guest: &GuestMemory,
         range: PhysRange,
     ) -> Result<(), HostFailure> {
-        self.lock().force_reclaim(machine, guest, range)
+        self.lock(machine).force_reclaim(machine, guest, range)
     }
 
     /// Returns pages of a dying guest to the host, scrubbed if they were private: those in the first frames of `range`. Returns
@@ -80,8 +80,8 @@ impl<P: TablePool> Memory<'_, P> {
     /// [`GuestReason::Denied`] if the guest is not dying; [`GuestReason::OutOfRange`]; [`GuestReason::NeedsTables`] to cut a
     /// block; [`GuestReason::NoMemory`].
     pub fn reclaim<M: Machine>(&self, machine: &M, guest: &GuestMemory, range: IpaRange) -> Result<u64, GuestFailure> {
-        let mut inner = self.lock();
-        let mut tables = guest.lock();
+        let mut inner = self.lock(machine);
+        let mut tables = guest.lock(machine);
         let failure = |reason| GuestFailure { reason, ipa: range.base() };
         if !tables.dying {
             return Err(failure(GuestReason::Denied));
@@ -156,7 +156,7 @@ impl<P: TablePool> Inner<'_, P> {
     ) -> Result<(), HostFailure> {
         let failure = |reason, page| HostFailure { reason, page };
         let refuse = |reason| Err(failure(reason, range.base()));
-        let mut tables = guest.lock();
+        let mut tables = guest.lock(machine);
         if range.pages() > MAX_STEPS {
             return refuse(GuestReason::TooLarge);
         }

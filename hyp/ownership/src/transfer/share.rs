@@ -64,8 +64,8 @@ impl<P: TablePool> Memory<'_, P> {
         guest: &GuestMemory,
         range: IpaRange,
     ) -> Result<u64, GuestFailure> {
-        let mut inner = self.lock();
-        let mut tables = guest.lock();
+        let mut inner = self.lock(machine);
+        let mut tables = guest.lock(machine);
         let plan = inner.plan(machine, guest, &tables, range, &SHARE)?;
         inner.convert(machine, guest, &mut tables, plan.frames, &SHARE)?;
         Ok(plan.frames.pages())
@@ -83,8 +83,8 @@ impl<P: TablePool> Memory<'_, P> {
         guest: &GuestMemory,
         range: IpaRange,
     ) -> Result<Unshare, GuestFailure> {
-        let mut inner = self.lock();
-        let mut tables = guest.lock();
+        let mut inner = self.lock(machine);
+        let mut tables = guest.lock(machine);
         let plan = inner.plan(machine, guest, &tables, range, &UNSHARE)?;
         if plan.claimed {
             return Ok(Unshare::NeedsRelease(plan.frames));
@@ -100,8 +100,8 @@ impl<P: TablePool> Memory<'_, P> {
     /// [`crate::GuestReason::NotOffered`] for private pages, [`crate::GuestReason::Denied`] for others that are not offered,
     /// [`crate::GuestReason::Absent`], [`crate::GuestReason::Poisoned`], [`crate::GuestReason::OutOfRange`], [`crate::GuestReason::TooLarge`].
     pub fn claim<M: Machine>(&self, machine: &M, guest: &GuestMemory, range: IpaRange) -> Result<(), GuestFailure> {
-        let mut inner = self.lock();
-        let tables = guest.lock();
+        let mut inner = self.lock(machine);
+        let tables = guest.lock(machine);
         let plan = inner.plan_all(machine, guest, &tables, range, &CLAIM)?;
         inner.set_state(machine, guest, &tables, plan.frames, &CLAIM);
         Ok(())
@@ -114,8 +114,8 @@ impl<P: TablePool> Memory<'_, P> {
     ///
     /// As [`Memory::claim`], with [`crate::GuestReason::Denied`] for pages that are not claimed.
     pub fn release<M: Machine>(&self, machine: &M, guest: &GuestMemory, range: IpaRange) -> Result<(), GuestFailure> {
-        let mut inner = self.lock();
-        let tables = guest.lock();
+        let mut inner = self.lock(machine);
+        let tables = guest.lock(machine);
         let plan = inner.plan_all(machine, guest, &tables, range, &RELEASE)?;
         inner.set_state(machine, guest, &tables, plan.frames, &RELEASE);
         Ok(())

@@ -25,7 +25,7 @@ impl<P: TablePool> Memory<'_, P> {
     ///
     /// As [`Memory::donate`].
     pub fn keep<M: Machine>(&self, machine: &M, range: PhysRange) -> Result<(), Failure> {
-        self.lock().take(machine, range, &Step::KEEP)
+        self.lock(machine).take(machine, range, &Step::KEEP)
     }
 
     /// Returns pages that were kept for a VM to the host, scrubbed. Nothing uses them any more.
@@ -36,7 +36,7 @@ impl<P: TablePool> Memory<'_, P> {
     ///
     /// As [`Memory::take_back`]; [`Reason::Denied`] for a page that is not kept.
     pub fn give_back<M: Machine>(&self, machine: &M, range: PhysRange) -> Result<(), Failure> {
-        self.lock().take(machine, range, &Step::GIVE_BACK)
+        self.lock(machine).take(machine, range, &Step::GIVE_BACK)
     }
 
     /// Returns a guest without pages, in `slot`, 0 to 254. `root` is the first of [`Geometry::root_pages`] pages that are
@@ -55,7 +55,7 @@ impl<P: TablePool> Memory<'_, P> {
     ) -> Result<GuestMemory, Failure> {
         let denied = Failure { reason: Reason::Denied, page: root };
         let pages = PhysRange::new(root.raw(), geometry.root_pages()).map_err(|_| denied)?;
-        let inner = self.lock();
+        let inner = self.lock(machine);
         let kept =
             pages.iter().all(|page| inner.table.entry(page).is_some_and(|entry| entry.state() == State::HYP_KEPT));
         if !kept || !root.is_aligned(pages.size().next_power_of_two()) || slot == u8::MAX {
@@ -64,6 +64,7 @@ impl<P: TablePool> Memory<'_, P> {
         pages.iter().for_each(|page| machine.clear_table(page));
         machine.publish();
         let guest = GuestMemory::new(slot, kind, geometry, root);
+        guest.empty_tables().announce(machine, root);
         machine.invalidate_stage2_all(guest.vttbr());
         Ok(guest)
     }
@@ -84,8 +85,8 @@ impl<P: TablePool> Memory<'_, P> {
         if range.pages() > MAX_STEPS {
             return Err(failure(GuestReason::TooLarge));
         }
-        let mut inner = self.lock();
-        let mut guest = guest.lock();
+        let mut inner = self.lock(machine);
+        let mut guest = guest.lock(machine);
         if range.base().raw() == 0 {
             // It ends the list of spare pages. What is wrong with it anyway comes first.
             inner.table.check(range, &Step::KEEP)?;
@@ -109,8 +110,8 @@ impl<P: TablePool> Memory<'_, P> {
         guest: &GuestMemory,
         most: u64,
     ) -> Result<u64, GuestReason> {
-        let mut inner = self.lock();
-        let mut tables = guest.lock();
+        let mut inner = self.lock(machine);
+        let mut tables = guest.lock(machine);
         if !tables.dying || tables.pages != 0 {
             return Err(GuestReason::Busy);
         }

@@ -1,0 +1,203 @@
+//! Records what the CPU does to translation tables and TLBs, for [`ravelin_trace`].
+//!
+//! Each event is handed to `trace_record`, which the image defines, immediately before it happens; the records of one CPU are
+//! in program order. The image gives places in the stream under one lock. That the order of the stream is the order of the
+//! events, as far as any event depends on another, is for these reasons:
+//!
+//! * Table pages and what they hold belong to one lock at a time, that of `Memory` or of a guest. A record *lock* comes after
+//!   its acquisition, *unlock* before its release, all that is done in between lies between the two, and what the next holder
+//!   does lies behind. So the stores to, and the maintenance of, one tree are in the order in which they happen.
+//! * A page goes from one tree to another through the pool, a list of spare pages, or the host, with the lock held.
+//! * Registers are a CPU's own, and so are barriers.
+//!
+//! Records of different CPUs that none of this relates may be in either order, and then so may be the events.
+
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+
+use ravelin_memory::{Level, PAGE_SIZE, PhysAddr};
+use ravelin_pgtable::{self as pgtable, Descriptor, Kind, Machine};
+use ravelin_trace::{Barrier, Dsb, Hint, MemOrder, Packed, Record, Sysreg, TlbiOp};
+
+use crate::{boot::CpuStart, hardware::Hardware, sysreg::read_sysreg};
+
+unsafe extern "Rust" {
+    /// Takes the next record, in the order of the trace.
+    safe fn trace_record(record: Packed);
+    /// Writes out what it has gathered, because its memory is about to be left.
+    safe fn trace_flush();
+}
+
+/// Index of the CPU that boots, for as long as it has no [`CpuStart`].
+static BOOT_CPU: AtomicUsize = AtomicUsize::new(0);
+
+/// Whether the CPU that boots is on its way through `switch_to_carveout`, which has been recorded already.
+static SWITCHING: AtomicBool = AtomicBool::new(false);
+
+/// What an instruction is to the trace.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Instruction {
+    /// Nothing.
+    Other,
+    Barrier(Barrier),
+    Tlbi(TlbiOp),
+    /// The form of the operation for a range.
+    RangeTlbi(TlbiOp),
+}
+
+impl Instruction {
+    /// Returns what an instruction is. Fails to compile for one that is not listed here.
+    pub(crate) const fn of(assembly: &str) -> Self {
+        match assembly.as_bytes() {
+            b"dsb ish" => Self::Barrier(Barrier::Dsb(Dsb::Ish)),
+            b"dsb ishst" => Self::Barrier(Barrier::Dsb(Dsb::Ishst)),
+            b"dsb nsh" => Self::Barrier(Barrier::Dsb(Dsb::Nsh)),
+            b"dsb sy" => Self::Barrier(Barrier::Dsb(Dsb::Sy)),
+            b"isb" => Self::Barrier(Barrier::Isb),
+            b"tlbi vmalls12e1is" => Self::Tlbi(TlbiOp::Vmalls12e1is),
+            b"tlbi vmalls12e1" => Self::Tlbi(TlbiOp::Vmalls12e1),
+            b"tlbi vmalle1is" => Self::Tlbi(TlbiOp::Vmalle1is),
+            b"tlbi vmalle1" => Self::Tlbi(TlbiOp::Vmalle1),
+            b"tlbi alle2is" => Self::Tlbi(TlbiOp::Alle2is),
+            b"tlbi alle2" => Self::Tlbi(TlbiOp::Alle2),
+            b"tlbi ipas2e1is, {}" => Self::Tlbi(TlbiOp::Ipas2e1is),
+            b"tlbi ipas2le1is, {}" => Self::Tlbi(TlbiOp::Ipas2le1is),
+            b"tlbi vae2is, {}" => Self::Tlbi(TlbiOp::Vae2is),
+            b"sys #4, c8, c0, #2, {}" => Self::RangeTlbi(TlbiOp::Ipas2e1is),
+            b"sys #4, c8, c0, #6, {}" => Self::RangeTlbi(TlbiOp::Ipas2le1is),
+            b"sys #4, c8, c2, #1, {}" => Self::RangeTlbi(TlbiOp::Vae2is),
+            b"hint #17" | b"hint #18" | b"ic ialluis" => Self::Other,
+            _ => panic!("an instruction that the trace does not know"),
+        }
+    }
+}
+
+/// Returns the register that the assembler names so, if it is one of the trace.
+pub(crate) const fn register(name: &str) -> Option<Sysreg> {
+    match name.as_bytes() {
+        b"vttbr_el2" => Some(Sysreg::VttbrEl2),
+        b"vtcr_el2" => Some(Sysreg::VtcrEl2),
+        b"hcr_el2" => Some(Sysreg::HcrEl2),
+        _ => None,
+    }
+}
+
+fn tid() -> u8 {
+    let index = CpuStart::current().map_or_else(|| BOOT_CPU.load(Relaxed), CpuStart::index);
+    u8::try_from(index).unwrap_or(u8::MAX)
+}
+
+fn record(record: Record) {
+    trace_record(Packed::of(tid(), record));
+}
+
+/// Records an instruction, with its operand or 0.
+pub(crate) fn execute(instruction: Instruction, operand: u64) {
+    match instruction {
+        Instruction::Other => {}
+        Instruction::Barrier(barrier) => record(Record::Barrier(barrier)),
+        Instruction::Tlbi(op) => record(Record::Tlbi { op, operand }),
+        Instruction::RangeTlbi(op) => trace_record(Packed::of_range(tid(), op, operand)),
+    }
+}
+
+/// Records the write of a system register.
+pub(crate) fn write_register(register: Option<Sysreg>, value: u64) {
+    if let Some(register) = register {
+        record(Record::SysregWrite { register, value });
+    }
+}
+
+/// Records the store of a descriptor.
+pub(crate) fn write(table: PhysAddr, index: usize, value: u64) {
+    let address = table.raw() + 8 * index as u64;
+    record(Record::MemWrite { order: MemOrder::Plain, address, value });
+}
+
+/// Records that a table was zeroed.
+pub(crate) fn init(table: PhysAddr) {
+    record(Record::MemInit { address: table.raw(), size: PAGE_SIZE });
+}
+
+/// Records a hint of the page tables'.
+pub(crate) fn hint(hint: pgtable::Hint) {
+    use pgtable::Hint::{Free, Lock, Owner, Release, RootLock, Unlock};
+    let about = |kind, location: PhysAddr, value| Record::Hint { kind, location: location.raw(), value };
+    record(match hint {
+        Lock(lock) => Record::Lock(lock.raw()),
+        Unlock(lock) => Record::Unlock(lock.raw()),
+        RootLock { root, lock } => about(Hint::SetRootLock, root, lock.raw()),
+        Owner { table, root } => about(Hint::SetOwnerRoot, table, root.raw()),
+        pgtable::Hint::Overwrite(table) => Record::MemInit { address: table.raw(), size: PAGE_SIZE },
+        Free(table) => Record::MemFree { address: table.raw(), size: PAGE_SIZE },
+        Release(root) => about(Hint::ReleaseTable, root, 0),
+    });
+}
+
+/// Begins a trace on CPU `cpu`, the only one that runs: records the first tables, at `root`, which the assembly has built, and
+/// what it did with them.
+pub fn begin(machine: &Hardware, root: PhysAddr, cpu: usize) {
+    BOOT_CPU.store(cpu, Relaxed);
+    let before_tables =
+        [(Sysreg::HcrEl2, read_sysreg!("hcr_el2")), (Sysreg::SctlrEl2, read_sysreg!("sctlr_el2") & !SCTLR_M)];
+    before_tables.into_iter().for_each(|(register, value)| write_register(Some(register), value));
+    first_table(machine, root, root, Level::L0);
+    write_register(Some(Sysreg::MairEl2), read_sysreg!("mair_el2"));
+    write_register(Some(Sysreg::TcrEl2), read_sysreg!("tcr_el2"));
+    write_register(Some(Sysreg::Ttbr0El2), read_sysreg!("ttbr0_el2"));
+    record(Record::Barrier(Barrier::Dsb(Dsb::Ish)));
+    mmu_on(read_sysreg!("sctlr_el2"));
+}
+
+const SCTLR_M: u64 = 1;
+
+/// Records a table that is in use already, and those below it.
+fn first_table(machine: &Hardware, root: PhysAddr, table: PhysAddr, level: Level) {
+    init(table);
+    hint(pgtable::Hint::Owner { table, root });
+    for index in 0..512 {
+        let descriptor = machine.read(table, index);
+        if let (Kind::Table(next), Some(below)) = (Descriptor::from_bits(descriptor).kind(level), level.next()) {
+            first_table(machine, root, next, below);
+        }
+        if descriptor != 0 {
+            write(table, index, descriptor);
+        }
+    }
+}
+
+fn mmu_on(sctlr: u64) {
+    record(Record::Tlbi { op: TlbiOp::Alle2, operand: 0 });
+    record(Record::Barrier(Barrier::Dsb(Dsb::Nsh)));
+    record(Record::Barrier(Barrier::Isb));
+    write_register(Some(Sysreg::SctlrEl2), sctlr);
+    record(Record::Barrier(Barrier::Isb));
+}
+
+/// Records what [`CpuStart::switch`] is about to do with the tables that `start` names.
+pub(crate) fn switching(start: &CpuStart) {
+    record(Record::Barrier(Barrier::Dsb(Dsb::Sy)));
+    start_up(start);
+    SWITCHING.store(true, Relaxed);
+    trace_flush();
+}
+
+/// Records how this CPU has come from firmware to its tables, unless it has come by [`CpuStart::switch`].
+pub fn started(start: &CpuStart) {
+    if !SWITCHING.swap(false, Relaxed) {
+        write_register(Some(Sysreg::HcrEl2), read_sysreg!("hcr_el2"));
+        record(Record::Barrier(Barrier::Isb));
+        start_up(start);
+    }
+}
+
+/// What the assembly does from the moment when the MMU is off.
+fn start_up(start: &CpuStart) {
+    let [ttbr0, tcr, mair, sctlr] = start.registers();
+    write_register(Some(Sysreg::SctlrEl2), read_sysreg!("sctlr_el2") & !SCTLR_M);
+    record(Record::Barrier(Barrier::Isb));
+    write_register(Some(Sysreg::Ttbr0El2), ttbr0);
+    write_register(Some(Sysreg::TcrEl2), tcr);
+    write_register(Some(Sysreg::MairEl2), mair);
+    record(Record::Barrier(Barrier::Isb));
+    mmu_on(sctlr);
+}
