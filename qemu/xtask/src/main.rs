@@ -22,6 +22,7 @@ mod run;
 mod setup;
 mod symbols;
 mod test;
+mod trace;
 mod workspace;
 
 use std::process::ExitCode;
@@ -61,6 +62,8 @@ enum Command {
     Module(module::Options),
     /// Run the tests
     Test(test::Options),
+    /// Record what the checking build does to translation tables and TLBs while the EL1 payload runs, and check it
+    Trace(trace::Options),
     /// Boot as `run` does, stopped before the first instruction, under gdb
     Gdb(Box<run::Options>),
     /// What .ci/run runs: all tests, without the whole matrix
@@ -81,6 +84,7 @@ fn main() -> ExitCode {
         Command::Demo(options) => demo::demo(&options),
         Command::Run(options) => run::run(&options),
         Command::Test(options) => test::test(&options),
+        Command::Trace(options) => trace::trace(&options),
         Command::Gdb(options) => gdb::gdb(&options),
         Command::Ci => test::test(&test::Options::default()),
         Command::Bench(options) => bench::bench(&options),

@@ -43,6 +43,8 @@ pub(crate) struct Boot {
     pub(crate) bootargs: String,
     /// Whether what runs may use semihosting, which includes the files of this machine.
     pub(crate) semihosting: bool,
+    /// File for the architecture trace, which comes by semihosting.
+    pub(crate) trace: Option<PathBuf>,
     /// Further QEMU arguments.
     pub(crate) arguments: Vec<String>,
 }
@@ -97,7 +99,9 @@ pub(crate) fn prepare(boot: &Boot, scratch: &Scratch) -> Result<Prepared> {
     qemu.args(["-cpu", &machine.cpu, "-smp", &machine.smp.to_string()]);
     qemu.args(["-m", &format!("{}M", machine.memory_bytes()? >> 20)]);
     qemu.args(["-accel", "tcg,thread=multi", "-display", "none", "-nodefaults", "-no-reboot"]);
-    if boot.semihosting {
+    if let Some(file) = &boot.trace {
+        qemu.args(["-semihosting-config", &format!("enable=on,target=native,arg={}", doubled(file)?)]);
+    } else if boot.semihosting {
         qemu.args(["-semihosting-config", "enable=on,target=native"]);
     }
 

@@ -89,6 +89,9 @@ pub(crate) struct Options {
     /// Whether the host gets the kernel module, the VMM and guests.
     #[arg(skip)]
     pub(crate) guests: bool,
+    /// File for the architecture trace.
+    #[arg(skip)]
+    pub(crate) trace: Option<PathBuf>,
     /// Files that tests add to the initramfs.
     #[arg(skip)]
     pub(crate) extra_files: Vec<ExtraFile>,
@@ -176,8 +179,8 @@ impl Ready {
             let image = image::build(Variant { checked: options.checked, dev: options.dev })?;
             Some((image, hypervisor_arguments(options)))
         };
-        let (semihosting, arguments) = (options.semihosting, options.qemu_arg.clone());
-        let boot = Boot { machine, hypervisor, kernel, address, initrd, bootargs, semihosting, arguments };
+        let (semihosting, trace, arguments) = (options.semihosting, options.trace.clone(), options.qemu_arg.clone());
+        let boot = Boot { machine, hypervisor, kernel, address, initrd, bootargs, semihosting, trace, arguments };
         Ok(Self { boot, scratch, marker })
     }
 
@@ -258,6 +261,9 @@ fn hypervisor_arguments(options: &Options) -> String {
     }
     if options.semihosting {
         arguments.push("exit=semihosting".into());
+    }
+    if options.trace.is_some() {
+        arguments.push("trace=semihosting".into());
     }
     arguments.join(" ")
 }
@@ -346,5 +352,7 @@ mod tests {
         assert_eq!(hypervisor_arguments(&Options::default()), "");
         let options = Options { log: Some(LogLevel::Debug), semihosting: true, ..Options::default() };
         assert_eq!(hypervisor_arguments(&options), "loglevel=debug exit=semihosting");
+        let options = Options { trace: Some("file".into()), ..Options::default() };
+        assert_eq!(hypervisor_arguments(&options), "trace=semihosting");
     }
 }
