@@ -80,7 +80,7 @@ pub(crate) struct Inheritance {
 
 impl Inheritance {
     /// Pages of [`Inheritance::stack`].
-    pub(crate) const STACK_PAGES: u64 = 4;
+    pub(crate) const STACK_PAGES: u64 = if cfg!(feature = "checked") { 16 } else { 4 };
 
     const PAGES: u64 = (size_of::<Self>() as u64).div_ceil(PAGE_SIZE).next_power_of_two();
 
@@ -163,6 +163,8 @@ fn take_over(mut inheritance: Inheritance) {
     // SAFETY: Start-up has mapped them.
     let machine = unsafe { machine.with_guests(redistributors) };
     let layout = inheritance.layout;
+    #[cfg(feature = "checked")]
+    checked::begin(&machine, &mut inheritance);
 
     let table = ownership_table(&inheritance.ram, &layout);
     let geometry = Geometry::stage2(inheritance.physical.bits()).expect("a physical address size is one of stage 2");
@@ -177,8 +179,6 @@ fn take_over(mut inheritance: Inheritance) {
     // pages from the pool before the host runs.
     inheritance.pool.free_pages(inheritance.stack, Inheritance::STACK_PAGES);
 
-    #[cfg(feature = "checked")]
-    checked::begin(&mut inheritance.pool, &inheritance.ram, layout.carve_out);
     #[cfg(feature = "checked")]
     let machine = checked::Checked(machine);
     let host_tables = PageTable::<Stage2>::new(stage2_root, geometry);

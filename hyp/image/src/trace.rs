@@ -48,6 +48,8 @@ pub(crate) fn start() {
 /// Called by `ravelin_arch::trace`.
 #[unsafe(no_mangle)]
 fn trace_record(record: Packed) {
+    #[cfg(feature = "checked")]
+    crate::checked::follow(record);
     if !ON.load(Ordering::Relaxed) {
         return;
     }

@@ -1,4 +1,5 @@
-//! The checking build: the model of `tests/model` watches each exit of the host and each call of a guest.
+//! The checking build: the model of `tests/model` watches each exit of the host and each call of a guest, and the checker of
+//! `tests/trace` each change of a translation table.
 //!
 //! The model knows one step after the other, so the CPUs take turns at EL2: a CPU has its turn from the moment it comes there
 //! until it leaves, and each exit is judged, and the tables compared, before the next one begins. Guests run meanwhile. What
@@ -7,6 +8,7 @@
 
 mod heap;
 mod machine;
+mod tables;
 
 use alloc::string::String;
 use core::{fmt::Write, mem, ops::Range};
@@ -23,10 +25,11 @@ use ravelin_vm::{GuestCpu, MachineMemory};
 use spin::{Mutex, mutex::TicketMutex};
 
 pub(crate) use machine::Checked;
+pub(crate) use tables::follow;
 
 use crate::{
     pool::Pool,
-    resident::{MEMORY, VMS, machine},
+    resident::{Inheritance, MEMORY, VMS, machine},
 };
 
 /// Where EL2 sees all of RAM, to look for what should have been scrubbed: that far behind its physical address, for reading.
@@ -53,9 +56,15 @@ pub(crate) fn map_window<P: TablePool>(
     })
 }
 
-/// Begins to watch, before the host runs. The model lives in pages of `pool`.
-pub(crate) fn begin(pool: &mut Pool, ram: &[PhysRange], carve_out: PhysRange) {
+/// Begins to watch, before the host runs; translation tables are followed here unless the trace is written out. The model lives
+/// in pages of `pool`.
+pub(crate) fn begin(machine: &Hardware, inheritance: &mut Inheritance) {
+    let Inheritance { pool, ram, layout, el2, trace, .. } = inheritance;
     heap::fill(pool);
+    if !*trace {
+        tables::begin(machine, el2.root());
+    }
+    let (ram, carve_out) = (&*ram, layout.carve_out);
     let bytes = |range: PhysRange| -> Range<u64> { range.base().raw()..range.end() };
     let model = Model::new(ram.iter().copied().map(bytes), bytes(carve_out), sizes);
     *WATCH.lock() = Some(Watch::new(model, THOROUGH));
