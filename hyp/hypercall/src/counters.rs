@@ -1,8 +1,7 @@
 //! Counts for the statistics. They order nothing.
 
-use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
-
 use ravelin_abi::{CALL_COUNTERS, counter_index};
+use ravelin_sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// A count since boot. Wraps around.
 #[derive(Debug, Default)]

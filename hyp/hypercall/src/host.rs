@@ -7,8 +7,8 @@ use ravelin_abi::{
 use ravelin_memory::{Ipa, PageRange, PhysRange, RangeError};
 use ravelin_ownership::{Failure, GuestMemory, HostFault, HostState, Memory};
 use ravelin_pgtable::{Machine, TablePool};
+use ravelin_sync::TicketMutex;
 use ravelin_vm::{GuestCpu, ObjectMemory, PageAccess, Refusal, VcpuState, Vms};
-use spin::mutex::TicketMutex;
 
 use crate::{
     counters::Counters,

@@ -17,13 +17,12 @@
 //! before it suspends. It is read by that CPU after its start-up code has turned on MMU and caches, so that release and
 //! acquire are all that the slot needs; no cache maintenance.
 
-use core::sync::atomic::{
+use arm_psci::{AffinityInfo, EntryPoint, ErrorCode, Function, FunctionId, Mpidr, PsciFeature};
+use ravelin_memory::PhysAddr;
+use ravelin_sync::atomic::{
     AtomicU8, AtomicU64,
     Ordering::{AcqRel, Acquire, Relaxed, Release},
 };
-
-use arm_psci::{AffinityInfo, EntryPoint, ErrorCode, Function, FunctionId, Mpidr, PsciFeature};
-use ravelin_memory::PhysAddr;
 
 use crate::{
     firmware::{Offer, Version},
@@ -59,23 +58,23 @@ impl Cpu {
     /// Returns a CPU that is off. `mpidr` holds its affinity fields as MPIDR_EL1 does and no other bits, `argument` is what
     /// the entry points of [`Entries`] get in x0 on it.
     #[must_use]
-    pub const fn off(mpidr: u64, argument: u64) -> Self {
+    pub fn off(mpidr: u64, argument: u64) -> Self {
         Self::new(mpidr, argument, OFF, Start { entry: 0, context: 0 })
     }
 
     /// Returns the CPU that boots: it is about to take `start`. See [`Cpu::off`].
     #[must_use]
-    pub const fn booting(mpidr: u64, argument: u64, start: Start) -> Self {
+    pub fn booting(mpidr: u64, argument: u64, start: Start) -> Self {
         Self::new(mpidr, argument, PENDING, start)
     }
 
     /// Returns a CPU that is on.
     #[cfg(test)]
-    pub(crate) const fn on(mpidr: u64, argument: u64) -> Self {
+    pub(crate) fn on(mpidr: u64, argument: u64) -> Self {
         Self::new(mpidr, argument, ON, Start { entry: 0, context: 0 })
     }
 
-    const fn new(mpidr: u64, argument: u64, state: u8, start: Start) -> Self {
+    fn new(mpidr: u64, argument: u64, state: u8, start: Start) -> Self {
         let Start { entry, context } = start;
         Self {
             mpidr,

@@ -4,7 +4,7 @@ use core::ops::DerefMut;
 
 use ravelin_memory::{Ipa, IpaRange, PAGE_SIZE, PhysAddr};
 use ravelin_pgtable::{Geometry, Machine, PageTable, Stage2, TablePool, Vmid, Vttbr};
-use spin::mutex::TicketMutex;
+use ravelin_sync::TicketMutex;
 
 use crate::held::Held;
 

@@ -7,7 +7,7 @@ use core::{
 
 use ravelin_memory::{HypAddr, Level, PhysAddr, PhysRange};
 use ravelin_pgtable::{El2, El2Usage, Flush, Machine, PageTable, Stage2, TablePool};
-use spin::mutex::TicketMutex;
+use ravelin_sync::TicketMutex;
 
 use crate::{
     HOST_RESERVE,

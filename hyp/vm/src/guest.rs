@@ -3,7 +3,7 @@
 use ravelin_abi::{VmAttributes, VmKind};
 use ravelin_memory::{Ipa, IpaRange};
 use ravelin_ownership::GuestPage;
-use spin::Mutex;
+use ravelin_sync::Mutex;
 
 use crate::{Backing, Context, measurement::Measurements, ranges::Ranges, transitions::Transitions};
 

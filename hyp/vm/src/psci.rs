@@ -15,13 +15,12 @@
 //! With the seal, the one that boots is Booting in place of Pending: it keeps what the host has set of its registers. A vCPU of
 //! an ordinary VM that its host turns on is Ready at once.
 
-use core::sync::atomic::{
-    AtomicU8, AtomicU64,
-    Ordering::{Acquire, Relaxed, Release},
-};
-
 use arm_psci::{
     AffinityInfo, EntryPoint, ErrorCode, Function, FunctionId, MigrateInfoType, Mpidr, PsciFeature, ResetType,
+};
+use ravelin_sync::atomic::{
+    AtomicU8, AtomicU64,
+    Ordering::{Acquire, Relaxed, Release},
 };
 use ravelin_vgic::{MAX_VCPUS, affinity};
 
@@ -67,7 +66,7 @@ pub struct FirstInstruction {
 impl Power {
     /// Returns that of a vCPU that is off.
     #[must_use]
-    pub const fn off() -> Self {
+    pub fn off() -> Self {
         Self { state: AtomicU8::new(OFF), pc: AtomicU64::new(0), x0: AtomicU64::new(0) }
     }
 
@@ -287,6 +286,9 @@ fn checked(entry: EntryPoint, ipa_bits: u64) -> Result<u64, ErrorCode> {
 
 #[cfg(test)]
 mod tests {
+    #[cfg(loom)]
+    mod models;
+
     use std::sync::Barrier;
 
     use super::*;

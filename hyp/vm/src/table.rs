@@ -1,9 +1,10 @@
 //! The table of VMs.
 
-use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
-
 use ravelin_abi::Status;
-use spin::RwLock;
+use ravelin_sync::{
+    RwLock,
+    atomic::{AtomicBool, Ordering::Relaxed},
+};
 
 use crate::{
     handle::{Handle, SLOTS},
@@ -32,12 +33,20 @@ struct Content<T> {
 }
 
 impl<T> Table<T> {
+    #[cfg(not(loom))]
     pub(crate) const fn new() -> Self {
         Self {
             slots: [const {
                 Slot { taken: AtomicBool::new(false), content: RwLock::new(Content { generation: 0, vm: None }) }
             }; SLOTS],
         }
+    }
+
+    // Nothing of loom's is made at compile time.
+    #[cfg(loom)]
+    pub(crate) fn new() -> Self {
+        let slot = || Slot { taken: AtomicBool::new(false), content: RwLock::new(Content { generation: 0, vm: None }) };
+        Self { slots: core::array::from_fn(|_| slot()) }
     }
 
     /// Puts what `make` returns into a free slot. `make` is told the handle, which is used for another VM if it fails.
@@ -121,6 +130,9 @@ impl<T> Table<T> {
 
 #[cfg(test)]
 mod tests {
+    #[cfg(loom)]
+    mod models;
+
     use std::{
         sync::atomic::{AtomicU64, AtomicUsize},
         thread,

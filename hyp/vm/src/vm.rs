@@ -4,16 +4,16 @@
 //! then all that the host has donated for it go back to the host. Each step holds the lock of the VM's slot: those that end
 //! a stage alone, all others together with the CPUs that run vCPUs, so that none of them ever sees a stage end.
 
-use core::{
-    mem::size_of,
-    sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed},
-};
+use core::mem::size_of;
 
 use ravelin_abi::{MAX_TAKE_BACK_PAGES, Status, VmAttributes};
 use ravelin_memory::{IpaRange, PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_ownership::GuestPage;
+use ravelin_sync::{
+    Mutex, TicketMutex,
+    atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed},
+};
 use ravelin_vgic::{Frame, Gic, Spi, VcpuGic, VcpuSet};
-use spin::{Mutex, mutex::TicketMutex};
 
 use crate::{
     Guest, Handle, ObjectMemory, Power, Refusal, Transitions,
@@ -66,7 +66,8 @@ impl VcpuPages {
 
 /// Place for a vCPU.
 struct VcpuSlot<B> {
-    /// Set once there is one, for those who do not hold the lock.
+    /// Set once there is one, for those who do not hold the lock. They come after the seal, which is alone with the VM, and so
+    /// after whoever has set it.
     exists: AtomicBool,
     power: Power,
     /// The vCPU, if it exists. Who runs it holds the lock.
@@ -224,7 +225,14 @@ pub struct Vms<O: ObjectMemory, G: Send + Sync, V: Send + Sync> {
 
 impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     /// Returns a table without VMs, which keeps its objects in `objects`.
+    #[cfg(not(loom))]
     pub const fn new(objects: O) -> Self {
+        Self { objects, table: Table::new() }
+    }
+
+    /// Returns a table without VMs.
+    #[cfg(loom)]
+    pub fn new(objects: O) -> Self {
         Self { objects, table: Table::new() }
     }
 

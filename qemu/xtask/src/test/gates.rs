@@ -12,7 +12,8 @@ use crate::setup::{self, Needs};
 use crate::workspace;
 
 /// Crates that forbid unsafe code.
-const SAFE_CRATES: [&str; 10] = [
+const SAFE_CRATES: [&str; 11] = [
+    "hyp/sync/src/lib.rs",
     "hyp/memory/src/lib.rs",
     "hyp/pgtable/src/lib.rs",
     "hyp/ownership/src/lib.rs",
