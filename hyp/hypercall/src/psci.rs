@@ -19,9 +19,12 @@
 
 use arm_psci::{AffinityInfo, EntryPoint, ErrorCode, Function, FunctionId, Mpidr, PsciFeature};
 use ravelin_memory::PhysAddr;
-use ravelin_sync::atomic::{
-    AtomicU8, AtomicU64,
-    Ordering::{AcqRel, Acquire, Relaxed, Release},
+use ravelin_sync::{
+    atomic::{
+        AtomicU8, AtomicU64,
+        Ordering::{AcqRel, Acquire, Relaxed, Release},
+    },
+    spin_loop,
 };
 
 use crate::{
@@ -275,11 +278,10 @@ impl<'a> Psci<'a> {
     fn turn_on(&self, target: &Cpu, start: Start, forward: impl Fn([u64; 4]) -> u64) -> Result<u64, ErrorCode> {
         target.claim()?;
         target.keep(start);
-        // Fails when the CPU was on its way off and the firmware turned that down.
-        target.change(CLAIMED, PENDING).map_err(|_| ErrorCode::AlreadyOn)?;
+        target.state.store(PENDING, Release);
         let answer = forward([FunctionId::CpuOn64.id(), target.mpidr, self.entries.start.raw(), target.argument]);
         if low_half(answer) != 0 {
-            // Fails for the same reason, and then there is nothing to take back.
+            // Fails if the firmware has started it all the same, and then there is nothing to take back.
             let _ = target.change(PENDING, OFF);
         }
         Ok(answer)
@@ -291,8 +293,11 @@ impl<'a> Psci<'a> {
         // the firmware that it is still on.
         this.state.store(OFF, Release);
         let answer = forward();
-        // It returned, so the CPU is still on. Whoever has claimed it finds out, see `turn_on`.
-        this.state.store(ON, Release);
+        // It returned, so the CPU is still on. Whoever has claimed it is told so by the firmware and lets go. Until then the slot
+        // is theirs: they may still write to it what this CPU would take for its own when it suspends.
+        while this.change(OFF, ON).is_err() {
+            spin_loop();
+        }
         Ok(answer)
     }
 
@@ -322,6 +327,9 @@ impl Id for FunctionId {
 
 #[cfg(test)]
 mod tests {
+    #[cfg(loom)]
+    mod models;
+
     use std::sync::{
         Barrier,
         atomic::{AtomicBool, AtomicUsize},
@@ -489,11 +497,6 @@ mod tests {
         });
         assert_eq!(call(&psci, &firmware, [CPU_OFF, 0, 0, 0]), denied);
         assert_eq!(cpus[0].state.load(Relaxed), ON);
-
-        // And when the CPU is back before the one that claimed it gets to ask the firmware.
-        cpus[2].claim().unwrap();
-        cpus[2].state.store(ON, Relaxed);
-        assert_eq!(cpus[2].change(CLAIMED, PENDING), Err(ON));
     }
 
     #[test]

@@ -15,4 +15,4 @@ mod world;
 pub use guest::{Action, CALL_REGISTERS, Door, Happened, Outcome};
 pub use machine::TestMachine;
 pub use vms::{call, number};
-pub use world::{Agreeable, Heap, Layout, World, in_world, vm_sizes};
+pub use world::{Agreeable, Heap, Layout, World, in_world, lasting_world, vm_sizes};

@@ -85,32 +85,78 @@ pub struct World<'a> {
 ///
 /// If the layout makes no sense, such as a carve-out outside RAM or without room for the tables.
 pub fn in_world<R>(layout: &Layout, f: impl FnOnce(&World<'_>) -> R) -> R {
-    let range = |range: &Range<u64>| PhysRange::from_bounds(range.start, range.end).expect("a range of pages");
-    let (ram, carve_out) = (range(&layout.ram), range(&layout.carve_out));
     let machine = TestMachine::default();
+    let (mut blocks, mut pages) = entries(layout);
+    let memory = memory(layout, &machine, &mut blocks, &mut pages);
+    let (cpus, vms) = (cpus(layout), Box::new(HostedVms::new(Heap)));
+    let host = host(layout, &memory, &vms, &cpus);
+    f(&World { layout, machine: &machine, memory: &memory, vms: &vms, host })
+}
+
+/// Returns a world as [`in_world`] has it that is never given up, for threads whose end nobody sees.
+///
+/// # Panics
+///
+/// As [`in_world`].
+#[must_use]
+pub fn lasting_world(layout: Layout) -> &'static World<'static> {
+    fn keep<T>(value: T) -> &'static mut T {
+        Box::leak(Box::new(value))
+    }
+    let layout = &*keep(layout);
+    let machine = &*keep(TestMachine::default());
+    let (blocks, pages) = keep(entries(layout));
+    let memory = &*keep(memory(layout, machine, blocks, pages));
+    let vms = &*keep(HostedVms::new(Heap));
+    keep(World { layout, machine, memory, vms, host: host(layout, memory, vms, keep(cpus(layout))) })
+}
+
+fn range(range: &Range<u64>) -> PhysRange {
+    PhysRange::from_bounds(range.start, range.end).expect("a range of pages")
+}
+
+/// Returns room for the entries of the ownership table.
+fn entries(layout: &Layout) -> (Vec<u64>, Vec<[u64; PAGES_PER_BLOCK]>) {
+    let sizes = sizes(&[range(&layout.ram)]).expect("RAM is one region");
+    (vec![0; sizes.block_entries], vec![[0; PAGES_PER_BLOCK]; sizes.page_entries / PAGES_PER_BLOCK])
+}
+
+fn memory<'a>(
+    layout: &Layout,
+    machine: &TestMachine,
+    blocks: &'a mut [u64],
+    pages: &'a mut [[u64; PAGES_PER_BLOCK]],
+) -> Memory<'a, RecordingPool> {
+    let (ram, carve_out) = (range(&layout.ram), range(&layout.carve_out));
     let geometry = Geometry::stage2(40).expect("addresses may have 40 bits");
     let [stage2_root, el2_root, pool] = [0, 0x2000, 0x3000].map(|offset| address(layout.carve_out.start + offset));
     machine.inner.add_root(Stage::Stage2, stage2_root, geometry);
     machine.inner.add_root(Stage::El2, el2_root, Geometry::EL2);
     let pool = PhysRange::new(pool.raw(), layout.pool_pages as u64).expect("a range of pages");
     assert!(carve_out.covers(&pool));
-    let sizes = sizes(&[ram]).expect("RAM is one region");
-    let mut blocks = vec![0; sizes.block_entries];
-    let mut pages = vec![[0; PAGES_PER_BLOCK]; sizes.page_entries / PAGES_PER_BLOCK];
-    let table = OwnershipTable::new(&[ram], carve_out, &[], &mut blocks, &mut pages).expect("memory as it may be");
-    let memory = Memory::new(
-        table,
+    Memory::new(
+        OwnershipTable::new(&[ram], carve_out, &[], blocks, pages).expect("memory as it may be"),
         PageTable::new(stage2_root, geometry),
         PageTable::new(el2_root, Geometry::EL2),
         machine.inner.pool(pool),
-    );
+    )
+}
+
+fn cpus(layout: &Layout) -> Vec<Cpu> {
     let booting = Cpu::booting(0, 0, Start { entry: layout.ram.start, context: 0 });
-    let cpus: Vec<_> = [booting].into_iter().chain((1..layout.cpus).map(|cpu| Cpu::off(cpu, cpu))).collect();
+    [booting].into_iter().chain((1..layout.cpus).map(|cpu| Cpu::off(cpu, cpu))).collect()
+}
+
+fn host<'a>(
+    layout: &Layout,
+    memory: &'a Memory<'a, RecordingPool>,
+    vms: &'a HostedVms<Heap>,
+    cpus: &'a [Cpu],
+) -> Host<'a, RecordingPool, Agreeable, Heap> {
     let entries = Entries { start: address(layout.carve_out.start), resume: address(layout.carve_out.start) };
-    let vms = Box::new(HostedVms::new(Heap));
-    let host = Host::new(&memory, &vms, Agreeable, &cpus, entries);
+    let host = Host::new(memory, vms, Agreeable, cpus, entries);
     assert!(host.take_start(0).is_some());
-    f(&World { layout, machine: &machine, memory: &memory, vms: &vms, host })
+    host
 }
 
 /// Returns what VM_SIZES says of these attributes: pages for a VM, and for each of its vCPUs, and of how many pages the VM's

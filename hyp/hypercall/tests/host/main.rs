@@ -1,5 +1,7 @@
 //! Host calls from registers to registers, on the recording machine.
 
+#[cfg(loom)]
+mod models;
 mod vms;
 
 use std::{

@@ -17,10 +17,10 @@ const METADATA: u64 = RAM.start;
 const VCPU: u64 = RAM.start + 0x10_0000;
 const RUN_PAGE: u64 = RAM.start + 0x18_0000;
 const TABLES: u64 = RAM.start + 0x1c_0000;
-const PAYLOAD: u64 = RAM.start + 0x20_0000;
+pub(crate) const PAYLOAD: u64 = RAM.start + 0x20_0000;
 const BLOCK: u64 = 0x20_0000;
 
-const ENTRY: u64 = 0x8000_0000;
+pub(crate) const ENTRY: u64 = 0x8000_0000;
 const DISTRIBUTOR: u64 = 0x800_0000;
 const REDISTRIBUTORS: u64 = 0x80a_0000;
 
@@ -28,7 +28,7 @@ const fn attributes(kind: VmKind) -> u64 {
     VmAttributes { kind, ipa_bits: 40, vcpus: 2 }.bits()
 }
 
-const PKVM: u64 = attributes(VmKind::Pkvm);
+pub(crate) const PKVM: u64 = attributes(VmKind::Pkvm);
 const ORDINARY: u64 = attributes(VmKind::Ordinary);
 
 /// Returns pKVM's call of a guest.
@@ -50,7 +50,7 @@ fn seal(world: &World<'_>, handle: u64) {
 }
 
 /// Makes a VM that has four pages, and seals it.
-fn sealed(world: &World<'_>, attributes: u64) -> u64 {
+pub(crate) fn sealed(world: &World<'_>, attributes: u64) -> u64 {
     let handle = create(world, attributes);
     world.does("VM_MAP", &[handle, ENTRY, PAYLOAD, 4]);
     seal(world, handle);
