@@ -186,9 +186,9 @@ where
         if matches!(state.open, Open::Ended) {
             return Err(Status::WrongState.into());
         }
-        if let Some(report) = self.end() {
+        if let Some(end) = self.vm.end_before_entry() {
             state.open = Open::Ended;
-            return Ok(report);
+            return Ok(Report::of_end(end));
         }
         state.start(self.cpu, self.index, self.power);
         state.context.cntvoff_el2 = self.vm.counter_offset();

@@ -11,7 +11,11 @@ use ravelin_memory::{IpaRange, PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_ownership::GuestPage;
 use ravelin_sync::{
     Mutex, TicketMutex,
-    atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed},
+    atomic::{
+        AtomicBool, AtomicU8, AtomicU64,
+        Ordering::{Relaxed, SeqCst},
+        fence,
+    },
 };
 use ravelin_vgic::{Frame, Gic, Spi, VcpuGic, VcpuSet};
 
@@ -161,13 +165,23 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vm<O, G, V> {
         }
     }
 
-    /// Ends the VM for its guest, unless it has ended. From now on no vCPU is entered; those that run have to be left. Returns
-    /// how the VM has ended.
+    /// Ends the VM for its guest, unless it has ended. From now on no vCPU is entered but for those that [`Vm::on`] returns, which
+    /// have to be left. Returns how the VM has ended.
     pub(crate) fn end_as(&self, end: VmEnd) -> VmEnd {
         let state = if end == VmEnd::Off { OFF } else { RESET };
         // What other vCPUs have written and read has nothing to do with it.
         let _ = self.end.compare_exchange(RUNS, state, Relaxed, Relaxed);
+        // Pairs with that of `end_before_entry`.
+        fence(SeqCst);
         self.end().unwrap_or(end)
+    }
+
+    /// Returns how the guest has ended the VM, if it has, to a CPU that is about to enter a vCPU that is on. If it is ending just
+    /// now, either that is seen here, or the vCPU is seen there, in [`Vm::on`].
+    pub(crate) fn end_before_entry(&self) -> Option<VmEnd> {
+        // Whoever has turned the vCPU on has done so before this, and whoever ends the VM looks for such vCPUs after that.
+        fence(SeqCst);
+        self.end()
     }
 
     /// Returns the vCPUs that are on.

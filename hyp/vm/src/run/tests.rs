@@ -15,6 +15,8 @@ use crate::{
     fake::{Fake, FakeGuest, GuestState, Heap, Owner},
 };
 
+#[cfg(loom)]
+mod models;
 mod registers;
 
 /// Bytes of the registers of a call to the host.

@@ -12,6 +12,9 @@ use crate::{
     fake::{Fake, FakeGuest, GuestState, Heap, Owner},
 };
 
+#[cfg(loom)]
+mod models;
+
 type TestVms = Vms<Heap, FakeGuest, u64>;
 
 const PKVM: VmAttributes = VmAttributes { kind: VmKind::Pkvm, ipa_bits: 40, vcpus: 4 };
