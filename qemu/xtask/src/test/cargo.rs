@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use super::Report;
 use crate::process::{LIMIT, Watchdog};
@@ -41,6 +41,10 @@ const MIRI_NEVER: [(&str, &str); 2] = [
 /// What Miri may take for a crate: several times what it does take, and hours for all there is.
 const MIRI_LIMIT: Duration = Duration::from_secs(600);
 const MIRI_FULL_LIMIT: Duration = Duration::from_secs(4 * 3600);
+
+/// Crates with models of what CPUs do at once, and what the names of these tests have in common.
+const LOOM: [&str; 2] = ["ravelin-vm", "ravelin-hypercall"];
+const LOOM_FILTER: &str = "models::";
 
 /// Formatting.
 pub(super) fn fmt(_full: bool, report: &mut Report) -> Result<()> {
@@ -92,6 +96,21 @@ pub(super) fn host(_full: bool, report: &mut Report) -> Result<()> {
     let mut test = process::cargo();
     test.args(["test", "--workspace", "--no-fail-fast"]);
     libtest(&mut test, LIMIT, report)
+}
+
+/// Tests whose threads loom runs in every order.
+pub(super) fn loom(full: bool, report: &mut Report) -> Result<()> {
+    let mut test = process::cargo();
+    // Kept apart: with loom all of it is built anew.
+    test.args(["test", "--profile", "loom", "--no-fail-fast", "--tests", "--target-dir"]);
+    test.arg(workspace::target_dir()?.join("loom")).args(LOOM.iter().flat_map(|package| ["--package", package]));
+    test.arg(LOOM_FILTER).env("RUSTFLAGS", "--cfg loom");
+    // How often threads may be interrupted, other than where they wait.
+    test.env("LOOM_MAX_PREEMPTIONS", if full { "5" } else { "3" });
+    let before = report.passed + report.failed.len();
+    libtest(&mut test, LIMIT, report)?;
+    ensure!(report.passed + report.failed.len() > before, "there are no models");
+    Ok(())
 }
 
 /// Tests under Miri.
