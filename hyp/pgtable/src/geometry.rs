@@ -194,6 +194,15 @@ mod tests {
     }
 
     #[test]
+    fn the_boot_code_has_the_same_size_of_addresses() {
+        let boot = include_str!("../../arch/asm/boot.S");
+        let value = boot.lines().find_map(|line| line.strip_prefix(".set BOOT_TCR_EL2,")).unwrap();
+        let value = value.split_whitespace().next().unwrap().trim_start_matches("0x");
+        // It adds the CPU's physical size, which is 0 here.
+        assert_eq!(u64::from_str_radix(value, 16), Ok(Geometry::tcr_el2(PhysicalSize::Bits32)));
+    }
+
+    #[test]
     fn physical_sizes_stop_at_48_bits() {
         for (field, bits) in [(0, 32), (1, 36), (2, 40), (3, 42), (4, 44), (5, 48), (6, 48), (7, 48)] {
             assert_eq!(PhysicalSize::from_parange(field).bits(), bits);

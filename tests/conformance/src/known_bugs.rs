@@ -1,0 +1,66 @@
+//! The table of known bugs in THREAT_MODEL.md names tests that there are.
+
+use std::{collections::BTreeSet, fs, path::Path};
+
+use ravelin_payload::TESTS;
+
+const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
+
+/// Adds the names of the functions behind `#[test]` in all sources under `folder`.
+fn add_tests(folder: &Path, names: &mut BTreeSet<String>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            add_tests(&path, names);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let text = fs::read_to_string(&path).unwrap();
+            let mut is_test = false;
+            for line in text.lines().map(str::trim) {
+                if let Some(name) = line.strip_prefix("fn ").and_then(|rest| rest.split(['(', '<']).next()) {
+                    names.extend(std::mem::take(&mut is_test).then(|| name.to_owned()));
+                } else {
+                    // Other attributes and comments may lie between.
+                    is_test = line == "#[test]" || is_test && (line.starts_with('#') || line.starts_with("//"));
+                }
+            }
+        }
+    }
+}
+
+/// Returns the defects of the table and what it names as tests of each.
+fn table(text: &str) -> Vec<(&str, Vec<&str>)> {
+    let (_, section) = text.split_once("\n| defect | defence here | tests |\n|---|---|---|\n").expect("the table");
+    let rows = section.lines().take_while(|line| line.starts_with('|'));
+    rows.map(|row| {
+        let cells: Vec<_> = row.trim_matches('|').split(" | ").collect();
+        let [defect, _, tests] = cells[..] else { panic!("not three cells: {row}") };
+        (defect, tests.split('`').skip(1).step_by(2).collect())
+    })
+    .collect()
+}
+
+#[test]
+fn each_known_bug_has_tests_that_exist() {
+    let text = fs::read_to_string(Path::new(ROOT).join("THREAT_MODEL.md")).unwrap();
+    let mut names = BTreeSet::new();
+    for folder in ["hyp", "host-interface", "tests"] {
+        add_tests(&Path::new(ROOT).join(folder), &mut names);
+    }
+    names.extend(TESTS.iter().map(|test| test.name.to_owned()));
+    names.insert(crate::BROKEN.to_owned());
+    let table = table(&text);
+    assert!(table.len() > 30, "only {} rows", table.len());
+    for (defect, tests) in table {
+        assert!(!tests.is_empty(), "no test of: {defect}");
+        for test in tests {
+            assert!(names.contains(test), "there is no test {test}, of: {defect}");
+        }
+    }
+}
+
+#[test]
+fn a_row_has_its_tests() {
+    let text =
+        "x\n| defect | defence here | tests |\n|---|---|---|\n| a `b` | c | `d.e`, `f` |\n| g | h | none |\n\n| i |";
+    assert_eq!(table(text), [(" a `b`", vec!["d.e", "f"]), (" g", vec![])]);
+}
