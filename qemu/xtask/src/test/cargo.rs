@@ -106,7 +106,7 @@ pub(super) fn loom(full: bool, report: &mut Report) -> Result<()> {
     test.arg(workspace::target_dir()?.join("loom")).args(LOOM.iter().flat_map(|package| ["--package", package]));
     test.arg(LOOM_FILTER).env("RUSTFLAGS", "--cfg loom");
     // How often threads may be interrupted, other than where they wait.
-    test.env("LOOM_MAX_PREEMPTIONS", if full { "5" } else { "3" });
+    test.env("LOOM_MAX_PREEMPTIONS", if full { "3" } else { "2" });
     let before = report.passed + report.failed.len();
     libtest(&mut test, LIMIT, report)?;
     ensure!(report.passed + report.failed.len() > before, "there are no models");
