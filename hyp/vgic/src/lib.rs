@@ -51,6 +51,7 @@
     )
 )]
 
+mod check;
 mod distributor;
 mod gic;
 pub mod ich;
@@ -66,6 +67,7 @@ mod vcpu_set;
 #[cfg(test)]
 mod tests;
 
+pub use check::Inconsistency;
 pub use distributor::{Distributor, Spi};
 pub use gic::{Gic, NotAllowed, Vcpus};
 pub use mmio::{Access, Frame, Outcome, RedistributorFrame, Unsupported};
