@@ -39,6 +39,10 @@ pub(crate) fn ram(fdt: Fdt<'_>) -> Result<ArrayVec<PhysRange, MAX_RAM_REGIONS>, 
             continue;
         }
         let add = |regions: &mut ArrayVec<PhysRange, MAX_RAM_REGIONS>| {
+            // The host's device tree has other edits there, which would leave the carve-out in it.
+            if matches!(node.name(), "chosen" | "reserved-memory") {
+                return Err(Fault::Malformed("device_type"));
+            }
             let reg = value(node, "reg").filter(|reg| !reg.is_empty()).ok_or(Fault::Missing("property reg"))?;
             for entry in pairs(reg, cells) {
                 let (base, size) = entry?;

@@ -35,6 +35,17 @@ fn memory_without_reg() {
     Tree::virt().set(RAM, "reg", &[0_u32; 0][..]).fails(RAM, "no property reg");
 }
 
+/// The carve-out could be there, and the edits of these nodes do not cut it out.
+#[test]
+fn memory_that_is_another_node_too() {
+    for name in ["chosen", "reserved-memory"] {
+        let path = format!("/{name}");
+        let tree = if name == "chosen" { Tree::virt() } else { Tree::virt().add("/", name) };
+        let tree = tree.set(&path, "device_type", "memory").set(&path, "reg", reg(1 << 32, 1 << 30));
+        tree.fails(&path, "malformed property device_type");
+    }
+}
+
 #[test]
 fn memory_with_half_a_region() {
     Tree::virt().cells(RAM, "reg", [0, 0x4000_0000, 0, 0x4000_0000, 1, 0]).fails(RAM, "malformed property reg");
