@@ -12,7 +12,7 @@ use crate::setup::{self, Needs};
 use crate::workspace;
 
 /// Crates that forbid unsafe code.
-const SAFE_CRATES: [&str; 11] = [
+const SAFE_CRATES: [&str; 12] = [
     "hyp/sync/src/lib.rs",
     "hyp/memory/src/lib.rs",
     "hyp/pgtable/src/lib.rs",
@@ -24,6 +24,7 @@ const SAFE_CRATES: [&str; 11] = [
     "host-interface/abi/src/lib.rs",
     "qemu/xtask/src/main.rs",
     "tests/trace/src/lib.rs",
+    "tests/fuzz/src/lib.rs",
 ];
 
 /// Mangled part of the name of the function that replaces a live descriptor, `ravelin_pgtable::table::replace`.
