@@ -4,6 +4,7 @@ mod boots;
 mod cargo;
 mod conformance;
 mod demo;
+mod fuzz;
 mod gates;
 mod kvm;
 mod linux;
@@ -51,6 +52,7 @@ const SUITES: &[Suite] = &[
     Suite { name: "kvm", about: "the kernel module's /dev/kvm and guest_memfd, from the host", run: kvm::run },
     Suite { name: "demo", about: "guests on that host from start to end, and an attack on them", run: demo::run },
     Suite { name: "miri", about: "unit tests under Miri, if a nightly toolchain can be had", run: cargo::miri },
+    Suite { name: "fuzz", about: "fuzz targets with cargo-fuzz, a minute each", run: fuzz::run },
 ];
 
 fn suites_help() -> String {
