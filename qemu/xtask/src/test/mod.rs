@@ -11,6 +11,7 @@ mod linux;
 mod module;
 mod seeded;
 mod stack;
+mod trace;
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -48,6 +49,7 @@ const SUITES: &[Suite] = &[
     Suite { name: "conformance", about: "an EL1 payload drives every hypercall in QEMU", run: conformance::run },
     Suite { name: "guests", about: "the payload as the host of guests in QEMU", run: conformance::guests },
     Suite { name: "seeded", about: "the checking build stops at bugs that are put into it", run: seeded::run },
+    Suite { name: "trace", about: "what the payload makes of translation tables breaks no rule", run: trace::run },
     Suite { name: "linux", about: "a stock Linux as the host in QEMU", run: linux::run },
     Suite { name: "kvm", about: "the kernel module's /dev/kvm and guest_memfd, from the host", run: kvm::run },
     Suite { name: "demo", about: "guests on that host from start to end, and an attack on them", run: demo::run },
