@@ -318,13 +318,13 @@ impl State {
 
     /// Calls `f` with what the entries of a table at `base` say of those of their addresses that are in `range`.
     fn runs(&self, table: PhysAddr, level: Level, base: u64, range: &Range<u64>, f: &mut dyn FnMut(Run)) {
-        let size = level.size();
+        let (size, entries) = (level.size(), &self.table(table).entries);
         let first = range.start.saturating_sub(base) / size;
         let behind = range.end.saturating_sub(base).div_ceil(size).min(512);
         for index in first..behind {
             let start = base + index * size;
             let part = start.max(range.start)..(start + size).min(range.end);
-            let descriptor = Descriptor::from_bits(self.table(table).entries[index as usize]);
+            let descriptor = Descriptor::from_bits(entries[index as usize]);
             let seen = match descriptor.kind(level) {
                 Kind::Table(next) => {
                     self.runs(next, level.next().unwrap(), start, range, f);

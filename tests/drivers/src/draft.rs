@@ -152,8 +152,7 @@ pub fn resolve(draft: &Draft, sequence: &Sequence<'_, '_>) -> Op {
 
 /// Returns an answer to the last exit of a vCPU.
 fn likely_answer(sequence: &Sequence<'_, '_>, vm: u8, vcpu: u64, mut n: u32) -> Answer {
-    let vcpu = sequence.vm(vm).and_then(|vm| vm.vcpus.get(&vcpu));
-    let reason = vcpu.map_or(0, |vcpu| sequence.world().exit(vcpu.run_page * PAGE_SIZE).reason);
+    let reason = sequence.vcpu(vm, vcpu).waits.map_or(0, |(_, exit)| exit.reason);
     let right = match ExitReason::from_code(reason) {
         Some(ExitReason::Mmio) => &[Answer::Complete, Answer::Abort, Answer::Retry][..],
         Some(ExitReason::PageFault) => &[Answer::Abort, Answer::Retry],

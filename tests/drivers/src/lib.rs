@@ -12,3 +12,4 @@ pub mod op;
 pub mod random;
 mod real;
 pub mod sequence;
+pub mod small;

@@ -14,7 +14,7 @@ use proptest::{
     strategy::{Strategy, ValueTree},
     test_runner::{Config, RngAlgorithm, TestRng, TestRunner},
 };
-use ravelin_world::in_world;
+use ravelin_world::{Layout, in_world};
 
 use crate::{
     coverage::Coverage,
@@ -102,7 +102,7 @@ fn run_world(seed: u64, world: u64) -> Result<Coverage, Box<Failure>> {
 /// The steps up to the one that fails, and what is wrong with it.
 pub fn run_drafts(drafts: impl Iterator<Item = Draft>) -> Result<Coverage, (Vec<Op>, String)> {
     let mut steps = Vec::new();
-    let result = caught(|sequence| {
+    let result = caught(&LAYOUT, |sequence| {
         for draft in drafts {
             let step = resolve(&draft, sequence);
             steps.push(step);
@@ -118,14 +118,14 @@ pub fn run_drafts(drafts: impl Iterator<Item = Draft>) -> Result<Coverage, (Vec<
 /// # Errors
 ///
 /// What is wrong.
-pub fn replay(steps: &[Op]) -> Result<Coverage, String> {
-    caught(|sequence| steps.iter().try_for_each(|step| sequence.step(step)).map_err(|difference| difference.0))
+pub fn replay(layout: &Layout, steps: &[Op]) -> Result<Coverage, String> {
+    caught(layout, |sequence| steps.iter().try_for_each(|step| sequence.step(step)).map_err(|difference| difference.0))
 }
 
 /// Runs `f` in a new world, where a panic is a failure like others.
-fn caught(f: impl FnOnce(&mut Sequence<'_, '_>) -> Result<(), String>) -> Result<Coverage, String> {
+fn caught(layout: &Layout, f: impl FnOnce(&mut Sequence<'_, '_>) -> Result<(), String>) -> Result<Coverage, String> {
     let run = || {
-        in_world(&LAYOUT, |world| {
+        in_world(layout, |world| {
             let mut sequence = Sequence::new(world);
             f(&mut sequence)?;
             sequence.finish().map_err(|difference| difference.0)
@@ -134,7 +134,8 @@ fn caught(f: impl FnOnce(&mut Sequence<'_, '_>) -> Result<(), String>) -> Result
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| Err(message(&*panic)))
 }
 
-fn message(panic: &(dyn Any + Send)) -> String {
+/// Returns what a panic says.
+pub(crate) fn message(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     format!("panic: {}", text.unwrap_or("without a word"))
 }

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use ravelin_abi::{Status, VmAttributes};
+use ravelin_abi::{ExitReason, RunExit, Status, VmAttributes};
 use ravelin_memory::PAGE_SIZE;
 use ravelin_model::{
     Difference, Door as ModelDoor, GuestCall, Model, Reached, Sizes,
     state::{Frame, Page, Vm},
 };
-use ravelin_world::{Action, Door, Happened, Layout, Outcome, World, number, vm_sizes};
+use ravelin_world::{Action, Door, Happened, Layout, Outcome, World, vm_sizes};
 
 use crate::{
     coverage::{ACCESS, Coverage},
@@ -19,6 +19,19 @@ use crate::{
 /// How often everything is compared, in steps: all of memory, all VMs, all contents. Each step compares what it is about.
 const THOROUGH: u64 = 256;
 
+/// Why a vCPU is left at an instruction.
+const WAITS: [ExitReason; 5] =
+    [ExitReason::Mmio, ExitReason::PageFault, ExitReason::Unshare, ExitReason::NeedsTables, ExitReason::HostCall];
+
+/// What is known of a vCPU.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Vcpu {
+    /// Whether it has been turned on.
+    pub is_on: bool,
+    /// The instruction that it waits at, and what its host has been told.
+    pub waits: Option<(Action, RunExit)>,
+}
+
 /// A world and the model of it.
 pub struct Sequence<'w, 'a> {
     world: &'w World<'a>,
@@ -27,6 +40,10 @@ pub struct Sequence<'w, 'a> {
     contents: Vec<u64>,
     /// By slot: the handle of the VM that was made last.
     handles: BTreeMap<u8, u64>,
+    /// By slot and index: the vCPUs that were made last.
+    vcpus: BTreeMap<(u8, u64), Vcpu>,
+    /// Whether each step is compared.
+    compares: bool,
     /// A number that no page has held.
     fresh: u64,
     steps: u64,
@@ -62,6 +79,8 @@ impl<'w, 'a> Sequence<'w, 'a> {
             model: model(world.layout),
             contents,
             handles: BTreeMap::new(),
+            vcpus: BTreeMap::new(),
+            compares: true,
             // Above what a guest can store.
             fresh: 1 << 32,
             steps: 0,
@@ -97,6 +116,29 @@ impl<'w, 'a> Sequence<'w, 'a> {
         self.model.state.vms.get(&self.handle(slot))
     }
 
+    /// Returns what is known of the vCPU that was made last with this index in a slot.
+    #[must_use]
+    pub fn vcpu(&self, slot: u8, index: u64) -> Vcpu {
+        self.vcpus.get(&(slot, index)).copied().unwrap_or_default()
+    }
+
+    /// Takes steps that have been judged before.
+    ///
+    /// # Errors
+    ///
+    /// What the model does not allow of their answers.
+    pub fn repeat<'s>(&mut self, steps: impl IntoIterator<Item = &'s Op>) -> Result<(), Difference> {
+        self.compares = false;
+        let result = steps.into_iter().try_for_each(|step| self.step(step));
+        self.compares = true;
+        result
+    }
+
+    /// Returns what has been reached until now, and forgets it.
+    pub fn take_coverage(&mut self) -> Coverage {
+        std::mem::take(&mut self.coverage)
+    }
+
     /// Ends the sequence, and returns what it has reached.
     ///
     /// # Errors
@@ -123,7 +165,7 @@ impl<'w, 'a> Sequence<'w, 'a> {
             }
         }
         self.steps += 1;
-        if self.steps.is_multiple_of(THOROUGH) { self.compare_all() } else { Ok(()) }
+        if self.compares && self.steps.is_multiple_of(THOROUGH) { self.compare_all() } else { Ok(()) }
     }
 
     /// Makes a call of the host.
@@ -144,12 +186,38 @@ impl<'w, 'a> Sequence<'w, 'a> {
         }
         let real = RealWorld(self.world);
         let reached = self.model.host_call(&real, immediate, registers, after)?;
-        let [status, handle, ..] = after;
-        if (immediate, registers[0], status) == (0, number("VM_CREATE"), Status::Success.register()) {
-            let [slot, ..] = handle.to_le_bytes();
-            self.handles.insert(slot, handle);
+        if reached.result == Status::Success.name() {
+            let [_, x1, ..] = after;
+            let last = happened.last().map(|happened| happened.action);
+            self.note_success(reached.call, registers, x1, last);
         }
         self.conclude(reached)
+    }
+
+    /// Notes what a call that has succeeded says of VMs and vCPUs. The guest did `last` last, if it ran.
+    fn note_success(&mut self, call: &str, [_, handle, index, ..]: [u64; REGISTERS], x1: u64, last: Option<Action>) {
+        let [slot, ..] = handle.to_le_bytes();
+        match call {
+            "VM_CREATE" => {
+                let [slot, ..] = x1.to_le_bytes();
+                self.handles.insert(slot, x1);
+                self.vcpus.retain(|&(its, _), _| its != slot);
+            }
+            "VCPU_CREATE" => {
+                self.vcpus.insert((slot, index), Vcpu { is_on: index == 0, waits: None });
+            }
+            "VCPU_RUN" => {
+                let Some(vcpu) = self.vm(slot).and_then(|vm| vm.vcpus.get(&index)) else { return };
+                let exit = self.world.exit(vcpu.run_page * PAGE_SIZE);
+                let reason = ExitReason::from_code(exit.reason);
+                let waits = reason.is_some_and(|reason| WAITS.contains(&reason));
+                self.vcpus.entry((slot, index)).or_default().waits = last.filter(|_| waits).map(|last| (last, exit));
+                if reason == Some(ExitReason::CpuOn) {
+                    self.vcpus.entry((slot, exit.vcpu)).or_default().is_on = true;
+                }
+            }
+            _ => {}
+        }
     }
 
     /// Answers the last exit of a vCPU and runs it.
@@ -243,7 +311,9 @@ impl<'w, 'a> Sequence<'w, 'a> {
 
     /// Compares what a step was about.
     fn conclude(&mut self, reached: Reached) -> Result<(), Difference> {
-        self.model.compare(&RealWorld(self.world))?;
+        if self.compares {
+            self.model.compare(&RealWorld(self.world))?;
+        }
         self.note(reached);
         Ok(())
     }
