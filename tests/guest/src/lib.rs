@@ -8,6 +8,8 @@
 
 #![cfg_attr(target_os = "none", no_std)]
 
+pub mod playground;
+
 /// Guest address of the image.
 pub const IMAGE: u64 = 0x8000_0000;
 
@@ -44,6 +46,10 @@ pub const UNEXPECTED: u64 = 0xb00;
 /// Offset in the device where the number of an SPI is stored while the guest handles it, before it ends the interrupt.
 pub const INTERRUPT: u64 = 0xc00;
 
+/// Offset in the device where the counts of [`Command::Random`] are stored, [`OUTCOMES`](playground::OUTCOMES) of them for each of
+/// [`CALLS`](playground::CALLS). Counts of zero are not.
+pub const TALLY: u64 = 0xd00;
+
 /// What a vCPU is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
@@ -60,6 +66,10 @@ pub enum Command {
     FindNonzero = 4,
     /// Results: how many interrupts the vCPU has handled, and the numbers of the last seven, the last one first.
     Interrupts = 5,
+    /// Make calls and touch memory at random: seed, number of steps, code of the kind of VM, the bit that marks shared addresses,
+    /// the page's number in the pattern of the first of the [kept](playground::KEPT) frames. Results: the address in a kept frame
+    /// where the pattern is not, or 0, and what is there.
+    Random = 6,
 }
 
 impl Command {
@@ -72,8 +82,8 @@ impl Command {
     /// Returns the command that has the code.
     #[must_use]
     pub fn from_code(code: u64) -> Option<Self> {
-        static ALL: [Command; 5] =
-            [Command::Run, Command::Fill, Command::Compare, Command::FindNonzero, Command::Interrupts];
+        static ALL: [Command; 6] =
+            [Command::Run, Command::Fill, Command::Compare, Command::FindNonzero, Command::Interrupts, Command::Random];
         ALL.iter().copied().find(|command| command.code() == code)
     }
 }
@@ -132,15 +142,16 @@ mod tests {
 
     #[test]
     fn codes_go_both_ways() {
-        for code in 1..=5 {
+        for code in 1..=6 {
             assert_eq!(Command::from_code(code).map(Command::code), Some(code));
         }
-        assert_eq!([0, 6].map(Command::from_code), [None; 2]);
+        assert_eq!([0, 7].map(Command::from_code), [None; 2]);
     }
 
     #[test]
     fn the_device_fits_its_page() {
         assert!(OPERANDS + 8 * MAX_OPERANDS as u64 <= RESULTS);
         assert!(RESULTS + 8 * MAX_RESULTS as u64 <= EXCEPTION);
+        assert!(TALLY + 8 * (playground::CALLS.len() * playground::OUTCOMES.len()) as u64 <= 0x1000);
     }
 }

@@ -4,6 +4,8 @@
 
 #[cfg(target_os = "none")]
 mod puppet;
+#[cfg(target_os = "none")]
+mod random;
 
 #[cfg(not(target_os = "none"))]
 fn main() {

@@ -7,13 +7,15 @@ use ravelin_guest::{
     pattern,
 };
 
+use crate::random;
+
 const PAGE: u64 = 4096;
 
 // Offsets in a vCPU's block.
 const DEVICE: u64 = 0x00;
 const SAVED_SP: u64 = 0x08;
 const FAULT: u64 = 0x10;
-const REGISTERS: u64 = 0x40;
+pub(crate) const REGISTERS: u64 = 0x40;
 const INTERRUPTS: u64 = 0x80;
 const CODE: u64 = 0x1000;
 
@@ -36,7 +38,7 @@ mod assembly {
 
 /// Loads a word. That the instruction is this one, whose syndrome describes it, is what makes it a load from a device.
 #[expect(unsafe_code, reason = "memory outside Rust's objects")]
-fn load(address: u64) -> u64 {
+pub(crate) fn load(address: u64) -> u64 {
     let value;
     // SAFETY: A device, or memory that Rust does not know of.
     unsafe { asm!("ldr {}, [{}]", out(reg) value, in(reg) address, options(nostack)) }
@@ -45,7 +47,7 @@ fn load(address: u64) -> u64 {
 
 /// Stores a word.
 #[expect(unsafe_code, reason = "memory outside Rust's objects")]
-fn store(address: u64, value: u64) {
+pub(crate) fn store(address: u64, value: u64) {
     // SAFETY: As for `load`.
     unsafe { asm!("str {}, [{}]", in(reg) value, in(reg) address, options(nostack)) }
 }
@@ -113,6 +115,7 @@ extern "C" fn main(block: u64) -> ! {
                     result(index, load(block + INTERRUPTS + 8 * index));
                 }
             }
+            Some(Command::Random) => random::run(block, device),
             None => {}
         }
     }
@@ -154,7 +157,7 @@ fn run(block: u64, device: u64) {
 
 /// Calls code with the registers of the block. Returns whether an exception ended it.
 #[expect(unsafe_code, reason = "an assembly routine")]
-fn call(block: u64, code: u64) -> bool {
+pub(crate) fn call(block: u64, code: u64) -> bool {
     let failed: u64;
     // SAFETY: The routine keeps what the procedure call standard says whatever the code does; the host sees to it that the
     // code leaves Rust's memory alone.

@@ -106,7 +106,6 @@ tests! {
     statistics.calls("each use of a call is counted", calls: [FEATURES, STATISTICS], memory: 2 * MIB);
     statistics.events("aborts, SMCs and invalidations are counted", calls: [STATISTICS], memory: 2 * MIB);
 
-    stress.random_calls("random calls of all CPUs on overlapping ranges; the totals agree", calls: [SHARE, UNSHARE, DONATE, TAKE_BACK, PIN, UNPIN], memory: 8 * MIB);
     stress.one_winner("of all CPUs that want a page one gets it", calls: [SHARE, UNSHARE, DONATE, TAKE_BACK], memory: 2 * MIB);
     stress.fault_race("CPUs fault on a block that is being split and joined", calls: [DONATE, TAKE_BACK], cpus: 2, memory: 4 * MIB);
     stress.statistics_race("statistics go to a page that another CPU takes away", calls: [STATISTICS, SHARE, UNSHARE, DONATE, TAKE_BACK], cpus: 2, memory: 2 * MIB);
@@ -256,7 +255,9 @@ tests! {
     guests.vcpus_on_all_cpus("vCPUs run at once, and go from CPU to CPU", calls: [VCPU_RUN, CLAIM, RELEASE], memory: 8 * MIB);
     guests.vcpus_have_their_own_translations("vCPUs with other tables under one ASID do not mix them up", calls: [VCPU_RUN], memory: 8 * MIB);
     guests.gigabyte("2^18 pages are shared, claimed, released and taken back in one call each", calls: [VM_MAP, CLAIM, RELEASE], memory: GIB);
-    guests.random_calls("random calls of all CPUs about the same VMs, while a guest converts; the totals agree", calls: [VM_CREATE, VM_DONATE_TABLES, VCPU_CREATE, VM_MAP, VM_UNMAP, VM_SEAL, VCPU_RUN, CLAIM, RELEASE, FORCE_RECLAIM, SPI, VM_TEARDOWN, VM_RECLAIM, VM_DESTROY], memory: 8 * MIB);
+
+    random.host_calls("random calls of all CPUs, well-formed and malformed, about the same pages; the totals agree", calls: [SHARE, UNSHARE, DONATE, TAKE_BACK, PIN, UNPIN, PAGE_STATE, STATISTICS], memory: 8 * MIB);
+    random.everything("the same with VMs that come and go, and guests of each kind that do things at random, too", calls: [SHARE, UNSHARE, DONATE, TAKE_BACK, PIN, UNPIN, PAGE_STATE, STATISTICS, VM_SIZES, VCPU_GET_REGISTER, VCPU_SET_REGISTER, VM_CREATE, VM_DONATE_TABLES, VCPU_CREATE, VM_MAP, VM_UNMAP, VM_SEAL, VCPU_RUN, CLAIM, RELEASE, FORCE_RECLAIM, SPI, VM_TEARDOWN, VM_RECLAIM, VM_DESTROY], memory: 32 * MIB);
 
     bench.calls("every call succeeds on ranges of 1, 8 and 512 pages between the marks of the counter", memory: 8 * MIB);
     bench.guests("exits and conversions of guests between the marks of the counter", memory: 64 * MIB);

@@ -2,10 +2,12 @@
 
 use core::{
     arch::asm,
-    sync::atomic::{AtomicBool, AtomicU32, Ordering},
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use ravelin_abi::{CALLS, Call};
+
+use crate::rt::tally;
 
 /// PSCI function numbers, DEN0022.
 pub(crate) mod psci {
@@ -80,6 +82,7 @@ pub(crate) fn call(instruction: Instruction, registers: Registers) -> Registers 
             unsafe { asm!(concat!("bl ", stringify!($symbol)), inlateout("x0") &raw mut $registers => _, clobber_abi("C")) }
         };
     }
+    let function = registers.0[0];
     let mut registers = registers;
     match instruction {
         Instruction::Hvc => routine!(call_hvc, registers),
@@ -88,6 +91,12 @@ pub(crate) fn call(instruction: Instruction, registers: Registers) -> Registers 
         Instruction::Smc => routine!(call_smc, registers),
         Instruction::Smc1 => routine!(call_smc_1, registers),
         Instruction::SmcFfff => routine!(call_smc_ffff, registers),
+    }
+    let x0 = registers.0[0];
+    match instruction {
+        Instruction::Hvc => tally::count(Some(function), x0),
+        Instruction::Hvc1 | Instruction::HvcFfff => tally::count(None, x0),
+        Instruction::Smc | Instruction::Smc1 | Instruction::SmcFfff => {}
     }
     registers
 }
@@ -104,8 +113,8 @@ pub(crate) fn call_with_vectors(
 ) -> ([u64; 4], Vectors) {
     let mut arguments = arguments;
     let mut vectors = vectors;
+    let function = arguments[0];
     let smc = u64::from(instruction == Instruction::Smc);
-    note(arguments[0]);
     // SAFETY: As in `call`; the compiler does not use SIMD registers on this target.
     unsafe {
         asm!(
@@ -116,6 +125,9 @@ pub(crate) fn call_with_vectors(
             clobber_abi("C"),
         );
     }
+    if instruction == Instruction::Hvc {
+        tally::count(Some(function), arguments[0]);
+    }
     (arguments, vectors)
 }
 
@@ -125,8 +137,6 @@ pub(crate) fn table() -> impl Iterator<Item = &'static Call> {
 }
 
 static FIRMWARE_IS_HVC: AtomicBool = AtomicBool::new(false);
-/// Hypercalls issued since [`take_notes`], one bit per entry of the table.
-static ISSUED: AtomicU32 = AtomicU32::new(0);
 static CORRUPTED: AtomicBool = AtomicBool::new(false);
 
 /// Makes HVC the instruction of [`firmware`], as the device tree says on a machine without EL2.
@@ -152,14 +162,7 @@ pub(crate) fn psci(function: u64, x1: u64, x2: u64, x3: u64) -> i64 {
 
 /// Calls the hypervisor; returns x0 to x3. That the other registers survive is checked on every call.
 pub(crate) fn hypervisor<const N: usize>(arguments: [u64; N]) -> [u64; 4] {
-    note(arguments[0]);
     checked(Instruction::Hvc, arguments)
-}
-
-fn note(function: u64) {
-    if let Some(index) = table().position(|call| u64::from(call.number) == function) {
-        ISSUED.fetch_or(1 << index, Ordering::Relaxed);
-    }
 }
 
 fn checked<const N: usize>(instruction: Instruction, arguments: [u64; N]) -> [u64; 4] {
@@ -171,7 +174,7 @@ fn checked<const N: usize>(instruction: Instruction, arguments: [u64; N]) -> [u6
     [after.0[0], after.0[1], after.0[2], after.0[3]]
 }
 
-/// Returns and clears what has been noted: the hypercalls issued (a bit per entry of the table), and whether a call changed a register it must keep.
-pub(crate) fn take_notes() -> (u32, bool) {
-    (ISSUED.swap(0, Ordering::Relaxed), CORRUPTED.swap(false, Ordering::Relaxed))
+/// Returns whether a call has changed a register that it must keep, and forgets it.
+pub(crate) fn take_corruption() -> bool {
+    CORRUPTED.swap(false, Ordering::Relaxed)
 }

@@ -12,4 +12,5 @@ pub(crate) mod platform;
 pub(crate) mod probe;
 mod runner;
 mod start;
+pub(crate) mod tally;
 pub(crate) mod vm;

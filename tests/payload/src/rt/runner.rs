@@ -7,6 +7,7 @@ use crate::{
         cpu::{self, read_register},
         exit::exit,
         platform::Platform,
+        tally,
     },
     table::{TESTS, Test},
     tests::{Failure, has_hypervisor, prepare, restore},
@@ -74,18 +75,19 @@ fn missing(test: &Test, platform: &Platform) -> Option<&'static str> {
 /// Runs one test, and checks what holds for all of them: that it used the calls that it claims to test, that no call changed
 /// a register that it must keep, that memory is back in the host's hands, and that no asynchronous error is pending.
 fn run_one(test: &Test) -> Result<(), Failure> {
-    call::take_notes();
+    tally::clear();
+    call::take_corruption();
     let result = (test.run)();
-    let (issued, corrupted) = call::take_notes();
+    let corrupted = call::take_corruption();
+    let unused =
+        call::table().enumerate().find(|&(index, call)| test.calls.contains(&call.name) && !tally::has_call(index));
     let restored = if has_hypervisor() { restore() } else { Ok(()) };
     result?;
     if corrupted {
         return Err(Failure::new(format_args!("a call changed one of x4 to x30")));
     }
-    for (index, call) in call::table().enumerate() {
-        if test.calls.contains(&call.name) && issued & 1 << index == 0 {
-            return Err(Failure::new(format_args!("it did not use {}", call.name)));
-        }
+    if let Some((_, call)) = unused {
+        return Err(Failure::new(format_args!("it did not use {}", call.name)));
     }
     if read_register!("isr_el1") & 1 << 8 != 0 {
         return Err(Failure::new(format_args!("an SError is pending")));

@@ -7,7 +7,8 @@ use ravelin_abi::{MAX_TAKE_BACK_PAGES, PageStateCode, Statistics, Status, VENDOR
 use spin::Mutex;
 
 use crate::rt::{
-    call, cpu,
+    call,
+    cpu::{self, read_register},
     memory::{self, PAGE},
     platform::{self, platform},
 };
@@ -25,6 +26,7 @@ pub(crate) mod guests;
 pub(crate) mod ownership;
 pub(crate) mod pins;
 pub(crate) mod psci;
+pub(crate) mod random;
 pub(crate) mod range;
 pub(crate) mod smc;
 pub(crate) mod stale;
@@ -37,9 +39,17 @@ pub(crate) struct Failure(ArrayString<120>);
 
 impl Failure {
     pub(crate) fn new(reason: fmt::Arguments<'_>) -> Self {
-        let mut text = ArrayString::new();
-        let _ = text.write_fmt(reason); // what does not fit is cut off
-        Self(text)
+        let mut failure = Self(ArrayString::new());
+        let _ = failure.write_fmt(reason); // does not fail
+        failure
+    }
+}
+
+impl Write for Failure {
+    /// Cuts off what does not fit.
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let _ = text.chars().try_for_each(|character| self.0.try_push(character));
+        Ok(())
     }
 }
 
@@ -282,6 +292,14 @@ pub(crate) fn on_all_cpus(body: impl Fn(usize) -> Outcome + Sync) -> Outcome {
         }
     });
     outcome.into_inner()
+}
+
+/// Counts as many rounds as it is worth, but not for longer than some seconds: an emulator with fewer CPUs than it emulates takes
+/// long to hand a lock over.
+pub(crate) fn for_a_while(rounds: u64) -> impl Iterator<Item = u64> {
+    let effort = platform().effort();
+    let deadline = read_register!("cntvct_el0") + 5 * effort * read_register!("cntfrq_el0");
+    (0..rounds * effort).take_while(move |_| read_register!("cntvct_el0") < deadline)
 }
 
 /// Checks that all memory is the host's again but for the page with statistics, and makes it so if not, for the sake of the

@@ -2,7 +2,8 @@
 
 use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
-use ravelin_abi::{PageStateCode, Statistics, Status};
+use ravelin_abi::{Statistics, Status};
+use ravelin_guest::playground::Random;
 use spin::Mutex;
 
 use crate::{
@@ -10,30 +11,14 @@ use crate::{
         call, cpu,
         memory::{self, BLOCK, PAGE},
         platform::platform,
-        probe::{self, Access, probe},
+        probe::{Access, probe},
     },
     tests::{
         Failure, OWNED, Op, Outcome,
         abort::{self, ALIGNMENT},
-        arena, carve_out, check, check_eq, number, on_all_cpus, other_cpus, page_counts, state,
+        arena, carve_out, check, check_eq, number, on_all_cpus, other_cpus, state,
     },
 };
-
-/// A generator of test values (xorshift64*).
-pub(crate) struct Random(pub(crate) u64);
-
-impl Random {
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
-    }
-
-    pub(crate) fn below(&mut self, end: u64) -> u64 {
-        (self.next() >> 16) % end
-    }
-}
 
 /// Runs `work` on other CPUs again and again, as long as `meanwhile` runs here, which begins when all of them have.
 pub(crate) fn during(
@@ -63,84 +48,6 @@ pub(crate) fn during(
         result
     });
     result.and(outcome.into_inner())
-}
-
-/// The statuses with which a well-formed call may end when others work on the same pages.
-fn is_expected(op: Op, status: Status) -> bool {
-    match status {
-        Status::Success | Status::Denied => true,
-        Status::Busy => op == Op::Unshare,
-        Status::Limit => op == Op::Pin,
-        _ => false,
-    }
-}
-
-/// Random calls on overlapping ranges, and accesses in between. Then the pages' states add up to the counts.
-pub(crate) fn random_calls() -> Outcome {
-    const PAGES: u64 = 1024;
-    let base = arena(4 * BLOCK) + BLOCK;
-    let before = page_counts()?;
-    on_all_cpus(|cpu| {
-        let mut random = Random(0x1234_5678_9ABC_DEF1 * (cpu as u64 + 1));
-        for _ in 0..500 * platform().effort() {
-            let index = random.below(PAGES);
-            let page = base + index * PAGE;
-            let pages = match random.below(8) {
-                0 => 1 + random.below(PAGES - index).min(511),
-                1..4 => 1 + random.below(8.min(PAGES - index)),
-                _ => 1,
-            };
-            match random.below(10) {
-                0 => {
-                    let (code, pins) = state(page)?;
-                    check!(code == PageStateCode::SharedOwned || pins == 0, "{code:?} with {pins} pins");
-                }
-                1 => match probe(Access::Read, page) {
-                    Ok(_) => {}
-                    Err(fault) => check_eq!((fault.status(), fault.far), (ALIGNMENT, page), "read of {page:#x}"),
-                },
-                2 => match probe(Access::Write(1), page + 8) {
-                    Ok(_) => {}
-                    Err(fault) => check_eq!((fault.status(), fault.far), (ALIGNMENT, page + 8), "write to {page:#x}"),
-                },
-                _ => {
-                    let op = Op::ALL[random.below(6) as usize];
-                    let (status, failed) = op.call(page, pages);
-                    check!(is_expected(op, status), "{op:?} of {pages} pages at {page:#x}: {status:?}");
-                    let within = (page..page + pages * PAGE).contains(&failed);
-                    check!(
-                        if status == Status::Success { failed == 0 } else { within },
-                        "{op:?} of {pages} pages at {page:#x}: {status:?} names {failed:#x}"
-                    );
-                }
-            }
-        }
-        Ok(())
-    })?;
-
-    let (mut shared, mut donated) = (0, 0);
-    for page in (0..PAGES).map(|index| base + index * PAGE) {
-        let (code, _) = state(page)?;
-        let accessible = probe::read(page).is_ok();
-        check_eq!(accessible, code != PageStateCode::NoPage, "access to {page:#x}, which is {code:?}");
-        shared += u64::from(code == PageStateCode::SharedOwned);
-        donated += u64::from(code == PageStateCode::NoPage);
-    }
-    let [owned, all_shared, hypervisor, all_donated] = before;
-    let expected = [owned - shared - donated, all_shared + shared, hypervisor, all_donated + donated];
-    check_eq!(page_counts()?, expected, "pages by state");
-
-    for page in (0..PAGES).map(|index| base + index * PAGE) {
-        let (code, pins) = state(page)?;
-        (0..pins).try_for_each(|_| Op::Unpin.succeeds(page, 1))?;
-        match code {
-            PageStateCode::SharedOwned => Op::Unshare.succeeds(page, 1)?,
-            PageStateCode::NoPage => Op::TakeBack.succeeds(page, 1)?,
-            _ => {}
-        }
-    }
-    check_eq!(page_counts()?, before, "pages by state at the end");
-    Ok(())
 }
 
 /// Of all CPUs that want the same page, one gets it.
@@ -178,7 +85,7 @@ pub(crate) fn fault_race() -> Outcome {
     let carve_out = carve_out()?;
     let seed = AtomicU64::new(0xABCD_EF01);
     let touch = |_: usize| {
-        let mut random = Random(seed.fetch_add(1, Ordering::Relaxed));
+        let mut random = Random::new(seed.fetch_add(1, Ordering::Relaxed));
         for _ in 0..20 {
             let page = base + random.below(1024) * PAGE;
             let access = [Access::Read, Access::Write(1), Access::El0Read][random.below(3) as usize];
@@ -190,7 +97,7 @@ pub(crate) fn fault_race() -> Outcome {
         Ok(())
     };
     during(&other_cpus(), touch, || {
-        let mut random = Random(0x77);
+        let mut random = Random::new(0x77);
         for _ in 0..100 * platform().effort() {
             let pages = 1 + random.below(64);
             let address = base + random.below(1024 - pages) * PAGE;

@@ -3,7 +3,7 @@
 use arrayvec::ArrayVec;
 use ravelin_abi::{Answer, ExitReason, RUN_FLAG_WRITE, RunExit, RunPage, VmKind};
 use ravelin_guest::{
-    COMMAND, Command, DEVICE, EXCEPTION, INTERRUPT, MAX_OPERANDS, MAX_RESULTS, OPERANDS, RESULTS, UNEXPECTED,
+    COMMAND, Command, DEVICE, EXCEPTION, INTERRUPT, MAX_OPERANDS, MAX_RESULTS, OPERANDS, RESULTS, TALLY, UNEXPECTED,
 };
 
 use crate::{
@@ -11,6 +11,7 @@ use crate::{
         cpu::read_register,
         gic,
         memory::{self, PAGE},
+        tally,
         vm::{Vm, call, code},
     },
     tests::{Failure, Outcome, check, check_eq, status},
@@ -112,6 +113,11 @@ impl<'a> Guest<'a> {
         }
     }
 
+    /// Whether it waits for a command.
+    pub(crate) const fn is_idle(&self) -> bool {
+        self.idle
+    }
+
     /// Says what the vCPU is told of its last exit.
     pub(crate) fn answer(&self, answer: Answer, value: u64) {
         let entry = self.run_page + RunPage::ENTRY as u64;
@@ -142,38 +148,44 @@ impl<'a> Guest<'a> {
         // An interrupt that ends a run in which the guest does nothing.
         gic::arm_timer(PATIENCE * frequency);
         let stop = loop {
-            let exit = self.run_once()?;
-            if read_register!("cntvct_el0") > deadline {
-                gic::stop_timer();
-                return Err(Failure::new(format_args!("vCPU {} gets nowhere: {exit:x?}", self.index)));
-            }
-            match ExitReason::from_code(exit.reason) {
-                Some(ExitReason::Interrupted) => {
-                    let _ = gic::take();
+            match self.step() {
+                Ok(None) if read_register!("cntvct_el0") > deadline => {
+                    break Err(Failure::new(format_args!("vCPU {} gets nowhere", self.index)));
                 }
-                Some(ExitReason::Yield) => {}
-                Some(ExitReason::Wake | ExitReason::Shared | ExitReason::Relinquished) => {
-                    let _ = self.told.try_push(exit);
-                }
-                Some(ExitReason::NeedsTables) => {
-                    check!((1..=512).contains(&exit.pages), "the guest lacks {} pages for tables", exit.pages);
-                    self.vm.donate_tables(exit.pages)?;
-                }
-                Some(ExitReason::Mmio) if exit.address & !0xfff == self.vm.shared(DEVICE) && exit.size == 8 => {
-                    if self.play(&exit)? {
-                        self.idle = true;
-                        break Stop::Done(self.reply);
-                    }
-                }
-                Some(_) => break Stop::Exit(exit),
-                None => {
-                    gic::stop_timer();
-                    return Err(Failure::new(format_args!("an exit without a reason: {exit:x?}")));
-                }
+                Ok(None) => {}
+                Ok(Some(stop)) => break Ok(stop),
+                Err(failure) => break Err(failure),
             }
         };
         gic::stop_timer();
-        Ok(stop)
+        stop
+    }
+
+    /// Runs the vCPU once. Returns why it does not run any more, if it shall not just be run again.
+    pub(crate) fn step(&mut self) -> Result<Option<Stop>, Failure> {
+        let exit = self.run_once()?;
+        match ExitReason::from_code(exit.reason) {
+            Some(ExitReason::Interrupted) => {
+                let _ = gic::take();
+            }
+            Some(ExitReason::Yield) => {}
+            Some(ExitReason::Wake | ExitReason::Shared | ExitReason::Relinquished) => {
+                let _ = self.told.try_push(exit);
+            }
+            Some(ExitReason::NeedsTables) => {
+                check!((1..=512).contains(&exit.pages), "the guest lacks {} pages for tables", exit.pages);
+                self.vm.donate_tables(exit.pages)?;
+            }
+            Some(ExitReason::Mmio) if exit.address & !0xfff == self.vm.shared(DEVICE) && exit.size == 8 => {
+                if self.play(&exit)? {
+                    self.idle = true;
+                    return Ok(Some(Stop::Done(self.reply)));
+                }
+            }
+            Some(_) => return Ok(Some(Stop::Exit(exit))),
+            None => return Err(Failure::new(format_args!("an exit without a reason: {exit:x?}"))),
+        }
+        Ok(None)
     }
 
     /// Plays the device, for an exit that is an access to it. Returns whether the guest waits for a command.
@@ -207,6 +219,7 @@ impl<'a> Guest<'a> {
                     )));
                 }
             }
+            TALLY.. => tally::add_of_guest(index(TALLY), exit.value),
             _ => {
                 let _ = self.spis.try_push(exit.value);
                 // As the device does whose interrupt is handled.

@@ -21,11 +21,8 @@ use crate::{
     tests::{
         Failure, NO_PAGE, OWNED, Outcome,
         abort::is_denied,
-        check, check_eq, check_state,
-        guests::{
-            convert::{CLAIMED, host_fills, host_is_denied},
-            stress::for_a_while,
-        },
+        check, check_eq, check_state, for_a_while,
+        guests::convert::{CLAIMED, host_fills, host_is_denied},
         on_all_cpus, on_each_cpu, page_counts, state,
     },
 };

@@ -10,7 +10,6 @@ mod interrupts;
 mod life;
 mod registers;
 mod stale;
-mod stress;
 mod world;
 mod worlds;
 
@@ -55,7 +54,6 @@ pub(crate) use stale::{
     stale_after_a_realm_converts, stale_after_force_reclaim, stale_after_relinquish,
     stale_after_the_host_gives_and_releases, stale_after_unmap,
 };
-pub(crate) use stress::random_calls;
 pub(crate) use world::{registers_are_kept, vector_lengths, vectors_stay_apart};
 pub(crate) use worlds::{
     gigabyte, nothing_is_left_in_the_tlb, vcpus_have_their_own_translations, vcpus_on_all_cpus,
