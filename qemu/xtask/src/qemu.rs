@@ -45,6 +45,8 @@ pub(crate) struct Boot {
     pub(crate) semihosting: bool,
     /// File for the architecture trace, which comes by semihosting.
     pub(crate) trace: Option<PathBuf>,
+    /// Whether time goes by with instructions.
+    pub(crate) icount: bool,
     /// Further QEMU arguments.
     pub(crate) arguments: Vec<String>,
 }
@@ -98,7 +100,12 @@ pub(crate) fn prepare(boot: &Boot, scratch: &Scratch) -> Result<Prepared> {
     qemu.arg("-machine").arg(format!("{}{virtualization}", machine.machine));
     qemu.args(["-cpu", &machine.cpu, "-smp", &machine.smp.to_string()]);
     qemu.args(["-m", &format!("{}M", machine.memory_bytes()? >> 20)]);
-    qemu.args(["-accel", "tcg,thread=multi", "-display", "none", "-nodefaults", "-no-reboot"]);
+    if boot.icount {
+        qemu.args(["-accel", "tcg,thread=single", "-icount", "shift=4,sleep=off", "-rtc", "clock=vm"]);
+    } else {
+        qemu.args(["-accel", "tcg,thread=multi"]);
+    }
+    qemu.args(["-display", "none", "-nodefaults", "-no-reboot"]);
     if let Some(file) = &boot.trace {
         qemu.args(["-semihosting-config", &format!("enable=on,target=native,arg={}", doubled(file)?)]);
     } else if boot.semihosting {

@@ -83,6 +83,9 @@ pub(crate) struct Options {
     /// Let what runs use semihosting, which reaches this machine's files
     #[arg(long)]
     pub(crate) semihosting: bool,
+    /// Let time go by with instructions, one CPU after the other: the same run repeats
+    #[arg(long)]
+    pub(crate) icount: bool,
     /// Leave the kernel module, the VMM and the guests out of the host's initramfs
     #[arg(long)]
     pub(crate) bare: bool,
@@ -179,8 +182,20 @@ impl Ready {
             let image = image::build(Variant { checked: options.checked, dev: options.dev })?;
             Some((image, hypervisor_arguments(options)))
         };
-        let (semihosting, trace, arguments) = (options.semihosting, options.trace.clone(), options.qemu_arg.clone());
-        let boot = Boot { machine, hypervisor, kernel, address, initrd, bootargs, semihosting, trace, arguments };
+        let Options { semihosting, icount, .. } = *options;
+        let (trace, arguments) = (options.trace.clone(), options.qemu_arg.clone());
+        let boot = Boot {
+            machine,
+            hypervisor,
+            kernel,
+            address,
+            initrd,
+            bootargs,
+            semihosting,
+            trace,
+            icount,
+            arguments,
+        };
         Ok(Self { boot, scratch, marker })
     }
 
