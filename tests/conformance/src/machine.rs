@@ -18,14 +18,38 @@ pub(crate) struct Machine {
     pub(crate) address: Option<u64>,
     /// Whether the hypervisor checks its tables after each call.
     pub(crate) checked: bool,
+    /// The only tests that run on it, by names and beginnings of names; all of a suite if there are none.
+    pub(crate) only: &'static [&'static str],
+    /// How many rounds of random tests there are, if not as many as usual.
+    pub(crate) rounds: Option<u32>,
 }
+
+/// Tests that tell much in a short time, on a machine where each call takes long.
+const QUICK: &[&str] = &[
+    "contents.*",
+    "pins.overlap",
+    "bugs.leak_on_failure",
+    "random.*",
+    "guests.life_cycle",
+    "guests.conversion_in_place",
+    "guests.unshare_of_claimed_pages",
+    "guests.force_reclaim_poisons",
+    "guests.ordinary_vm_borrows",
+];
+
+/// Numbers of CPUs and rounds of random tests that make more than [`HYPERCALLS`] hypercalls. Where there are fewer CPUs than are
+/// emulated, those that wait for a lock keep its holder from running, so there are few rounds with many CPUs.
+const RANDOM: [(u32, u32); 3] = [(1, 100), (2, 50), (4, 6)];
+
+/// Hypercalls of random tests on machines that check, with `--full`.
+pub(crate) const HYPERCALLS: u64 = 1_000_000;
 
 impl Machine {
     /// The machine for what needs only one.
     pub(crate) const USUAL: Self = Self::new("cortex-a76", 2, 1024);
 
     const fn new(cpu: &'static str, smp: u32, memory: u32) -> Self {
-        Self { cpu, smp, memory, address: None, checked: false }
+        Self { cpu, smp, memory, address: None, checked: false, only: &[], rounds: None }
     }
 
     const fn at(self, address: u64) -> Self {
@@ -36,11 +60,19 @@ impl Machine {
         Self { checked: true, ..self }
     }
 
+    const fn only(self, only: &'static [&'static str]) -> Self {
+        Self { only, ..self }
+    }
+
+    const fn rounds(self, rounds: u32) -> Self {
+        Self { rounds: Some(rounds), ..self }
+    }
+
     /// Whether the test is not left out here. A range must be free at a multiple of its size, so the top of RAM with the
     /// carve-out and the bottom with what is loaded do not count.
     #[cfg(test)]
     pub(crate) fn has_what_it_takes(&self, test: &Test) -> bool {
-        test.cpus <= self.smp as usize && 3 * test.memory <= u64::from(self.memory) << 20
+        self.only.is_empty() && test.cpus <= self.smp as usize && 3 * test.memory <= u64::from(self.memory) << 20
     }
 }
 
@@ -51,10 +83,17 @@ impl fmt::Display for Machine {
         if let Some(address) = self.address {
             write!(f, ", at {address:#x}")?;
         }
-        if self.checked { f.write_str(", checked") } else { Ok(()) }
+        if self.checked {
+            f.write_str(", checked")?;
+        }
+        match self.rounds {
+            Some(rounds) => write!(f, ", {rounds} rounds"),
+            None => Ok(()),
+        }
     }
 }
 
+const CHECKED: Machine = Machine::new("cortex-a76", 2, 512).checked();
 const CPUS: [&str; 6] = ["cortex-a53", "cortex-a72", "cortex-a76", "neoverse-n1", "neoverse-v1", "max"];
 const NUMBERS: [u32; 4] = [1, 2, 4, 8];
 const SIZES: [u32; 5] = [512, 1024, 2048, 4096, 8192];
@@ -71,7 +110,11 @@ pub(crate) fn matrix(full: bool) -> Vec<Machine> {
     if full {
         let numbers = CPUS.iter().flat_map(|cpu| NUMBERS.map(|smp| (cpu, smp)));
         machines.extend(numbers.zip(SIZES.iter().cycle()).map(|((cpu, smp), &memory)| Machine::new(cpu, smp, memory)));
-        machines.push(Machine::new("cortex-a76", 2, 512).checked());
+        machines.push(CHECKED);
+        let random = |(smp, rounds)| Machine { smp, ..CHECKED }.only(&["random.*"]).rounds(rounds);
+        machines.extend(RANDOM.map(random));
+    } else {
+        machines.push(CHECKED.only(QUICK));
     }
     machines
 }
@@ -85,12 +128,22 @@ mod tests {
         let full = matrix(true);
         assert!(CPUS.iter().all(|&cpu| NUMBERS.iter().all(|&smp| full.iter().any(|m| (m.cpu, m.smp) == (cpu, smp)))));
         assert!(SIZES.iter().all(|&memory| full.iter().any(|machine| machine.memory == memory)));
-        assert!(matrix(false).iter().all(|machine| full.contains(machine)));
+        assert!(matrix(false).iter().all(|machine| full.contains(&machine.only(&[]))));
+    }
+
+    #[test]
+    fn the_quick_tests_exist() {
+        for name in QUICK {
+            let exists =
+                |test: &Test| name.strip_suffix('*').map_or(test.name == *name, |it| test.name.starts_with(it));
+            assert!(ravelin_payload::TESTS.iter().any(exists), "{name}");
+        }
     }
 
     #[test]
     fn names() {
         assert_eq!(Machine::new("max", 4, 2048).to_string(), "max x4, 2048 MiB");
         assert_eq!(Machine::new("max", 1, 512).at(0x1000).checked().to_string(), "max x1, 512 MiB, at 0x1000, checked");
+        assert_eq!(Machine::new("max", 1, 512).checked().rounds(3).to_string(), "max x1, 512 MiB, checked, 3 rounds");
     }
 }

@@ -1,11 +1,12 @@
 //! Runs the on-target tests of the payload in QEMU, on machines of several kinds, and prints a line for each test on each.
 //!
 //! ```text
-//! ravelin-conformance [--full] [--guests] [--payload FILE] [--guest FILE] [--list] [TEST..]
+//! ravelin-conformance [--full] [--guests] [--seed N] [--payload FILE] [--guest FILE] [--list] [TEST..]
 //! ```
 //!
 //! TEST is the name of a test, or the beginning of one and a `*`. Without any, `--guests` runs those that have guests, and its
-//! absence the others. `--payload` and `--guest` name the payload and its guest as flat binaries; without them, they are built. `cargo xtask run` starts the machines.
+//! absence the others. `--payload` and `--guest` name the payload and its guest as flat binaries; without them, they are built. `--seed` is that of
+//! the first round of random tests. `cargo xtask run` starts the machines.
 
 #![forbid(unsafe_code)]
 
@@ -17,6 +18,7 @@ mod monitor;
 mod output;
 mod panics;
 mod payload;
+mod reached;
 mod run;
 
 use std::{collections::BTreeSet, path::PathBuf, process::ExitCode};
@@ -25,7 +27,12 @@ use anyhow::{Result, bail};
 use ravelin_abi::CALLS;
 use ravelin_payload::{TESTS, Test};
 
-use crate::{machine::Machine, output::Verdict, run::Images};
+use crate::{
+    machine::{HYPERCALLS, Machine},
+    output::Verdict,
+    reached::Reached,
+    run::Images,
+};
 
 /// How the names of tests begin that have guests.
 const GUESTS: &str = "guests.";
@@ -41,6 +48,7 @@ struct Options {
     list: bool,
     payload: Option<PathBuf>,
     guest: Option<PathBuf>,
+    seed: Option<u64>,
     tests: Vec<String>,
 }
 
@@ -58,11 +66,40 @@ impl Options {
                 "--guests" => options.guests = true,
                 "--payload" => options.payload = file("--payload", arguments.next())?,
                 "--guest" => options.guest = file("--guest", arguments.next())?,
+                "--seed" => match arguments.next().and_then(|seed| seed.parse().ok()) {
+                    Some(seed) => options.seed = Some(seed),
+                    None => bail!("--seed wants a number"),
+                },
                 option if option.starts_with('-') => bail!("unknown option {option}"),
                 _ => options.tests.push(argument),
             }
         }
         Ok(options)
+    }
+
+    /// Returns the arguments with which the payload runs what is wanted on a machine, if anything is.
+    fn arguments(&self, machine: &Machine) -> Option<String> {
+        let tests = match (&*self.tests, machine.only, self.guests) {
+            ([_, ..], ..) => self.tests.join(","),
+            ([], [], true) => GUESTS.to_owned() + "*",
+            ([], [], false) => "all skip=".to_owned() + GUESTS + "*",
+            ([], only, guests) => {
+                let in_suite = |name: &&&str| name.starts_with(GUESTS) == guests;
+                let names: Vec<_> = only.iter().filter(in_suite).copied().collect();
+                if names.is_empty() {
+                    return None;
+                }
+                names.join(",")
+            }
+        };
+        let mut arguments = format!("test={tests} effort={}", if self.full { 3 } else { 1 });
+        if let Some(rounds) = machine.rounds {
+            arguments += &format!(" rounds={rounds}");
+        }
+        if let Some(seed) = self.seed {
+            arguments += &format!(" seed={seed}");
+        }
+        Some(arguments)
     }
 }
 
@@ -96,14 +133,9 @@ fn conformance(options: &Options) -> Result<bool> {
     let build = |given: &Option<PathBuf>, package| given.clone().map_or_else(|| payload::build(package), Ok);
     let payload = build(&options.payload, "ravelin-payload")?;
     let images = Images { payload: &payload, guest: &build(&options.guest, "ravelin-guest")? };
-    let wanted = match (options.tests.is_empty(), options.guests) {
-        (false, _) => options.tests.join(","),
-        (true, true) => GUESTS.to_owned() + "*",
-        (true, false) => "all skip=".to_owned() + GUESTS + "*",
-    };
-    let effort = if options.full { 3 } else { 1 };
-    let mut seen = BTreeSet::new();
+    let (mut seen, mut reached) = (BTreeSet::new(), Reached::default());
     for machine in machine::matrix(options.full) {
+        let Some(arguments) = options.arguments(&machine) else { continue };
         let mut on_machine = |test: &str, verdict: &Verdict| {
             // What this machine lacks, another one has; if none has it, that is a failure, below.
             if !matches!(verdict, Verdict::Ignored(_)) {
@@ -111,8 +143,9 @@ fn conformance(options: &Options) -> Result<bool> {
                 report(&format!("{machine}: {test}"), verdict);
             }
         };
-        run::run(&machine, images, &format!("test={wanted} effort={effort}"), &mut on_machine)?;
+        run::run(&machine, images, &arguments, &mut reached, &mut on_machine)?;
     }
+    reached.print(options.full);
     if options.tests.is_empty() {
         let in_suite = |test: &&Test| test.name.starts_with(GUESTS) == options.guests;
         for test in TESTS.iter().filter(in_suite).filter(|test| !seen.contains(test.name)) {
@@ -123,6 +156,13 @@ fn conformance(options: &Options) -> Result<bool> {
         let usual = Machine::USUAL;
         report(&format!("{usual}: the payload resets the machine"), &run::resets(&usual, images)?);
         report(&format!("{usual}: {BROKEN}"), &run::fails(&usual, images)?);
+    }
+    if options.tests.is_empty() && !options.guests && options.full {
+        let demand = |holds, why: String| if holds { Verdict::Passed } else { Verdict::Failed(why) };
+        let missing = reached.missing();
+        report("every result that can be reached is", &demand(missing.is_empty(), missing.join(", ")));
+        let random = reached.random();
+        report("a million random hypercalls", &demand(random >= HYPERCALLS, format!("{random} of {HYPERCALLS}")));
     }
     Ok(failed == 0)
 }
@@ -169,12 +209,24 @@ mod tests {
     #[test]
     fn options() {
         let parse = |text: &str| Options::parse(text.split_whitespace().map(str::to_owned));
-        let options = parse("--full --payload x.bin --guest y.bin pins.* psci.race").unwrap();
+        let options = parse("--full --payload x.bin --guest y.bin --seed 7 pins.* psci.race").unwrap();
         assert!(options.full && !options.guests);
         assert_eq!(options.payload, Some("x.bin".into()));
         assert_eq!(options.guest, Some("y.bin".into()));
         assert_eq!(options.tests, ["pins.*", "psci.race"]);
+        assert_eq!(options.arguments(&Machine::USUAL).as_deref(), Some("test=pins.*,psci.race effort=3 seed=7"));
         assert!(parse("--payload").is_err());
         assert!(parse("--fast").is_err());
+        assert!(parse("--seed").is_err() && parse("--seed x").is_err());
+    }
+
+    #[test]
+    fn a_machine_for_some_tests_runs_those_of_the_suite() {
+        let machine = Machine { only: &["pins.*", "guests.life_cycle"], rounds: Some(5), ..Machine::USUAL };
+        let arguments = |guests, machine: &Machine| Options { guests, ..Options::default() }.arguments(machine);
+        assert_eq!(arguments(false, &machine).as_deref(), Some("test=pins.* effort=1 rounds=5"));
+        assert_eq!(arguments(true, &machine).as_deref(), Some("test=guests.life_cycle effort=1 rounds=5"));
+        assert_eq!(arguments(true, &Machine { only: &["pins.*"], ..machine }), None);
+        assert_eq!(arguments(false, &Machine::USUAL).as_deref(), Some("test=all skip=guests.* effort=1"));
     }
 }

@@ -18,6 +18,7 @@ use crate::{
     monitor::Monitor,
     output::{Event, Parser, Verdict},
     panics, payload,
+    reached::Reached,
 };
 
 /// How long a test may take. The longest takes some seconds where the machine is not busy otherwise.
@@ -67,7 +68,12 @@ impl Session {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let socket = payload::output_dir()?.join(format!("monitor-{}-{number}", std::process::id()));
-        let mut child = command(machine, images, arguments, &socket)
+        let mut monitor = std::ffi::OsString::from("unix:");
+        monitor.push(&socket);
+        monitor.push(",server=on,wait=off");
+        let mut child = command(machine, images, arguments)
+            .args(["--qemu-arg", "-monitor", "--qemu-arg"])
+            .arg(monitor)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -132,7 +138,7 @@ impl Drop for Session {
 }
 
 /// `cargo xtask run` is the one place that knows QEMU's command line.
-fn command(machine: &Machine, images: Images<'_>, arguments: &str, socket: &Path) -> Command {
+fn command(machine: &Machine, images: Images<'_>, arguments: &str) -> Command {
     let mut image = images.payload.as_os_str().to_owned();
     if let Some(address) = machine.address {
         image.push(format!("@{address:#x}"));
@@ -141,22 +147,24 @@ fn command(machine: &Machine, images: Images<'_>, arguments: &str, socket: &Path
     command.args(["xtask", "run", "--cpu", machine.cpu, "--smp", &machine.smp.to_string()]);
     command.args(["--memory", &format!("{}M", machine.memory), "--append", arguments, "--host-image"]).arg(image);
     command.arg("--host-initrd").arg(images.guest);
-    command.args(["--qemu-arg", "-monitor", "--qemu-arg"]);
-    let mut monitor = std::ffi::OsString::from("unix:");
-    monitor.push(socket);
-    monitor.push(",server=on,wait=off");
-    command.arg(monitor);
     if machine.checked {
         command.arg("--checked");
     }
     command
 }
 
-/// Runs the tests that `arguments` select on the machine and reports each.
+/// What repeats the round of a random test that has failed, as the payload has it.
+fn again(console: &str) -> Option<&str> {
+    let (_, arguments) = console.rsplit_once("random: again with '")?;
+    Some(arguments.split_once('\'')?.0)
+}
+
+/// Runs the tests that `arguments` select on the machine and reports each; adds what they reach to `reached`.
 pub(crate) fn run(
     machine: &Machine,
     images: Images<'_>,
     arguments: &str,
+    reached: &mut Reached,
     report: &mut impl FnMut(&str, &Verdict),
 ) -> Result<()> {
     let payload = match machine.address {
@@ -183,6 +191,9 @@ pub(crate) fn run(
                             Event::Ended(verdict) => {
                                 if let Some(test) = current.take() {
                                     report(&test, &verdict);
+                                    if let (Verdict::Failed(_), Some(round)) = (&verdict, again(&console)) {
+                                        eprintln!("{machine}: again: {:?}", command(machine, images, round));
+                                    }
                                 }
                             }
                             Event::Inspect { page, seed } => session.answer(page, seed)?,
@@ -191,10 +202,14 @@ pub(crate) fn run(
                     }
                 }
                 Next::Silence => break format!("nothing for {} s", timeout.as_secs()),
-                Next::End(0 | 1) if done => return Ok(()),
+                Next::End(0 | 1) if done => {
+                    reached.take(&console, machine.checked);
+                    return Ok(());
+                }
                 Next::End(status) => break format!("the machine ended with status {status}"),
             }
         };
+        reached.take(&console, machine.checked);
         let lines: Vec<_> = console.lines().rev().take(20).collect();
         eprintln!("{machine}: {why_early}; the last lines of its console:");
         lines.iter().rev().for_each(|line| eprintln!("    {line}"));
@@ -238,5 +253,17 @@ pub(crate) fn fails(machine: &Machine, images: Images<'_>) -> Result<Verdict> {
             Next::Events(_) => {}
             Next::Silence | Next::End(_) => return Ok(Verdict::Failed("no test began".into())),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_round_is_repeated_alone() {
+        let console = "random: seed 7\r\nrandom: again with 'test=random.everything seed=7 rounds=1'\r\nFAILED: x\r\n";
+        assert_eq!(again(console), Some("test=random.everything seed=7 rounds=1"));
+        assert_eq!(again("random: seed 7\r\n"), None);
     }
 }

@@ -1,10 +1,15 @@
 //! The EL1 payload in the place of the host, alone and with guests.
 
+use std::time::Duration;
+
 use anyhow::Result;
 
 use super::{Report, cargo};
 use crate::setup::{self, Needs};
 use crate::{image, process};
+
+/// What the whole matrix and a million checked hypercalls may take.
+const FULL_LIMIT: Duration = Duration::from_secs(6 * 3600);
 
 /// Runs the conformance runner for what concerns the host alone.
 pub(super) fn run(full: bool, report: &mut Report) -> Result<()> {
@@ -25,5 +30,5 @@ fn runner(arguments: &[&str], full: bool, report: &mut Report) -> Result<()> {
     if full {
         runner.arg("--full");
     }
-    cargo::libtest(&mut runner, process::LIMIT, report)
+    cargo::libtest(&mut runner, if full { FULL_LIMIT } else { process::LIMIT }, report)
 }
