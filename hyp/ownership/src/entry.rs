@@ -202,6 +202,15 @@ mod tests {
     }
 
     #[test]
+    fn states_have_their_names() {
+        let names: Vec<_> = (0..16).map(|bits| format!("{:?}", State(bits))).filter(|name| name != "?").collect();
+        assert_eq!(
+            names.join(" "),
+            "Nobody HostOwned HypOwned GuestOwned HostShared HypKept GuestOffered HostLent HypDonated HostBorrowed GuestClaimed"
+        );
+    }
+
+    #[test]
     fn fields_do_not_touch() {
         let entry = Entry::new(State::HOST_SHARED, Entry::MAX_PINS);
         assert_eq!((entry.state(), entry.pins()), (State::HOST_SHARED, 4095));

@@ -521,7 +521,7 @@ impl<'a> OwnershipTable<'a> {
         Block::from_bits(self.blocks.get(index).copied().unwrap_or_default())
     }
 
-    fn set_block(&mut self, index: usize, block: Block) {
+    pub(crate) fn set_block(&mut self, index: usize, block: Block) {
         if let Some(bits) = self.blocks.get_mut(index) {
             *bits = block.bits();
         }

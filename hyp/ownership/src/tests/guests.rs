@@ -156,7 +156,7 @@ fn writes(log: &[Op]) -> usize {
     log.iter().filter(|op| matches!(op, Op::Write { .. })).count()
 }
 
-fn with_rig(f: impl FnOnce(&Rig<'_>)) {
+pub(super) fn with_rig(f: impl FnOnce(&Rig<'_>)) {
     let layout = small();
     let mut store = Store::for_ram(&layout.ram);
     f(&Rig::new(&layout, &mut store));

@@ -1,6 +1,12 @@
 //! What happens when something runs out.
 
-use super::*;
+use ravelin_pgtable::{Flush, TablePool};
+
+use super::{
+    guests::{Change, RAM, frames, with_rig},
+    *,
+};
+use crate::{GuestFailure, GuestKind, GuestReason, HostFailure, MAX_STEPS};
 
 /// Memory with so few tables that pages in different blocks soon use them up.
 fn scarce(tables: usize) -> Layout {
@@ -169,4 +175,132 @@ fn the_largest_range_takes_steps_by_the_block() {
         assert!(log.len() < 4000, "{call:?} took {} operations", log.len());
     }
     rig.check();
+}
+
+/// Where EL2 maps nothing but what uses up tables: one for each block.
+const FAR: u64 = 1 << 39;
+
+/// Has EL2 use up tables until `left` are left.
+fn drain(rig: &Rig<'_>, left: usize) {
+    let inner = &mut *rig.memory.lock();
+    let mut base = FAR;
+    while inner.pool.available() > left {
+        let page = range(base, 1);
+        inner.el2.map(&rig.machine, &mut inner.pool, page.identity_va(), page.base(), El2Usage::Data).unwrap();
+        base += 2 * MIB;
+    }
+    assert_eq!(inner.pool.available(), left);
+}
+
+/// Has EL2 do without one of them.
+fn give_one_back(rig: &Rig<'_>) {
+    let inner = &mut *rig.memory.lock();
+    let before = inner.pool.available();
+    let flush = inner.el2.unmap(&rig.machine, &mut inner.pool, range(FAR, 1).identity_va(), Flush::new());
+    inner.flush_el2(&rig.machine, flush);
+    assert_eq!(inner.pool.available(), before + 1);
+}
+
+#[test]
+fn a_look_at_guests_pages_needs_tables() {
+    with_rig(|rig| {
+        let guest = rig.guest(0, GuestKind::Pkvm, 16);
+        rig.give(&guest, GIB, 4, RAM).unwrap();
+        drain(rig, 5);
+        let before = rig.everything();
+        let refused = Err((Some(GuestReason::NoMemory), RAM));
+        let denied = |page| Err(HostFailure { reason: GuestReason::NoMemory, page: addr(page) });
+        assert_eq!(rig.give(&guest, GIB + 9 * PAGE, 1, RAM + 9 * PAGE), denied(GIB + 9 * PAGE));
+        assert_eq!(
+            rig.memory.with_guest_pages(&rig.machine, &guest, frames(RAM, 1), &mut |_| panic!("not mapped")),
+            Err(GuestFailure { reason: GuestReason::NoMemory, ipa: Ipa::new(RAM).unwrap() })
+        );
+        assert_eq!(rig.change(Change::Relinquish, &guest, RAM, 1), refused);
+        assert_eq!(rig.force(&guest, GIB, 1), denied(GIB));
+        guest.kill();
+        assert_eq!(rig.change(Change::Reclaim, &guest, RAM, 4), refused);
+        assert!(rig.everything() == before);
+
+        // One more is enough, and the host keeps its tables.
+        let evictions = rig.memory.counts().evictions;
+        give_one_back(rig);
+        assert_eq!(rig.change(Change::Reclaim, &guest, RAM, 4), Ok(4));
+        assert_eq!(rig.memory.counts().evictions, evictions);
+        rig.check_guest(&guest);
+    });
+}
+
+#[test]
+fn a_dead_guests_tables_come_back_as_soon_as_a_block_of_el2_can_be_cut() {
+    for host_has_them in [false, true] {
+        let layout = scattered(2 * HOST_RESERVE);
+        let mut store = Store::for_ram(&layout.ram);
+        let rig = Rig::new(&layout, &mut store);
+        rig.memory.keep(&rig.machine, range(GIB, 2)).unwrap();
+        let geometry = Geometry::stage2(IPA_BITS).unwrap();
+        let guest = rig.memory.new_guest(&rig.machine, 0, GuestKind::Pkvm, geometry, addr(GIB)).unwrap();
+        rig.memory.add_guest_tables(&rig.machine, &guest, range(GIB + 2 * MIB, MAX_STEPS)).unwrap();
+        guest.kill();
+        let release = || rig.memory.release_guest_tables(&rig.machine, &guest, MAX_STEPS);
+        if host_has_them {
+            (0..16).for_each(|index| assert_eq!(rig.touch(lone_page(index)), HostFault::Resolved));
+            assert_eq!(rig.memory.counts().host_tables, HOST_RESERVE);
+        }
+        drain(&rig, if host_has_them { 0 } else { HOST_RESERVE });
+        assert_eq!(release(), Err(GuestReason::NoMemory));
+        assert_eq!((guest.table_pages(), rig.memory.counts().evictions), (MAX_STEPS, 0));
+        give_one_back(&rig);
+        if host_has_them {
+            assert_eq!(rig.touch(GIB + 64 * MIB), HostFault::Resolved);
+            assert_eq!((rig.memory.counts().host_tables, rig.memory.counts().free_tables), (HOST_RESERVE + 1, 0));
+        }
+        assert_eq!(release(), Ok(0));
+        assert_eq!(rig.memory.counts().evictions, u64::from(host_has_them));
+        rig.check();
+    }
+}
+
+#[test]
+fn a_guest_gets_a_call_of_tables_at_most_and_never_page_0() {
+    with_rig(|rig| {
+        let guest = rig.guest(0, GuestKind::Pkvm, 0);
+        let add = |base, pages| rig.memory.add_guest_tables(&rig.machine, &guest, range(base, pages));
+        let denied = |reason, page| Err(HostFailure { reason, page: addr(page) });
+        assert_eq!(add(GIB, MAX_STEPS + 1), denied(GuestReason::TooLarge, GIB));
+        assert_eq!(add(0, 1), denied(GuestReason::Denied, 0));
+        assert_eq!(guest.table_pages(), 0);
+        assert_eq!(add(GIB, MAX_STEPS), Ok(()));
+        assert_eq!(guest.table_pages(), MAX_STEPS);
+        rig.check_guest(&guest);
+    });
+}
+
+#[test]
+fn a_dying_guest_has_no_frames_behind_its_end() {
+    with_rig(|rig| {
+        for (slot, kind) in (0..).zip([GuestKind::Ordinary, GuestKind::Pkvm, GuestKind::Realm]) {
+            let guest = rig.guest(slot, kind, 4);
+            guest.kill();
+            let last = guest.end() - PAGE;
+            assert_eq!(rig.change(Change::Reclaim, &guest, last, 2), Err((Some(GuestReason::OutOfRange), last)));
+            assert_eq!(rig.change(Change::Reclaim, &guest, last, 1), Ok(1));
+        }
+    });
+}
+
+#[test]
+fn tables_of_a_guest_are_counted_as_they_come_and_go() {
+    with_rig(|rig| {
+        let guest = rig.guest(0, GuestKind::Pkvm, 3);
+        let numbers = || {
+            let mut guest = guest.lock();
+            let pool = guest.spare.pool(&rig.machine);
+            (pool.available(), pool.in_use())
+        };
+        assert_eq!(numbers(), (3, 0));
+        rig.give(&guest, GIB, 1, RAM).unwrap();
+        assert_eq!((numbers(), guest.table_pages()), ((1, 2), 3));
+        assert_eq!(rig.change(Change::Relinquish, &guest, RAM, 1), Ok(1));
+        assert_eq!((numbers(), guest.table_pages()), ((3, 0), 3));
+    });
 }

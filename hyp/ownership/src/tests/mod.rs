@@ -2,6 +2,8 @@
 
 // Miri interprets a few of the tests; through the others, whose checks walk all of memory, it would take an hour.
 #[cfg(not(miri))]
+mod checks;
+#[cfg(not(miri))]
 mod faults;
 #[cfg(not(miri))]
 mod guests;

@@ -87,3 +87,17 @@ fn regions_that_share_a_block_keep_apart() {
     assert_eq!(rig.call(Share, range(GIB + 200 * PAGE, 612)), Ok(()));
     rig.check();
 }
+
+#[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
+fn the_hypervisor_maps_its_own_before_others_come() {
+    let layout = small();
+    let mut store = Store::for_ram(&layout.ram);
+    let mut rig = Rig::new(&layout, &mut store);
+    let own = PhysRange::new(layout.carve_out.base().raw(), 3).unwrap();
+    let (el2, pool) = rig.memory.el2();
+    el2.map(&rig.machine, pool, own.identity_va(), own.base(), El2Usage::Data).unwrap();
+    assert!(rig.el2_reaches(own.base().raw()));
+    assert!(rig.memory.counts().el2_tables > 0);
+    rig.check();
+}
