@@ -163,6 +163,7 @@ mod tests {
 
     fn shape(bits: u32) -> (u32, u64) {
         let geometry = Geometry::stage2(bits).unwrap();
+        assert_eq!((geometry.bits(), geometry.end()), (bits, 1 << bits));
         (geometry.start().number(), geometry.root_pages())
     }
 
@@ -186,6 +187,8 @@ mod tests {
         // Fields by hand: RES1, PS, SH0, ORGN0, IRGN0, SL0, T0SZ.
         let vtcr = |ps: u64, sl0: u64, t0sz: u64| (1 << 31) | (ps << 16) | 0x3500 | (sl0 << 6) | t0sz;
         assert_eq!(Geometry::stage2(40).unwrap().vtcr(PhysicalSize::Bits40), vtcr(2, 1, 24));
+        assert_eq!(Geometry::stage2(36).unwrap().vtcr(PhysicalSize::Bits36), vtcr(1, 1, 28));
+        assert_eq!(Geometry::stage2(42).unwrap().vtcr(PhysicalSize::Bits42), vtcr(3, 1, 22));
         assert_eq!(Geometry::stage2(44).unwrap().vtcr(PhysicalSize::Bits44), vtcr(4, 2, 20));
         assert_eq!(Geometry::stage2(48).unwrap().vtcr(PhysicalSize::Bits48), vtcr(5, 2, 16));
         assert_eq!(Geometry::stage2(32).unwrap().vtcr(PhysicalSize::Bits32), vtcr(0, 0, 32));

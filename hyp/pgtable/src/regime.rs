@@ -175,6 +175,7 @@ mod tests {
     fn vmid_and_root_share_a_register() {
         let vttbr = Vttbr { root: PhysAddr::new(0x4000_2000).unwrap(), vmid: Vmid::new(255) };
         assert_eq!(vttbr.bits(), 0x00ff_0000_4000_2000);
+        assert_eq!((vttbr.vmid.number(), Vmid::HOST.number()), (255, 0));
     }
 
     #[test]

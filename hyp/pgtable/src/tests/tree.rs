@@ -46,12 +46,16 @@ fn level_zero_has_no_blocks() {
 #[cfg_attr(miri, ignore = "takes Miri too long")]
 fn mapping_again_writes_nothing() {
     let mut rig = stage2(40);
+    assert_eq!((rig.table.root(), rig.table.vttbr().root), (ROOT, ROOT));
     let range = pages(GIB - 2 * MIB, 514);
     rig.identity(range);
     let _ = rig.machine.take_log();
     rig.identity(range);
     // Inside a block as well.
-    rig.identity(pages(GIB - 2 * MIB + PAGE, 3));
+    let inside = pages(GIB - 2 * MIB + PAGE, 3);
+    let tables = |to| rig.table.tables_to_map(&rig.machine, inside, Addr::new(to).unwrap(), Stage2::USAGE);
+    assert_eq!((tables(inside.base().raw()), tables(GIB)), (0, 1));
+    rig.identity(inside);
     assert_eq!(rig.machine.take_log(), [Op::Publish, Op::Publish]);
 }
 
