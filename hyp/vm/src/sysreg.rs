@@ -330,6 +330,13 @@ mod tests {
     }
 
     #[test]
+    fn revisions_are_not_told() {
+        for register in [[3, 0, 0, 0, 6], [3, 1, 0, 0, 7]] {
+            assert_eq!(read(register), SysregAction::Read(0));
+        }
+    }
+
+    #[test]
     fn the_interrupt_controller_hears_of_its_registers() {
         let written = |op2| write(&mut Context::default(), [3, 0, 12, 11, op2], 0x12, 0);
         assert_eq!(written(1), SysregAction::Deactivate(0x12));

@@ -192,6 +192,31 @@ mod tests {
     }
 
     #[test]
+    fn a_slot_in_the_making_is_busy() {
+        let table = table();
+        for vm in 0..254 {
+            table.create(|_| Ok(vm)).unwrap();
+        }
+        let last = table.create(|_| {
+            assert_eq!(table.create(|_| Ok(255)), Err(BUSY));
+            Ok(254)
+        });
+        assert_eq!(last.unwrap().slot(), 254);
+    }
+
+    #[test]
+    fn a_slot_whose_handles_are_used_up_stays_empty() {
+        let table = table();
+        table.slots[0].content.write().generation = (1 << 56) - 2;
+        let last = table.create(|_| Ok(1)).unwrap();
+        assert_eq!((last.slot(), last.generation()), (0, (1 << 56) - 1));
+        table.alone(last, |vm| Ok(vm.take())).unwrap();
+        let next = table.create(|_| Ok(2)).unwrap();
+        assert_eq!((next.slot(), next.generation()), (1, 1));
+        assert_eq!(table.shared(last, |_| Ok(())), Err(BAD));
+    }
+
+    #[test]
     fn users_and_owners_exclude_each_other() {
         let table = table();
         let handle = table.create(|_| Ok(1)).unwrap();

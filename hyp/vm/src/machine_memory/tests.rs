@@ -439,3 +439,51 @@ fn vms_are_small_enough_for_the_stack() {
     let size = size_of::<crate::Vm<Heap, GuestMemory, Context>>();
     assert!(size < 1536, "{size}");
 }
+
+#[test]
+fn each_reason_has_its_status() {
+    let told = |status, detail| Refusal { status, detail };
+    for (reason, expected) in [
+        (GuestReason::NotRam, told(Status::NotRam, 7)),
+        (GuestReason::Denied, told(Status::Denied, 7)),
+        (GuestReason::Busy, told(Status::Busy, 7)),
+        (GuestReason::OutOfRange, told(Status::Overflow, 0)),
+        (GuestReason::TooLarge, told(Status::TooLarge, 0)),
+        (GuestReason::Exists, told(Status::Exists, 7)),
+        (GuestReason::Absent, told(Status::Absent, 7)),
+        (GuestReason::Poisoned, told(Status::Poisoned, 7)),
+        (GuestReason::NotOffered, told(Status::NotOffered, 7)),
+        (GuestReason::NeedsTables(3), told(Status::NeedsTables, 3)),
+        (GuestReason::NoMemory, told(Status::NoMemory, 0)),
+    ] {
+        assert_eq!(refusal(reason, 7), expected);
+    }
+    let ipa = Ipa::new(GUEST + 5).unwrap();
+    let guest = |reason| GuestFailure::from(MemoryFailure { reason, ipa });
+    assert_eq!(guest(GuestReason::Absent), GuestFailure::Absent(ipa.page()));
+    assert_eq!(guest(GuestReason::NeedsTables(3)), GuestFailure::NeedsTables(3));
+    assert_eq!(guest(GuestReason::Denied), GuestFailure::Refused);
+}
+
+#[test]
+fn a_realm_cannot_unshare_poison() {
+    in_world(|world| {
+        let World { memory, vms } = world;
+        let handle = world.create(VmKind::Realm, 12);
+        world.map(handle, GUEST, pages(PAYLOAD, 4)).unwrap();
+        world.seal(handle);
+        vms.force_reclaim(memory, pages(PAYLOAD + PAGE_SIZE, 1)).unwrap();
+        let at = |page| frames(GUEST + page * PAGE_SIZE, 1);
+        vms.run(handle, 0, |vm, _| {
+            let guest = vm.guest().memory();
+            assert_eq!(memory.look(guest, at(0)), (GuestPage::Private, 1));
+            assert_eq!(memory.look(guest, at(1)), (GuestPage::Poisoned, 1));
+            assert_eq!(memory.look(guest, at(4)), (GuestPage::Absent, 1));
+            assert_eq!(memory.unshare(guest, at(0)), Ok(1), "is private already");
+            assert_eq!(memory.unshare(guest, at(1)), Err(GuestFailure::Refused));
+            Ok(())
+        })
+        .unwrap();
+        world.end(handle, VmKind::Realm);
+    });
+}

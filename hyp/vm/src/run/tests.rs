@@ -920,6 +920,43 @@ fn the_host_is_called_from_a_page_that_another_vcpu_gives_away() {
 }
 
 #[test]
+fn the_host_answers_when_the_page_is_gone() {
+    let world = World::new(VmKind::Realm);
+    message(&world);
+    world.does(|guest| call(guest, Conduit::Smc, [HOST_CALL, GUEST]));
+    let before = world.state(0).0;
+    world.guest(|guest| world.memory.relinquish(guest, single(GUEST))).unwrap();
+    world.answer(Answer::Complete.code(), 0);
+    let told = world.run(0).unwrap();
+    assert_eq!((told.reason, told.address), (ExitReason::PageFault.code(), GUEST));
+    assert_eq!(world.state(0).0, before, "the call is not over");
+}
+
+#[test]
+fn an_interrupt_is_deactivated_by_its_register() {
+    const DIR: [u64; 5] = [3, 0, 12, 11, 1];
+    let world = World::new(VmKind::Pkvm);
+    world.enable(0, &[3]);
+    let private = Frame::Redistributor { vcpu: 0, frame: RedistributorFrame::Private };
+    // GICR_ISACTIVER0.
+    let set = Access::Write { size: 4, value: 1 << 3 };
+    assert!(world.gic(|gic| gic.mmio(0, private, 0x300, set)).is_ok());
+    let active = || match world.gic(|gic| gic.mmio(0, private, 0x300, Access::Read { size: 4 })) {
+        Ok(ravelin_vgic::Outcome::Done { value, .. }) => value,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(active(), 1 << 3);
+    world.cpu.then(|_, guest| {
+        // ICC_CTLR_EL1.EOImode.
+        guest.gic.vmcr = VMCR_OPEN | 1 << 9;
+        guest.context.x[1] = 3;
+        sysreg(DIR, 1, true)
+    });
+    assert_eq!(world.goes_on().pc, GUEST + 4);
+    assert_eq!(active(), 0);
+}
+
+#[test]
 fn each_interface_has_its_instruction() {
     const NO: u64 = NOT_SUPPORTED;
     let x0 = |kind, conduit, function: u64, immediate| {

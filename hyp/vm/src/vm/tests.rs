@@ -101,6 +101,25 @@ impl World {
 }
 
 #[test]
+fn large_vcpus_come_back_in_several_calls() {
+    const LARGE: u64 = 200;
+    let world = World::new();
+    let World { memory, vms } = &world;
+    let handle = world.create(PKVM);
+    let (_, pages, _) = TestVms::sizes::<Fake>(PKVM, LARGE);
+    for index in 0..4 {
+        let metadata = range(VCPUS + index * pages * PAGE_SIZE, pages);
+        let pages = VcpuPages { metadata, area: LARGE, run_page: page(RUN_PAGES + index * PAGE_SIZE) };
+        vms.create_vcpu(memory, handle, index, &pages, |_, _, _| 0).unwrap();
+    }
+    vms.teardown(memory, handle).unwrap();
+    let (own, ..) = sizes(PKVM);
+    assert_eq!(vms.destroy(memory, handle), Ok(2 * pages + own), "two fit into a call");
+    assert_eq!(vms.destroy(memory, handle), Ok(0));
+    assert_eq!(status(vms.destroy(memory, handle)), Status::BadHandle);
+}
+
+#[test]
 fn a_life() {
     let world = World::new();
     let World { memory, vms } = &world;
