@@ -184,18 +184,8 @@ impl Ready {
         };
         let Options { semihosting, icount, .. } = *options;
         let (trace, arguments) = (options.trace.clone(), options.qemu_arg.clone());
-        let boot = Boot {
-            machine,
-            hypervisor,
-            kernel,
-            address,
-            initrd,
-            bootargs,
-            semihosting,
-            trace,
-            icount,
-            arguments,
-        };
+        let boot =
+            Boot { machine, hypervisor, kernel, address, initrd, bootargs, semihosting, trace, icount, arguments };
         Ok(Self { boot, scratch, marker })
     }
 

@@ -17,6 +17,9 @@ const SIZES: Sizes = Sizes { vm: 4, vcpu: 2, alignment: 2 };
 /// Something that a mirror has differently.
 type Change<T> = Option<Box<dyn Fn(u64, T) -> T>>;
 
+/// What is wrong, and how a mirror gets so.
+type Wrong<'a> = (&'a str, &'a dyn Fn(&mut Mirror));
+
 /// What is real: all that the model says, but for some changes.
 #[derive(Default)]
 struct Mirror {
@@ -266,7 +269,7 @@ fn tables_that_are_wrong() {
     assert_eq!(model.compare_all(&mirror(&model)), Ok(()));
     let number = (PAGE + 0x1_0000) / PAGE_SIZE;
     let is = move |page: u64| page == number + 2;
-    let wrong: [(&str, &dyn Fn(&mut Mirror)); 8] = [
+    let wrong: [Wrong<'_>; 8] = [
         ("an entry in another state", &|mirror| {
             mirror.entry = Some(Box::new(move |page, found| if is(page) { Page::Host } else { found }));
         }),
