@@ -20,7 +20,7 @@ pub(crate) struct Machine {
     pub(crate) checked: bool,
     /// The only tests that run on it, by names and beginnings of names; all of a suite if there are none.
     pub(crate) only: &'static [&'static str],
-    /// How many rounds of random tests there are, if not as many as usual.
+    /// How many rounds of random tests there are, long ones, if not as many as usual.
     pub(crate) rounds: Option<u32>,
 }
 
@@ -39,7 +39,7 @@ const QUICK: &[&str] = &[
 
 /// Numbers of CPUs and rounds of random tests that make more than [`HYPERCALLS`] hypercalls. Where there are fewer CPUs than are
 /// emulated, those that wait for a lock keep its holder from running, so there are few rounds with many CPUs.
-const RANDOM: [(u32, u32); 3] = [(1, 100), (2, 50), (4, 6)];
+const RANDOM: [(u32, u32); 3] = [(1, 60), (2, 30), (4, 10)];
 
 /// Hypercalls of random tests on machines that check, with `--full`.
 pub(crate) const HYPERCALLS: u64 = 1_000_000;

@@ -94,7 +94,7 @@ impl Options {
         };
         let mut arguments = format!("test={tests} effort={}", if self.full { 3 } else { 1 });
         if let Some(rounds) = machine.rounds {
-            arguments += &format!(" rounds={rounds}");
+            arguments += &format!(" rounds={rounds} steps=4000");
         }
         if let Some(seed) = self.seed {
             arguments += &format!(" seed={seed}");
@@ -224,8 +224,8 @@ mod tests {
     fn a_machine_for_some_tests_runs_those_of_the_suite() {
         let machine = Machine { only: &["pins.*", "guests.life_cycle"], rounds: Some(5), ..Machine::USUAL };
         let arguments = |guests, machine: &Machine| Options { guests, ..Options::default() }.arguments(machine);
-        assert_eq!(arguments(false, &machine).as_deref(), Some("test=pins.* effort=1 rounds=5"));
-        assert_eq!(arguments(true, &machine).as_deref(), Some("test=guests.life_cycle effort=1 rounds=5"));
+        assert_eq!(arguments(false, &machine).as_deref(), Some("test=pins.* effort=1 rounds=5 steps=4000"));
+        assert_eq!(arguments(true, &machine).as_deref(), Some("test=guests.life_cycle effort=1 rounds=5 steps=4000"));
         assert_eq!(arguments(true, &Machine { only: &["pins.*"], ..machine }), None);
         assert_eq!(arguments(false, &Machine::USUAL).as_deref(), Some("test=all skip=guests.* effort=1"));
     }

@@ -243,7 +243,7 @@ pub(crate) fn resets(machine: &Machine, images: Images<'_>) -> Result<Verdict> {
 
 /// An instruction of the hypervisor is broken while the payload makes calls: the report says where, and the machine ends.
 pub(crate) fn fails(machine: &Machine, images: Images<'_>) -> Result<Verdict> {
-    let mut session = Session::start(machine, images, "test=random.host_calls")?;
+    let mut session = Session::start(machine, images, "test=random.host_calls rounds=1000")?;
     let (mut parser, mut console) = (Parser::default(), String::new());
     loop {
         match session.next(&mut parser, START_TIMEOUT, &mut console)? {

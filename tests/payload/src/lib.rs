@@ -2,7 +2,7 @@
 //!
 //! One bare-metal image holds all on-target tests. It reads from `/chosen/bootargs` which of them to run (`test=NAME`,
 //! `test=PREFIX*` or `test=all`; `skip=` names others in the same way; with `after=NAME` only those behind that one; `effort=N` makes the search for races N times
-//! as long; `seed=N` and `rounds=N` are for random tests) and prints one line for each:
+//! as long; `seed=N`, `rounds=N` and `steps=N` are for random tests) and prints one line for each:
 //!
 //! ```text
 //! test contents.kept_when_shared ... ok

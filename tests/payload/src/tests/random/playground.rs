@@ -153,7 +153,7 @@ impl<'a> Playground<'a> {
 
     /// In some rounds, pins a page as often as can be, and makes as many VMs as there can be.
     pub(super) fn reach_limits(&self, seed: u64) -> Outcome {
-        if seed.is_multiple_of(4) {
+        if seed.is_multiple_of(16) {
             let page = self.base + (BLOCK_PAGES + PINNED) * PAGE;
             Op::Share.succeeds(page, 1)?;
             (0..MAX_PINS).try_for_each(|_| Op::Pin.succeeds(page, 1))?;
