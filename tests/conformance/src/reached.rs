@@ -66,7 +66,7 @@ impl Reached {
         expected(REACHABLE).filter(|what| !self.counts.contains_key(*what)).collect()
     }
 
-    /// Prints a summary, or with `full` all counts.
+    /// Prints a summary, with `full` after all counts, and then what is missing.
     pub(crate) fn print(&self, full: bool) {
         if full {
             self.counts.iter().for_each(|(what, count)| println!("reached {what} {count}"));
@@ -75,7 +75,9 @@ impl Reached {
         println!("reached: {} calls and results, {} states, calls and results", pairs.len(), triples.len());
         let missing = self.missing();
         println!("not reached of {}: {}", expected(REACHABLE).count(), missing.len());
-        missing.iter().for_each(|what| println!("not reached {what}"));
+        if full {
+            missing.iter().for_each(|what| println!("not reached {what}"));
+        }
         if self.compared != 0 {
             println!("{} calls compared with the model", self.compared);
         }
