@@ -12,7 +12,7 @@ use crate::{
 
 /// Gives pages another entry in the ownership table and in the counts, and nowhere else.
 fn pretend(rig: &Rig<'_>, page: u64, pages: u64, entry: Entry) {
-    let inner = &mut *rig.memory.lock();
+    let inner = &mut *rig.memory.lock(&rig.machine);
     for page in range(page, pages).iter() {
         let old = inner.table.entry(page).unwrap();
         inner.counts.moved(old.state(), entry.state(), 1);
@@ -21,13 +21,13 @@ fn pretend(rig: &Rig<'_>, page: u64, pages: u64, entry: Entry) {
 }
 
 fn host_maps(rig: &Rig<'_>, from: u64, pages: u64, to: u64, usage: Stage2Usage) {
-    let inner = &mut *rig.memory.lock();
+    let inner = &mut *rig.memory.lock(&rig.machine);
     let from = range(from, pages).identity_ipa();
     inner.host.map(&rig.machine, &mut inner.pool, from, addr(to), usage).unwrap();
 }
 
 fn el2_maps(rig: &Rig<'_>, from: u64, pages: u64, to: u64, usage: El2Usage) {
-    let inner = &mut *rig.memory.lock();
+    let inner = &mut *rig.memory.lock(&rig.machine);
     let from = range(from, pages).identity_va();
     inner.el2.map(&rig.machine, &mut inner.pool, from, addr(to), usage).unwrap();
 }
@@ -55,9 +55,9 @@ fn a_wrong_count() {
     ];
     with_rig(|rig| {
         for count in counts {
-            *count(&mut rig.memory.lock().counts) += 1;
+            *count(&mut rig.memory.lock(&rig.machine).counts) += 1;
             assert_eq!(rig.memory.check(&rig.machine), Err(Inconsistency::Counts));
-            *count(&mut rig.memory.lock().counts) -= 1;
+            *count(&mut rig.memory.lock(&rig.machine).counts) -= 1;
             rig.check();
         }
     });
@@ -70,7 +70,7 @@ fn a_wrong_number_of_pages_in_a_block() {
         for (owned, expected) in
             [(510, Err(Inconsistency::Block(addr(GIB)))), (512, Err(Inconsistency::Block(addr(GIB)))), (511, Ok(()))]
         {
-            rig.memory.lock().table.set_block(0, Block::split(owned));
+            rig.memory.lock(&rig.machine).table.set_block(0, Block::split(owned));
             assert_eq!(rig.memory.check(&rig.machine), expected, "{owned}");
         }
     });
@@ -80,7 +80,7 @@ fn a_wrong_number_of_pages_in_a_block() {
 fn tables_that_the_pool_does_not_know() {
     finds(Inconsistency::Tables, |rig| {
         rig.touch(GIB);
-        rig.memory.lock().pool = RecordingMachine::new().pool(range(POOL, 8));
+        rig.memory.lock(&rig.machine).pool = RecordingMachine::new().pool(range(POOL, 8));
     });
 }
 
