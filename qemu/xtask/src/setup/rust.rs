@@ -58,6 +58,26 @@ pub(crate) fn cargo(subcommand: &str) -> Result<Command> {
     Ok(command)
 }
 
+/// Makes sure that the toolchain has LLVM's tools, and returns their folder.
+pub(crate) fn llvm_tools() -> Result<PathBuf> {
+    let libraries = process::output(rustc().args(["--print", "target-libdir"]))?;
+    let dir = PathBuf::from(libraries.trim()).parent().context("the compiler's libraries lie nowhere")?.join("bin");
+    let installed = || dir.join("llvm-cov").is_file() && dir.join("llvm-profdata").is_file();
+    if !installed() {
+        println!("Adding the toolchain's component llvm-tools");
+        process::run(Command::new("rustup").args(["component", "add", "llvm-tools"]).current_dir(workspace::root()))?;
+        ensure!(installed(), "rustup added it to another toolchain");
+    }
+    Ok(dir)
+}
+
+/// The target that is this machine.
+pub(crate) fn host() -> Result<String> {
+    let text = process::output(rustc().arg("-vV"))?;
+    let host = text.lines().find_map(|line| line.strip_prefix("host: "));
+    Ok(host.context("rustc does not say its host")?.to_owned())
+}
+
 /// Whether the compiler has a target's `core`.
 fn installed(target: &str) -> Result<bool> {
     let dir = process::output(rustc().args(["--print", "target-libdir", "--target", target]))?;

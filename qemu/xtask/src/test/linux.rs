@@ -419,7 +419,7 @@ pub(super) fn outcome(transcript: &Transcript) -> Result<()> {
 
 pub(super) fn cpus(transcript: &Transcript, config: &Config) -> Result<()> {
     let late = transcript.number("cpus afterwards")?;
-    ensure!(late == config.smp.into(), "{late} CPUs of {}", config.smp);
+    ensure!(late == u64::from(config.smp), "{late} CPUs of {}", config.smp);
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 mod boots;
 mod cargo;
 mod conformance;
+mod coverage;
 mod demo;
 mod drivers;
 mod fuzz;
@@ -46,6 +47,7 @@ const SUITES: &[Suite] = &[
     Suite { name: "host", about: "unit and property tests on this machine", run: cargo::host },
     Suite { name: "loom", about: "what CPUs do at once, in every order", run: cargo::loom },
     Suite { name: "drivers", about: "calls at random and in small worlds, judged by the model", run: drivers::run },
+    Suite { name: "coverage", about: "lines of the logic crates that those reach", run: coverage::run },
     Suite { name: "module", about: "the kernel module builds and is clean", run: module::run },
     Suite { name: "gates", about: "what must hold of the built image", run: gates::run },
     Suite { name: "conformance", about: "an EL1 payload drives every hypercall in QEMU", run: conformance::run },
