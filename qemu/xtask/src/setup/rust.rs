@@ -58,6 +58,19 @@ pub(crate) fn cargo(subcommand: &str) -> Result<Command> {
     Ok(command)
 }
 
+/// Makes sure that there is a program that cargo installs, of one version, and returns its path.
+pub(crate) fn tool(name: &str, version: &str) -> Result<PathBuf> {
+    let root = workspace::cache_dir()?.join(format!("{name}-{version}"));
+    let program = root.join("bin").join(name);
+    if !program.is_file() {
+        println!("Installing {name} {version}");
+        let mut install = process::cargo();
+        install.args(["install", name, "--locked", "--version", version, "--root"]).arg(&root);
+        process::run(&mut install)?;
+    }
+    Ok(program)
+}
+
 /// Makes sure that the toolchain has LLVM's tools, and returns their folder.
 pub(crate) fn llvm_tools() -> Result<PathBuf> {
     let libraries = process::output(rustc().args(["--print", "target-libdir"]))?;

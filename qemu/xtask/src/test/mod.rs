@@ -12,6 +12,7 @@ mod kvm;
 mod linux;
 mod module;
 mod seeded;
+mod mutants;
 mod stack;
 mod trace;
 
@@ -59,6 +60,7 @@ const SUITES: &[Suite] = &[
     Suite { name: "demo", about: "guests on that host from start to end, and an attack on them", run: demo::run },
     Suite { name: "miri", about: "unit tests under Miri, if a nightly toolchain can be had", run: cargo::miri },
     Suite { name: "fuzz", about: "fuzz targets with cargo-fuzz, a minute each", run: fuzz::run },
+    Suite { name: "mutants", about: "errors in the logic crates that tests must find, with --full", run: mutants::run },
 ];
 
 fn suites_help() -> String {
