@@ -172,8 +172,8 @@ fn at_first(kind: GuestKind) -> State {
 #[test]
 fn a_guest_with_wrong_numbers() {
     for kind in KINDS {
-        finds_in(kind, 4, Inconsistency::GuestLacks, |_, guest| guest.lock().pages += 1);
-        finds_in(kind, 4, Inconsistency::Tables, |_, guest| guest.lock().spare.in_use += 1);
+        finds_in(kind, 4, Inconsistency::GuestLacks, |rig, guest| guest.lock(&rig.machine).pages += 1);
+        finds_in(kind, 4, Inconsistency::Tables, |rig, guest| guest.lock(&rig.machine).spare.in_use += 1);
         for pages in [4, 512] {
             // By the table, a page or a block more than is mapped.
             let frame = RAM / PAGE + pages;
@@ -203,12 +203,12 @@ fn a_mapping_of_a_guest_that_ownership_does_not_allow() {
         }
         // A second mapping of a page, and one as a device.
         finds_in(kind, 4, Inconsistency::Guest(addr(GIB)), |rig, guest| {
-            let Guest { tables, spare, .. } = &mut *guest.lock();
+            let Guest { tables, spare, .. } = &mut *guest.lock(&rig.machine);
             let (machine, at) = (&rig.machine, frames(RAM + 9 * PAGE, 1));
             tables.map(machine, &mut spare.pool(machine), at, addr(GIB), Stage2Usage::Memory).unwrap();
         });
         finds_in(kind, 4, Inconsistency::Guest(addr(RAM)), |rig, guest| {
-            let Guest { tables, spare, .. } = &mut *guest.lock();
+            let Guest { tables, spare, .. } = &mut *guest.lock(&rig.machine);
             let (machine, at) = (&rig.machine, frames(RAM, 1));
             tables.map(machine, &mut spare.pool(machine), at, addr(GIB), Stage2Usage::Device).unwrap();
         });

@@ -182,7 +182,7 @@ const FAR: u64 = 1 << 39;
 
 /// Has EL2 use up tables until `left` are left.
 fn drain(rig: &Rig<'_>, left: usize) {
-    let inner = &mut *rig.memory.lock();
+    let inner = &mut *rig.memory.lock(&rig.machine);
     let mut base = FAR;
     while inner.pool.available() > left {
         let page = range(base, 1);
@@ -194,7 +194,7 @@ fn drain(rig: &Rig<'_>, left: usize) {
 
 /// Has EL2 do without one of them.
 fn give_one_back(rig: &Rig<'_>) {
-    let inner = &mut *rig.memory.lock();
+    let inner = &mut *rig.memory.lock(&rig.machine);
     let before = inner.pool.available();
     let flush = inner.el2.unmap(&rig.machine, &mut inner.pool, range(FAR, 1).identity_va(), Flush::new());
     inner.flush_el2(&rig.machine, flush);
@@ -293,7 +293,7 @@ fn tables_of_a_guest_are_counted_as_they_come_and_go() {
     with_rig(|rig| {
         let guest = rig.guest(0, GuestKind::Pkvm, 3);
         let numbers = || {
-            let mut guest = guest.lock();
+            let mut guest = guest.lock(&rig.machine);
             let pool = guest.spare.pool(&rig.machine);
             (pool.available(), pool.in_use())
         };

@@ -11,8 +11,8 @@ mod gates;
 mod kvm;
 mod linux;
 mod module;
-mod seeded;
 mod mutants;
+mod seeded;
 mod stack;
 mod trace;
 
