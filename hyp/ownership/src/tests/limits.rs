@@ -267,12 +267,20 @@ fn a_guest_gets_a_call_of_tables_at_most_and_never_page_0() {
         let add = |base, pages| rig.memory.add_guest_tables(&rig.machine, &guest, range(base, pages));
         let denied = |reason, page| Err(HostFailure { reason, page: addr(page) });
         assert_eq!(add(GIB, MAX_STEPS + 1), denied(GuestReason::TooLarge, GIB));
-        assert_eq!(add(0, 1), denied(GuestReason::Denied, 0));
+        assert_eq!(add(0, 1), denied(GuestReason::NotRam, 0));
         assert_eq!(guest.table_pages(), 0);
         assert_eq!(add(GIB, MAX_STEPS), Ok(()));
         assert_eq!(guest.table_pages(), MAX_STEPS);
         rig.check_guest(&guest);
     });
+    // Where there is RAM at 0, too.
+    let layout = Layout { ram: vec![range(0, 512), range(GIB, 8192)], ..small() };
+    let mut store = Store::for_ram(&layout.ram);
+    let rig = Rig::new(&layout, &mut store);
+    let guest = rig.guest(0, GuestKind::Pkvm, 0);
+    let refused = rig.memory.add_guest_tables(&rig.machine, &guest, range(0, 1));
+    assert_eq!(refused, Err(HostFailure { reason: GuestReason::Denied, page: addr(0) }));
+    assert_eq!(rig.state(0), (HostState::Owned, 0));
 }
 
 #[test]
