@@ -613,21 +613,27 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
                 return Err(Status::Busy.into());
             }
             let metadata = vm.metadata;
-            let mut most = MAX_TAKE_BACK_PAGES.saturating_sub(metadata.pages());
-            let mut left = 0_u64;
+            let room = MAX_TAKE_BACK_PAGES.saturating_sub(metadata.pages());
+            let (mut most, mut left) = (room, 0_u64);
+            for slot in vm.vcpus.iter_mut() {
+                let Some(&Vcpu { metadata, .. }) = slot.vcpu.get_mut().as_deref() else { continue };
+                match most.checked_sub(metadata.pages()) {
+                    Some(rest) => most = rest,
+                    None => left = left.saturating_add(metadata.pages()),
+                }
+            }
+            // Before anything is returned, because it may fail.
+            left = left.saturating_add(transitions.return_tables(&vm.guest.memory, most)?);
+            most = room;
             for slot in vm.vcpus.iter_mut() {
                 let vcpu = slot.vcpu.get_mut();
                 let Some(&Vcpu { metadata, run_page, .. }) = vcpu.as_deref() else { continue };
-                if let Some(rest) = most.checked_sub(metadata.pages()) {
-                    most = rest;
-                    *vcpu = None;
-                    transitions.give_back(metadata);
-                    transitions.return_page(run_page);
-                } else {
-                    left = left.saturating_add(metadata.pages());
-                }
+                let Some(rest) = most.checked_sub(metadata.pages()) else { continue };
+                most = rest;
+                *vcpu = None;
+                transitions.give_back(metadata);
+                transitions.return_page(run_page);
             }
-            left = left.saturating_add(transitions.return_tables(&vm.guest.memory, most)?);
             if left != 0 {
                 return Ok(left.saturating_add(metadata.pages()));
             }

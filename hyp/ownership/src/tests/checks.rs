@@ -1,5 +1,7 @@
 //! The check finds what it is there for: each test makes entries, tables or counts contradict each other.
 
+use ravelin_pgtable::{Found, Mapping};
+
 use super::{
     guests::{Change, RAM, frames, with_rig},
     *,
@@ -227,5 +229,54 @@ fn a_page_in_the_wrong_half_of_a_realm() {
         pretend(rig, GIB, 1, entry(State::GUEST_CLAIMED));
         rig.check_guest(guest);
         pretend(rig, GIB, 1, entry(State::GUEST_OWNED));
+    });
+}
+
+/// What is visited is what is there, in order, and nothing else.
+#[test]
+fn visits() {
+    with_rig(|rig| {
+        let guest = rig.guest(0, GuestKind::Pkvm, 3);
+        let frame = Ipa::new(RAM).unwrap();
+        rig.touch(GIB);
+        rig.memory.share(&rig.machine, range(GIB + PAGE, 2)).unwrap();
+        rig.memory.pin(&rig.machine, range(GIB + 2 * PAGE, 1)).unwrap();
+        rig.memory.donate_to_guest(&rig.machine, &guest, range(GIB + 3 * PAGE, 2), frame).unwrap();
+
+        let mut entries = Vec::new();
+        rig.memory.visit_entries(range(GIB, 6), &mut |run, its| entries.push((run, its.state, its.pins, its.guest)));
+        assert_eq!(
+            entries,
+            [
+                (range(GIB, 1), State::HOST_OWNED, 0, None),
+                (range(GIB + PAGE, 1), State::HOST_SHARED, 0, None),
+                (range(GIB + 2 * PAGE, 1), State::HOST_SHARED, 1, None),
+                (range(GIB + 3 * PAGE, 2), State::GUEST_OWNED, 0, Some((0, frame))),
+                (range(GIB + 5 * PAGE, 1), State::HOST_OWNED, 0, None),
+            ]
+        );
+        // Up to the first page that is not RAM.
+        let (mut pages, behind) = (0, GIB + 32 * MIB);
+        rig.memory.visit_entries(range(behind - PAGE, 3), &mut |run, _| pages += run.pages());
+        rig.memory.visit_entries(range(behind, 3), &mut |run, _| pages += run.pages());
+        assert_eq!(pages, 1);
+
+        fn leaf<U>(to: u64, usage: U) -> Found<U> {
+            Found::Leaf(Some(Mapping { to: addr(to), usage }))
+        }
+        let mut host = Vec::new();
+        let looked = range(GIB + 2 * PAGE, 2);
+        rig.memory.visit_host(&rig.machine, looked.identity_ipa(), &mut |part, found| host.push((part, found)));
+        let [shared, given] = [GIB + 2 * PAGE, GIB + 3 * PAGE].map(|page| range(page, 1));
+        let of_host = [(shared, leaf(GIB + 2 * PAGE, Stage2Usage::Memory)), (given, Found::Absent)];
+        assert_eq!(host, of_host.map(|(page, found)| (page.identity_ipa(), found)));
+        let mut el2 = Vec::new();
+        rig.memory.visit_el2(&rig.machine, looked.identity_va(), &mut |part, found| el2.push((part, found)));
+        let of_el2 = [(shared, leaf(GIB + 2 * PAGE, El2Usage::Data)), (given, Found::Absent)];
+        assert_eq!(el2, of_el2.map(|(page, found)| (page.identity_va(), found)));
+        let mut its = Vec::new();
+        rig.memory.visit_guest(&rig.machine, &guest, frames(RAM + PAGE, 2), &mut |part, found| its.push((part, found)));
+        let second = leaf(GIB + 4 * PAGE, Stage2Usage::Memory);
+        assert_eq!(its, [(frames(RAM + PAGE, 1), second), (frames(RAM + 2 * PAGE, 1), Found::Absent)]);
     });
 }

@@ -116,13 +116,15 @@ impl<P: TablePool> Memory<'_, P> {
             return Err(GuestReason::Busy);
         }
         inner.drop_poison(machine, &mut tables);
-        let mut left = most.min(MAX_STEPS);
+        let most = most.min(MAX_STEPS);
+        let mut left = most;
         while left != 0 && tables.spare.available != 0 {
-            let returned = inner.return_spare(machine, &mut tables, left);
-            if returned == 0 {
-                return Err(GuestReason::NoMemory);
+            match inner.return_spare(machine, &mut tables, left) {
+                0 if left == most => return Err(GuestReason::NoMemory),
+                // The next call fails.
+                0 => break,
+                returned => left = left.saturating_sub(returned),
             }
-            left = left.saturating_sub(returned);
         }
         let Spare { available, in_use, .. } = tables.spare;
         Ok(u64::try_from(available.saturating_add(in_use)).unwrap_or(u64::MAX))

@@ -466,6 +466,29 @@ fn each_reason_has_its_status() {
 }
 
 #[test]
+fn what_is_shared_cannot_be_given_up() {
+    in_world(|world| {
+        let World { memory, vms } = world;
+        let handle = world.create(VmKind::Pkvm, 12);
+        world.map(handle, GUEST, pages(PAYLOAD, 2)).unwrap();
+        world.seal(handle);
+        let guest = |f: &dyn Fn(&GuestMemory)| vms.with_guest(handle, |guest| f(guest.memory())).unwrap();
+        guest(&|guest| {
+            assert_eq!(memory.share(guest, frames(GUEST, 1)), Ok(1));
+            assert_eq!(memory.relinquish(guest, frames(GUEST, 2)), Err(GuestFailure::Refused), "shared");
+            assert_eq!(
+                memory.relinquish(guest, frames(GUEST + 2 * PAGE_SIZE, 1)),
+                Err(GuestFailure::Refused),
+                "absent"
+            );
+            assert_eq!(memory.look(guest, frames(GUEST, 1)), (GuestPage::Offered, 1));
+        });
+        assert!(vms.with_guest(Handle::from_raw(handle.raw() + 1), |_| ()).is_err());
+        world.end(handle, VmKind::Pkvm);
+    });
+}
+
+#[test]
 fn a_realm_cannot_unshare_poison() {
     in_world(|world| {
         let World { memory, vms } = world;

@@ -42,13 +42,15 @@ pub(super) fn run(_full: bool, report: &mut Report) -> Result<()> {
         let elf = fs::read(&image.elf).with_context(|| format!("cannot read {}", image.elf.display()))?;
         report.check(&format!("{name}: no FP or SIMD register"), no_vector_registers(&elf));
         report.check(&format!("{name}: break before make is compiled as written"), break_before_make(&elf));
+        // The model calls itself as deep as its maps are; the checking image has deep stacks with guard pages instead.
+        if checked {
+            continue;
+        }
         match stack::fits(&elf) {
             Ok(bytes) => report.check(&format!("{name}: stack, {bytes} bytes at most"), Ok(())),
             Err(error) => report.check(&format!("{name}: stack"), Err(error)),
         }
-        if !checked {
-            report.check("image: size", within_budget(image.sizes.total()));
-        }
+        report.check("image: size", within_budget(image.sizes.total()));
     }
     Ok(())
 }
