@@ -312,3 +312,25 @@ fn tables_of_a_guest_are_counted_as_they_come_and_go() {
         assert_eq!((numbers(), guest.table_pages()), ((3, 0), 3));
     });
 }
+
+/// What could be returned has been, so the call has not failed; the next one does.
+#[test]
+fn some_tables_come_back_before_a_block_cannot_be_cut() {
+    let layout = scattered(2 * HOST_RESERVE);
+    let mut store = Store::for_ram(&layout.ram);
+    let rig = Rig::new(&layout, &mut store);
+    rig.memory.keep(&rig.machine, range(GIB, 2)).unwrap();
+    let geometry = Geometry::stage2(IPA_BITS).unwrap();
+    let guest = rig.memory.new_guest(&rig.machine, 0, GuestKind::Pkvm, geometry, addr(GIB)).unwrap();
+    rig.memory.add_guest_tables(&rig.machine, &guest, range(GIB + 2 * MIB, MAX_STEPS)).unwrap();
+    // Beside the root, so that nothing has to be cut, and no table of EL2's becomes free.
+    rig.memory.add_guest_tables(&rig.machine, &guest, range(GIB + 8 * PAGE, 1)).unwrap();
+    guest.kill();
+    drain(&rig, HOST_RESERVE);
+    let release = || rig.memory.release_guest_tables(&rig.machine, &guest, MAX_STEPS);
+    assert_eq!(release(), Ok(MAX_STEPS));
+    assert_eq!(rig.state(GIB + 8 * PAGE), (HostState::Owned, 0));
+    assert_eq!(release(), Err(GuestReason::NoMemory));
+    assert_eq!(guest.table_pages(), MAX_STEPS);
+    rig.check();
+}
