@@ -81,7 +81,9 @@ impl Reached {
         if self.compared != 0 {
             println!("{} calls compared with the model", self.compared);
         }
-        println!("{} hypercalls on the target without a difference", self.random);
+        if self.random != 0 {
+            println!("{} hypercalls on the target without a difference", self.random);
+        }
     }
 }
 

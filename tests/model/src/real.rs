@@ -72,8 +72,8 @@ pub trait Real {
     fn is_zero(&self, page: u64) -> bool;
 }
 
-/// Pages that are looked at around each that a call was about: the block of 2 MiB that it lies in.
-const AROUND: u64 = 512;
+/// Pages that are looked at around each that a call was about: those that lie in the same multiple of this.
+const AROUND: u64 = 64;
 
 impl Model {
     /// Compares what the last call was about, and what lies in the same blocks, with what is real.

@@ -36,7 +36,7 @@ const ROWS: [Row; 7] = [
 ];
 
 /// What the model watches in each test run. With `--full` it watches all.
-const CHECKED: Row = (Config::new("cortex-a76", 2, "512M").checked(), "convert.pkvm convert.realm", 40);
+const CHECKED: Row = (Config::new("cortex-a76", 2, "512M").checked(), "convert.pkvm", 20);
 
 /// The drivers, the module, and what is looked at before and after the cases.
 const BEFORE: &str = "
