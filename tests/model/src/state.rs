@@ -156,13 +156,13 @@ pub enum Stage {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Vcpu {
     /// Pages that it is made of.
-    pub metadata: Range2,
+    pub metadata: Span,
     /// Page by which its host runs it.
     pub run_page: u64,
 }
 
 /// A range that can be compared: first page, and page behind the last.
-pub type Range2 = (u64, u64);
+pub type Span = (u64, u64);
 
 /// A VM.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -178,11 +178,11 @@ pub struct Vm {
     /// Frames that a pKVM guest has named as devices.
     pub devices: Runs<()>,
     /// Frames of the interrupt controller, since it is sealed.
-    pub gic: Option<[Range2; 2]>,
+    pub gic: Option<[Span; 2]>,
     /// Its vCPUs, by index.
     pub vcpus: BTreeMap<u64, Vcpu>,
     /// Pages that it is made of.
-    pub metadata: Range2,
+    pub metadata: Span,
     /// Pages for its translation tables.
     pub tables: Runs<()>,
 }
