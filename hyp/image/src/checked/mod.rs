@@ -10,8 +10,8 @@ mod heap;
 mod machine;
 mod tables;
 
-use alloc::string::String;
-use core::{fmt::Write, mem, ops::Range};
+use alloc::string::ToString;
+use core::{mem, ops::Range};
 
 use ravelin_abi::VmAttributes;
 use ravelin_arch::Hardware;
@@ -120,11 +120,7 @@ fn consistent(memory: &Memory<'_, Pool>, machine: &Checked, watch: &Watch) -> Re
     if !watch.exits().is_multiple_of(THOROUGH) {
         return Ok(());
     }
-    memory.check(machine).map_err(|inconsistency| {
-        let mut text = String::new();
-        let _ = write!(text, "{inconsistency}");
-        Difference(text)
-    })
+    memory.check(machine).map_err(|inconsistency| Difference(inconsistency.to_string()))
 }
 
 /// Says what has been seen, before the host turns the machine off.
