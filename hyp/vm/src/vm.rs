@@ -364,8 +364,9 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     /// # Errors
     ///
     /// WRONG_STATE if it is dying; OVERFLOW if the guest has no memory there; EXISTS if its interrupt controller is there;
-    /// TOO_LARGE if too many pages had to be measured; BUSY while other pages are; those of [`Transitions::map`]. If a page cannot be read, which takes that EL2 runs out of
-    /// tables, it is mapped but the VM cannot be sealed any more.
+    /// TOO_LARGE if too many pages had to be measured; BUSY while other pages are; those of [`Transitions::map`]. Nobody can take
+    /// a page before it is measured, and EL2 keeps the tables for it in reserve: should it not be readable nevertheless, it is
+    /// mapped, but the VM cannot be sealed any more.
     #[inline(never)]
     pub fn map<T: Transitions<Guest = G>>(
         &self,
@@ -551,12 +552,15 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     ///
     /// # Errors
     ///
-    /// WRONG_STATE if its VM is dying; DENIED if the first page is not a guest's; those of [`Transitions::force_reclaim`].
+    /// WRONG_STATE if its VM is dying; DENIED if the first page is not a guest's; BUSY while pages of its VM are measured; those
+    /// of [`Transitions::force_reclaim`].
     #[inline(never)]
     pub fn force_reclaim<T: Transitions<Guest = G>>(&self, transitions: &T, range: PhysRange) -> Result<(), Refusal> {
         let denied = Refusal { status: Status::Denied, detail: range.base().raw() };
         let reclaimed = self.table.shared_slot(transitions.owner(range.base()).ok_or(denied)?, |vm| {
             vm.demand(ALIVE)?;
+            // VM_MAP on another CPU has given pages away, and is about to read them.
+            let _unmeasured = vm.measurement.try_lock().ok_or(Status::Busy)?;
             transitions.force_reclaim(&vm.guest.memory, range)
         });
         // The page was the guest's a moment ago.

@@ -470,6 +470,23 @@ fn what_could_not_be_measured_never_runs() {
 }
 
 #[test]
+fn nobody_takes_pages_that_are_being_measured() {
+    let world = World::new();
+    let World { memory, vms } = &world;
+    let handle = world.create(PKVM);
+    assert_eq!(world.map(handle, 2), Status::Success);
+    let reclaim = || status(vms.force_reclaim(memory, range(PAYLOAD, 1)));
+    // As VM_MAP does on another CPU.
+    let meanwhile = vms.table.shared(handle, |vm| {
+        let _measured = vm.measurement.lock();
+        Ok(reclaim())
+    });
+    assert_eq!([meanwhile.unwrap(), reclaim()], [Status::Busy, Status::Success]);
+    world.end(handle);
+    assert_eq!(memory.gone(), 0);
+}
+
+#[test]
 fn guests_end_where_their_addresses_do() {
     let world = World::new();
     let World { memory, vms } = &world;
