@@ -1,12 +1,13 @@
 //! Small worlds: every step in every state that can be reached, breadth first, on the real code.
 //!
-//! A world has two pages that everybody wants, two VMs with two vCPUs each, and places of their own for what the VMs are made
-//! of. A state is the model's, with slots in place of handles, which are never the same twice, and with the instructions that vCPUs
+//! A world has two pages that everybody wants, one or two VMs with one or two vCPUs each, and places of their own for what the VMs
+//! are made of. A state is the model's, with slots in place of handles, which are never the same twice, and with the instructions that vCPUs
 //! wait at. From each state all steps of the alphabet are taken: those that succeed and those that are refused. Where a step changes
 //! the state, a new world takes the steps that lead to the state again.
 //!
 //! What bounds it beside that: a page is pinned at most twice, guests have the frames that the [`Bounds`] say, a VM gets all its
-//! tables when it is made, and no guest ends its VM or turns a vCPU off. Worlds with two VMs are looked at up to a number of steps.
+//! tables when it is made, and no guest ends its VM or turns a vCPU off. Worlds with two VMs of two vCPUs are looked at up to a number
+//! of steps.
 
 use std::{
     collections::HashSet,
@@ -434,6 +435,7 @@ pub fn worlds(threads: usize) -> Vec<Bounds> {
     };
     let single = VmKind::ALL.iter().map(|&kind| world(&[kind], 1, 2, 2, usize::MAX));
     let pairs = [[VmKind::Pkvm, VmKind::Realm], [VmKind::Pkvm, VmKind::Pkvm], [VmKind::Realm, VmKind::Ordinary]];
-    let pairs = pairs.iter().map(|pair| world(pair, 2, 1, 2, 10));
-    single.chain(pairs).collect()
+    let with_one = world(&pairs[0], 1, 1, 2, usize::MAX);
+    let with_two = pairs.iter().map(|pair| world(pair, 2, 1, 2, 10));
+    single.chain([with_one]).chain(with_two).collect()
 }
