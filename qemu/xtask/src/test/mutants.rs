@@ -113,6 +113,8 @@ fn mutate(tool: &Path, name: &str, shard: Option<&str>) -> Result<BTreeMap<Strin
     }
     // Each run copies the sources elsewhere; what the crates depend on need not be built again.
     cargo.arg(format!("--cargo-arg=--target-dir={}", dir.join("build").display()));
+    // Built more often than run; what it depends on stays optimized.
+    cargo.arg(format!("--cargo-arg=--config=profile.quick.package.ravelin-{name}.opt-level=0"));
     let mut child = cargo.spawn().with_context(|| format!("cannot start {}", process::line(&cargo)))?;
     let watchdog = process::Watchdog::new(&child, LIMIT);
     let status = child.wait()?;
