@@ -229,6 +229,34 @@ fn a_poisoned_gigabyte_is_cut_on_both_levels() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
+fn a_poisoned_block_is_poisoned_once() {
+    let (mut rig, mut guest) = guest();
+    let [first, second] = [pages(GIB, 512), pages(GIB + 2 * MIB, 512)];
+    rig.give(&mut guest, pages(GIB, 1024), 8 * GIB);
+    rig.poison(&mut guest, first);
+    assert_eq!(rig.poison(&mut guest, first), []);
+    rig.take(&mut guest, second);
+    assert_eq!((guest.tables(), found(&rig, &guest, first)), (1, vec![(512, None, true)]), "it keeps its table in use");
+    let _ = rig.machine.take_log();
+    rig.take(&mut guest, first);
+    assert_eq!((allocations(&rig.machine.take_log()), guest.tables()), (0, 0));
+    assert_eq!(found(&rig, &guest, pages(GIB, 1)), [(1, None, false)]);
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "takes Miri too long")]
+fn without_tables_neighbours_are_not_poisoned() {
+    let (mut rig, mut guest) = guest();
+    rig.give(&mut guest, pages(GIB, 512), 8 * GIB);
+    while rig.pool.allocate().is_some() {}
+    let flush = guest.poison(&rig.machine, &mut rig.pool, pages(GIB + PAGE, 1), Flush::new());
+    guest.flush(&rig.machine, &mut rig.pool, flush);
+    // They can be mapped again.
+    assert_eq!(found(&rig, &guest, pages(GIB, 512)), [(512, None, false)]);
+}
+
+#[test]
 fn a_page_of_el2s_is_a_table_until_it_is_scrubbed() {
     let mut rig = el2();
     rig.identity(pages(GIB, 2));

@@ -209,6 +209,33 @@ fn everything_goes_with_one_invalidation() {
 }
 
 #[test]
+fn so_much_goes_by_all_of_the_vmid() {
+    let rig = stage2(48);
+    let vttbr = rig.table.vttbr();
+    let gone = |count| {
+        let range = pages(0, count);
+        rig.machine.publish();
+        Stage2::invalidate(&rig.machine, vttbr, range, true);
+        (invalidations(&rig.machine.take_log()), Op::InvalidateStage2(Vmid::HOST, range, true))
+    };
+    let (all, _) = gone(1 << 21);
+    assert_eq!(all, [Op::InvalidateStage2All(Vmid::HOST)]);
+    let (range, expected) = gone((1 << 21) - 1);
+    assert_eq!(range, [expected]);
+}
+
+#[test]
+fn the_quick_bound_of_tables_is_one() {
+    let rig = el2();
+    let to = PhysAddr::new(PAGE).unwrap();
+    for count in [1, 2, 511, 512, 513, 1025, 5 * 512, 99 * 512 + 1, 1 << 18, 3 << 18] {
+        let needed = rig.table.tables_to_map(&rig.machine, pages(512 * GIB - PAGE, count), to, El2Usage::Data);
+        let bound = PageTable::<El2>::most_tables(count);
+        assert!((needed..=2 * needed + 4).contains(&bound), "{count} pages: {needed}, and not {bound}");
+    }
+}
+
+#[test]
 fn another_mapping_replaces_the_old_one() {
     let mut rig = el2();
     rig.identity(pages(GIB, GIB / PAGE));
