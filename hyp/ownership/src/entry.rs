@@ -119,7 +119,18 @@ impl Entry {
 
     /// Returns the entry of the page that lies `index` pages behind this entry's one, if they are of one kind.
     pub(crate) const fn following(self, index: u64) -> Self {
-        if self.state().has_frame() { Self(self.0.wrapping_add(index << FRAME_SHIFT)) } else { self }
+        Self(self.0.wrapping_add(self.step().wrapping_mul(index)))
+    }
+
+    /// Returns the bits of this entry and of those that follow it.
+    pub(crate) fn run(self) -> impl Iterator<Item = u64> {
+        let step = self.step();
+        core::iter::successors(Some(self.0), move |bits| Some(bits.wrapping_add(step)))
+    }
+
+    /// Returns by how much the next entry of a run is more.
+    const fn step(self) -> u64 {
+        if self.state().has_frame() { 1 << FRAME_SHIFT } else { 0 }
     }
 
     /// Returns slot and frame of the guest that has a mapping of the page.

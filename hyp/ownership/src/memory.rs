@@ -1,9 +1,6 @@
 //! All of memory behind one lock.
 
-use core::{
-    mem,
-    ops::{ControlFlow, DerefMut},
-};
+use core::{mem, ops::DerefMut};
 
 use ravelin_memory::{HypAddr, Level, PhysAddr, PhysRange};
 use ravelin_pgtable::{El2, El2Usage, Flush, Machine, PageTable, Stage2, TablePool};
@@ -268,11 +265,9 @@ impl<P: TablePool> Inner<'_, P> {
         mut flush: Flush<Stage2>,
     ) -> Flush<Stage2> {
         let Self { table, host, pool, counts, .. } = self;
-        let _: ControlFlow<()> = table.visit(run, &mut |part, old, _| {
-            counts.moved(old.map_or(State::NOBODY, Entry::state), entry.state(), part.pages());
-            ControlFlow::Continue(())
+        table.assign(run, entry, &mut |old, pages| counts.moved(old, entry.state(), pages), &mut |block| {
+            rejoin(machine, host, pool, block, &mut flush)
         });
-        table.assign(run, entry, &mut |block| rejoin(machine, host, pool, block, &mut flush));
         flush
     }
 

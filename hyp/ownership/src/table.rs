@@ -111,9 +111,23 @@ impl Piece {
 
 /// Writes `entry` and what follows it.
 fn write_run(entries: &mut [u64], entry: Entry) {
-    for (index, bits) in (0..).zip(entries) {
-        *bits = entry.following(index).bits();
+    for (bits, new) in entries.iter_mut().zip(entry.run()) {
+        *bits = new;
     }
+}
+
+/// As [`write_run`], and calls `replaced` with the old states, in runs.
+fn replace_run(entries: &mut [u64], entry: Entry, replaced: &mut dyn FnMut(State, u64)) {
+    let (mut state, mut pages) = (State::NOBODY, 0_u64);
+    for (bits, new) in entries.iter_mut().zip(entry.run()) {
+        let old = Entry::from_bits(core::mem::replace(bits, new)).state();
+        if old != state {
+            replaced(state, pages);
+            (state, pages) = (old, 0);
+        }
+        pages = pages.wrapping_add(1);
+    }
+    replaced(state, pages);
 }
 
 impl RamRange {
@@ -438,8 +452,7 @@ impl<'a> OwnershipTable<'a> {
             let mut entries = self.entries(piece);
             let mut page = piece.page;
             while let Some(first) = entries.first().copied().map(Entry::from_bits) {
-                let same =
-                    (0..).zip(entries).take_while(|(index, bits)| first.following(*index).bits() == **bits).count();
+                let same = entries.iter().zip(first.run()).take_while(|(bits, expected)| **bits == *expected).count();
                 let end = page.wrapping_add(to_u64(same));
                 if let Some(run) = run_range((page, end)) {
                     f(run, Some(first), to_u64(same))?;
@@ -454,23 +467,39 @@ impl<'a> OwnershipTable<'a> {
         }
     }
 
-    /// Sets the entries of `range`, which is RAM, to `entry` and what follows it. Calls `collapsed` as
-    /// [`OwnershipTable::commit`] does.
-    pub(crate) fn assign(&mut self, range: PhysRange, entry: Entry, collapsed: &mut dyn FnMut(PhysRange)) {
+    /// Sets the entries of `range`, which is RAM, to `entry` and what follows it. Calls `moved` with numbers of pages and the
+    /// states that they were in, and `collapsed` as [`OwnershipTable::commit`] does.
+    pub(crate) fn assign(
+        &mut self,
+        range: PhysRange,
+        entry: Entry,
+        moved: &mut dyn FnMut(State, u64),
+        collapsed: &mut dyn FnMut(PhysRange),
+    ) {
         let Some(ram) = self.ram_range(range) else { return };
         let host_owned = Entry::new(State::HOST_OWNED, 0);
         for piece in ram.pieces() {
             let entry = entry.following(piece.page.wrapping_sub(range.base().page_number()));
-            let was_split = self.block(piece.index).as_uniform().is_none();
+            let uniform = self.block(piece.index).as_uniform();
+            let was_split = uniform.is_none();
             let whole = if piece.is_whole() {
+                match uniform {
+                    Some(old) => moved(old.state(), PAGES_PER_BLOCK_U64),
+                    None => replace_run(self.entries_mut(piece), entry, moved),
+                }
                 self.set_block(piece.index, Block::uniform(entry));
                 true
             } else {
-                let owned = |entries: &[u64]| to_u64(entries.iter().filter(|&&bits| bits == host_owned.bits()).count());
-                let total = self.split(piece.index);
-                let before = owned(self.entries(piece));
-                write_run(self.entries_mut(piece), entry);
-                let total = total.wrapping_sub(before).wrapping_add(owned(self.entries(piece)));
+                let mut total = self.split(piece.index);
+                replace_run(self.entries_mut(piece), entry, &mut |old, pages| {
+                    if old == State::HOST_OWNED {
+                        total = total.wrapping_sub(pages);
+                    }
+                    moved(old, pages);
+                });
+                if entry == host_owned {
+                    total = total.wrapping_add(to_u64(piece.len()));
+                }
                 let whole = total == PAGES_PER_BLOCK_U64;
                 let uniform = Block::uniform(host_owned).primed();
                 self.set_block(piece.index, if whole { uniform } else { Block::split(total) });

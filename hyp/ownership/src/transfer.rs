@@ -11,7 +11,7 @@ mod tables;
 
 use core::ops::ControlFlow;
 
-use ravelin_memory::{Ipa, IpaRange, PAGE_SIZE};
+use ravelin_memory::{Ipa, IpaRange, PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_pgtable::{Flush, Machine, PageTable, Stage2, TablePool};
 
 use crate::{
@@ -49,6 +49,8 @@ struct Change {
 /// How far a change goes.
 struct Plan {
     frames: IpaRange,
+    /// The pages in the frames, if they follow each other.
+    row: Option<PhysRange>,
     /// Whether the host has claimed one of the pages.
     claimed: bool,
 }
@@ -71,18 +73,24 @@ impl<P: TablePool> Inner<'_, P> {
             return Err(failure(GuestReason::OutOfRange, range));
         }
         let (mut left, mut pages, mut claimed) = (MAX_STEPS, 0_u64, false);
+        let (mut first, mut is_row) = (None::<PhysAddr>, true);
         let checked = self.look(machine, guest, tables, range, change.view, &mut |frames, content, steps| {
             let steps = match content {
-                Content::Pages(_, entry) => {
+                Content::Pages(run, entry) => {
                     if entry.guest() != Some((guest.slot(), frame_number(frames.base())))
                         || !change.from.contains(&entry.state())
                     {
                         return ControlFlow::Break(Err(failure(refusal(change, entry.state()), frames)));
                     }
                     claimed |= entry.state() == State::GUEST_CLAIMED;
+                    let start = first.get_or_insert(run.base()).raw();
+                    is_row &= start.wrapping_add(pages.wrapping_mul(PAGE_SIZE)) == run.base().raw();
                     if change.by_page { frames.pages() } else { steps }
                 }
-                Content::Poisoned if change.poison => steps,
+                Content::Poisoned if change.poison => {
+                    is_row = false;
+                    steps
+                }
                 Content::Poisoned => return ControlFlow::Break(Err(failure(GuestReason::Poisoned, frames))),
                 Content::Absent => {
                     let reason = self.reason_for_absence(machine, guest, tables, frames.base(), change);
@@ -103,7 +111,8 @@ impl<P: TablePool> Inner<'_, P> {
             return Err(failure);
         }
         let frames = first_pages(range, pages).ok_or(failure(GuestReason::Absent, range))?;
-        Ok(Plan { frames, claimed })
+        let row = first.filter(|_| is_row).and_then(|first| PhysRange::new(first.raw(), pages).ok());
+        Ok(Plan { frames, row, claimed })
     }
 
     /// As [`Inner::plan`], for all of `range` or nothing.
@@ -155,27 +164,35 @@ impl<P: TablePool> Inner<'_, P> {
         machine: &M,
         guest: &GuestMemory,
         tables: &Guest,
-        frames: IpaRange,
+        plan: &Plan,
         change: &Change,
     ) {
-        let mapped = guest.in_view(change.view, frames);
-        let offset = mapped.base().raw().wrapping_sub(frames.base().raw());
         let takes_from_host = change.from.contains(&State::GUEST_CLAIMED) && !change.to.host_access();
         let mut flush = Flush::new();
-        let _: ControlFlow<()> = tables.visit(machine, mapped, &mut |part, found| {
-            let Place::Pages { pages, .. } = found else { return ControlFlow::Continue(()) };
+        let mut set = |at: Ipa, pages: PhysRange| {
             let mut owed = core::mem::take(&mut flush);
             if takes_from_host {
                 owed = self.host.unmap(machine, &mut self.pool, pages.identity_ipa(), owed);
             }
             let entry = if change.to.has_frame() {
-                Entry::of_guest(change.to, guest.slot(), part.base().raw().wrapping_sub(offset) / PAGE_SIZE)
+                Entry::of_guest(change.to, guest.slot(), frame_number(at))
             } else {
                 Entry::new(change.to, 0)
             };
             flush = self.assign(machine, pages, entry, owed);
-            ControlFlow::Continue(())
-        });
+        };
+        if let Some(pages) = plan.row {
+            set(plan.frames.base(), pages);
+        } else {
+            let mapped = guest.in_view(change.view, plan.frames);
+            let offset = mapped.base().raw().wrapping_sub(plan.frames.base().raw());
+            let _: ControlFlow<()> = tables.visit(machine, mapped, &mut |part, found| {
+                if let Place::Pages { pages, .. } = found {
+                    set(Ipa::from_bits_truncating(part.base().raw().wrapping_sub(offset)), pages);
+                }
+                ControlFlow::Continue(())
+            });
+        }
         self.flush_host(machine, flush);
     }
 

@@ -51,8 +51,13 @@ pub enum Found<U> {
     Absent,
     /// Nothing, and nothing can be mapped there.
     Poisoned,
-    /// A mapping; `None` if its attributes are none that the regime knows.
-    Leaf(Option<Mapping<U>>),
+    /// A mapping, of one block or of pages that follow each other in both spaces with the same attributes.
+    Leaf {
+        /// Where the first of them leads, and what for; `None` if its attributes are none that the regime knows.
+        mapping: Option<Mapping<U>>,
+        /// The level of the block or of the pages.
+        level: Level,
+    },
 }
 
 /// Why nothing was mapped.
@@ -266,8 +271,8 @@ impl<R: Regime> PageTable<R> {
         }
     }
 
-    /// Calls `f` in ascending order with each block or page that is mapped, and with its mapping unless its attributes are
-    /// none that the regime knows.
+    /// Calls `f` in ascending order with each block or run of pages that is mapped, as [`PageTable::visit`], and with its mapping
+    /// unless its attributes are none that the regime knows.
     pub fn for_each_leaf<M: Machine>(
         &self,
         machine: &M,
@@ -275,7 +280,7 @@ impl<R: Regime> PageTable<R> {
     ) {
         if let Ok(all) = PageRange::from_bounds(0, self.geometry.end()) {
             let _: ControlFlow<()> = self.visit(machine, all, &mut |range, found| {
-                if let Found::Leaf(mapping) = found {
+                if let Found::Leaf { mapping, .. } = found {
                     f(range, mapping);
                 }
                 ControlFlow::Continue(())
@@ -283,8 +288,9 @@ impl<R: Regime> PageTable<R> {
         }
     }
 
-    /// Calls `f` in ascending order with each part of `range` that one descriptor translates, and what is there, until `f`
-    /// breaks. A part without any table costs one call, however large it is.
+    /// Calls `f` in ascending order with parts of `range` and what is there, until `f` breaks. A part is what one descriptor
+    /// translates, or pages that follow each other, as far as one table goes. A part without any table costs one call, however
+    /// large it is.
     pub fn visit<M: Machine, B>(
         &self,
         machine: &M,
@@ -724,24 +730,59 @@ fn visit_in<R: Regime, M: Machine, B>(
     span: Span,
     f: Visitor<'_, R, B>,
 ) -> ControlFlow<B> {
+    let Some(below) = level.next() else {
+        return visit_pages::<R, M, B>(machine, table, span, f);
+    };
     for slot in span.slots(table, level) {
         let descriptor = slot.read(machine);
-        let found = match (descriptor.kind(level), level.next()) {
-            (Kind::Table(next), Some(below)) => {
+        let found = match descriptor.kind(level) {
+            Kind::Table(next) => {
                 visit_in::<R, M, B>(machine, next, below, slot.part, f)?;
                 continue;
             }
-            (Kind::Leaf(base), _) => {
+            Kind::Leaf(base) => {
                 let offset = slot.part.start.wrapping_sub(slot.all().start);
                 let to = Addr::from_bits_truncating(base.raw().wrapping_add(offset));
-                Found::Leaf(mapping_of::<R>(descriptor, to))
+                Found::Leaf { mapping: mapping_of::<R>(descriptor, to), level }
             }
-            (Kind::Poisoned, _) => Found::Poisoned,
-            _ => Found::Absent,
+            Kind::Poisoned => Found::Poisoned,
+            Kind::Invalid | Kind::Pending(_) => Found::Absent,
         };
         if let Ok(range) = PageRange::from_bounds(slot.part.start, slot.part.end) {
             f(range, found)?;
         }
+    }
+    ControlFlow::Continue(())
+}
+
+/// Visits `span` of `table`, which is of level 3. The inner loop of [`PageTable::visit`].
+fn visit_pages<R: Regime, M: Machine, B>(
+    machine: &M,
+    table: PhysAddr,
+    span: Span,
+    f: Visitor<'_, R, B>,
+) -> ControlFlow<B> {
+    let mut indices = span.pages().peekable();
+    let mut start = span.start;
+    while let Some(index) = indices.next() {
+        let first = Descriptor::from_bits(machine.read(table, index));
+        let mut end = start.wrapping_add(PAGE_SIZE);
+        let found = match first.kind(Level::L3) {
+            Kind::Leaf(to) => {
+                let mut next = first.following(Level::L3).bits();
+                while indices.next_if(|&index| machine.read(table, index) == next).is_some() {
+                    next = next.wrapping_add(PAGE_SIZE);
+                    end = end.wrapping_add(PAGE_SIZE);
+                }
+                Found::Leaf { mapping: mapping_of::<R>(first, to), level: Level::L3 }
+            }
+            Kind::Poisoned => Found::Poisoned,
+            Kind::Invalid | Kind::Table(_) | Kind::Pending(_) => Found::Absent,
+        };
+        if let Ok(range) = PageRange::from_bounds(start, end) {
+            f(range, found)?;
+        }
+        start = end;
     }
     ControlFlow::Continue(())
 }

@@ -131,7 +131,9 @@ fn found<U: PartialEq>(mapped: Mapped<U>, usage: U) -> Found {
     match mapped {
         Mapped::Absent => Found::Absent,
         Mapped::Poisoned => Found::Poisoned,
-        Mapped::Leaf(Some(Mapping { to, usage: its })) if its == usage => Found::Memory(to.page_number()),
-        Mapped::Leaf(_) => Found::Other,
+        Mapped::Leaf { mapping: Some(Mapping { to, usage: its }), .. } if its == usage => {
+            Found::Memory(to.page_number())
+        }
+        Mapped::Leaf { .. } => Found::Other,
     }
 }

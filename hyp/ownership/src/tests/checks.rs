@@ -1,5 +1,6 @@
 //! The check finds what it is there for: each test makes entries, tables or counts contradict each other.
 
+use ravelin_memory::Level;
 use ravelin_pgtable::{Found, Mapping};
 
 use super::{
@@ -19,7 +20,7 @@ fn pretend(rig: &Rig<'_>, page: u64, pages: u64, entry: Entry) {
         let old = inner.table.entry(page).unwrap();
         inner.counts.moved(old.state(), entry.state(), 1);
     }
-    inner.table.assign(range(page, pages), entry, &mut |_| {});
+    inner.table.assign(range(page, pages), entry, &mut |_, _| (), &mut |_| ());
 }
 
 fn host_maps(rig: &Rig<'_>, from: u64, pages: u64, to: u64, usage: Stage2Usage) {
@@ -262,7 +263,7 @@ fn visits() {
         assert_eq!(pages, 1);
 
         fn leaf<U>(to: u64, usage: U) -> Found<U> {
-            Found::Leaf(Some(Mapping { to: addr(to), usage }))
+            Found::Leaf { mapping: Some(Mapping { to: addr(to), usage }), level: Level::L3 }
         }
         let mut host = Vec::new();
         let looked = range(GIB + 2 * PAGE, 2);

@@ -3,7 +3,7 @@
 use core::ops::ControlFlow;
 
 use arrayvec::ArrayVec;
-use ravelin_memory::{Ipa, IpaRange, PhysAddr, PhysRange};
+use ravelin_memory::{Ipa, IpaRange, Level, PhysAddr, PhysRange};
 use ravelin_pgtable::{Found, Machine, TablePool};
 
 use super::{Change, MAX_RUNS, MAX_STEPS, address};
@@ -269,7 +269,7 @@ impl<P: TablePool> Inner<'_, P> {
 
 impl Guest {
     /// Calls `f` in ascending order with parts of `range`, guest addresses, and what is there, until `f` breaks. Pages that
-    /// follow each other in both spaces go together, up to [`MAX_STEPS`] of them.
+    /// follow each other in both spaces go together, until they are [`MAX_STEPS`] or more.
     pub(super) fn visit<M: Machine, B>(
         &self,
         machine: &M,
@@ -278,21 +278,21 @@ impl Guest {
     ) -> ControlFlow<B> {
         let mut run: Option<(IpaRange, PhysRange)> = None;
         self.tables.visit(machine, range, &mut |part, found| {
-            let (place, page) = match found {
+            let (place, by_page) = match found {
                 Found::Poisoned => (Place::Poisoned, None),
-                Found::Absent | Found::Leaf(None) => (Place::Absent, None),
-                Found::Leaf(Some(mapping)) => {
+                Found::Absent | Found::Leaf { mapping: None, .. } => (Place::Absent, None),
+                Found::Leaf { mapping: Some(mapping), level } => {
                     let Ok(pages) = PhysRange::new(mapping.to.raw(), part.pages()) else {
                         return ControlFlow::Continue(());
                     };
-                    (Place::Pages { pages, by_page: false }, (part.pages() == 1).then_some(pages))
+                    (Place::Pages { pages, by_page: false }, (level == Level::L3).then_some(pages))
                 }
             };
-            if let (Some((at, pages)), Some(page)) = (run, page)
+            if let (Some((at, pages)), Some(more)) = (run, by_page)
                 && at.pages() < MAX_STEPS
-                && pages.end() == page.base().raw()
+                && pages.end() == more.base().raw()
                 && let Ok(at) = IpaRange::from_bounds(at.base().raw(), part.end())
-                && let Ok(pages) = PhysRange::from_bounds(pages.base().raw(), page.end())
+                && let Ok(pages) = PhysRange::from_bounds(pages.base().raw(), more.end())
             {
                 run = Some((at, pages));
                 return ControlFlow::Continue(());
@@ -300,8 +300,8 @@ impl Guest {
             if let Some((at, pages)) = run.take() {
                 f(at, Place::Pages { pages, by_page: true })?;
             }
-            match page {
-                Some(page) => run = Some((part, page)),
+            match by_page {
+                Some(pages) => run = Some((part, pages)),
                 None => f(part, place)?,
             }
             ControlFlow::Continue(())

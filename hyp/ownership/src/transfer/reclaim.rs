@@ -30,7 +30,7 @@ impl<P: TablePool> Memory<'_, P> {
         let mut tables = guest.lock(machine);
         let plan = inner.plan_all(machine, guest, &tables, range, &UNLEND)?;
         tables.have_for_cut(machine, plan.frames)?;
-        inner.set_state(machine, guest, &tables, plan.frames, &UNLEND);
+        inner.set_state(machine, guest, &tables, &plan, &UNLEND);
         inner.unmap_guest(machine, &mut tables, plan.frames);
         tables.pages = tables.pages.saturating_sub(plan.frames.pages());
         Ok(())

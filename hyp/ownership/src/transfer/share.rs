@@ -1,9 +1,12 @@
 //! In place between a guest and the host: share and unshare, claim and release.
 
+use core::ops::ControlFlow;
+
+use arrayvec::ArrayVec;
 use ravelin_memory::{BLOCK_SIZE, IpaRange, PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_pgtable::{Machine, Stage2Usage, TablePool};
 
-use super::Change;
+use super::{Change, Plan, look::Place};
 use crate::{
     entry::State,
     guest::{Guest, GuestMemory, View},
@@ -67,7 +70,7 @@ impl<P: TablePool> Memory<'_, P> {
         let mut inner = self.lock(machine);
         let mut tables = guest.lock(machine);
         let plan = inner.plan(machine, guest, &tables, range, &SHARE)?;
-        inner.convert(machine, guest, &mut tables, plan.frames, &SHARE)?;
+        inner.convert(machine, guest, &mut tables, &plan, &SHARE)?;
         Ok(plan.frames.pages())
     }
 
@@ -89,7 +92,7 @@ impl<P: TablePool> Memory<'_, P> {
         if plan.claimed {
             return Ok(Unshare::NeedsRelease(plan.frames));
         }
-        inner.convert(machine, guest, &mut tables, plan.frames, &UNSHARE)?;
+        inner.convert(machine, guest, &mut tables, &plan, &UNSHARE)?;
         Ok(Unshare::Done(plan.frames.pages()))
     }
 
@@ -103,7 +106,7 @@ impl<P: TablePool> Memory<'_, P> {
         let mut inner = self.lock(machine);
         let tables = guest.lock(machine);
         let plan = inner.plan_all(machine, guest, &tables, range, &CLAIM)?;
-        inner.set_state(machine, guest, &tables, plan.frames, &CLAIM);
+        inner.set_state(machine, guest, &tables, &plan, &CLAIM);
         Ok(())
     }
 
@@ -117,7 +120,7 @@ impl<P: TablePool> Memory<'_, P> {
         let mut inner = self.lock(machine);
         let tables = guest.lock(machine);
         let plan = inner.plan_all(machine, guest, &tables, range, &RELEASE)?;
-        inner.set_state(machine, guest, &tables, plan.frames, &RELEASE);
+        inner.set_state(machine, guest, &tables, &plan, &RELEASE);
         Ok(())
     }
 }
@@ -129,18 +132,18 @@ impl<P: TablePool> Inner<'_, P> {
         machine: &M,
         guest: &GuestMemory,
         tables: &mut Guest,
-        frames: IpaRange,
+        plan: &Plan,
         change: &Change,
     ) -> Result<(), GuestFailure> {
         let Some(other) = guest.other(change.view) else {
-            self.set_state(machine, guest, tables, frames, change);
+            self.set_state(machine, guest, tables, plan, change);
             return Ok(());
         };
-        let (from, to) = (guest.in_view(change.view, frames), guest.in_view(other, frames));
+        let (from, to) = (guest.in_view(change.view, plan.frames), guest.in_view(other, plan.frames));
         let needed = tables.tables_to_move(machine, from, to);
-        tables.have(needed).map_err(|reason| GuestFailure { reason, ipa: frames.base() })?;
-        self.set_state(machine, guest, tables, frames, change);
-        tables.for_each_leaf_moved(machine, from, to, &mut |tables, part, pages| {
+        tables.have(needed).map_err(|reason| GuestFailure { reason, ipa: plan.frames.base() })?;
+        self.set_state(machine, guest, tables, plan, change);
+        tables.for_each_part_moved(machine, from, to, &mut |tables, part, pages| {
             let Guest { tables, spare, .. } = tables;
             let done = tables.map(machine, &mut spare.pool(machine), part, pages.base(), Stage2Usage::Memory);
             debug_assert_eq!(done, Ok(()));
@@ -151,29 +154,28 @@ impl<P: TablePool> Inner<'_, P> {
 }
 
 impl Guest {
-    /// Calls `f` with each part of `to` and the pages that are mapped at the same place of `from`.
-    fn for_each_leaf_moved<M: Machine>(
+    /// Calls `f` with parts of `to` and the pages that are mapped at the same place of `from`.
+    fn for_each_part_moved<M: Machine>(
         &mut self,
         machine: &M,
         from: IpaRange,
         to: IpaRange,
         f: &mut dyn FnMut(&mut Self, IpaRange, PhysRange),
     ) {
-        let mut done = 0_u64;
-        while done < from.size() {
-            let Some(at) = from.base().checked_add(done) else { return };
-            let walk = self.tables.lookup(machine, at);
-            let size = walk.level.size();
-            let rest = size.wrapping_sub(at.raw() & size.wrapping_sub(1)).min(from.size().wrapping_sub(done));
-            if let (Some(mapping), Ok(part), Some(end)) = (
-                walk.mapping,
-                IpaRange::new(to.base().raw().wrapping_add(done), rest / PAGE_SIZE),
-                walk.mapping.and_then(|mapping| mapping.to.raw().checked_add(rest)),
-            ) && let Ok(pages) = PhysRange::from_bounds(mapping.to.raw(), end)
-            {
-                f(self, part, pages);
-            }
-            done = done.saturating_add(rest);
+        let offset = to.base().raw().wrapping_sub(from.base().raw());
+        let mut rest = Some(from);
+        while let Some(range) = rest.take() {
+            // What `f` does must not change what is being looked at.
+            let mut parts = ArrayVec::<(IpaRange, PhysRange), 8>::new();
+            let full = self.visit(machine, range, &mut |part, place| {
+                let Place::Pages { pages, .. } = place else { return ControlFlow::Continue(()) };
+                match IpaRange::new(part.base().raw().wrapping_add(offset), part.pages()) {
+                    Ok(there) if parts.try_push((there, pages)).is_err() => ControlFlow::Break(part.base()),
+                    _ => ControlFlow::Continue(()),
+                }
+            });
+            parts.into_iter().for_each(|(part, pages)| f(self, part, pages));
+            rest = full.break_value().and_then(|next| IpaRange::from_bounds(next.raw(), from.end()).ok());
         }
     }
 
@@ -187,7 +189,7 @@ impl Guest {
     /// Returns a number of tables that is enough to map at `to` what is mapped at `from`, and to unmap it there.
     fn tables_to_move<M: Machine>(&mut self, machine: &M, from: IpaRange, to: IpaRange) -> usize {
         let (mut by_leaf, mut blocks) = (0_usize, None::<IpaRange>);
-        self.for_each_leaf_moved(machine, from, to, &mut |guest, part, pages| {
+        self.for_each_part_moved(machine, from, to, &mut |guest, part, pages| {
             if part.size() == BLOCK_SIZE {
                 // Blocks in a row have tables in common.
                 let row = blocks.filter(|row| row.end() == part.base().raw());

@@ -50,7 +50,7 @@ fn found(rig: &Rig<Stage2>, guest: &PageTable<Stage2>, range: IpaRange) -> Vec<(
     let mut all = Vec::new();
     let _: ControlFlow<()> = guest.visit(&rig.machine, range, &mut |part, found| {
         let to = match found {
-            Found::Leaf(mapping) => Some(mapping.unwrap().to.raw()),
+            Found::Leaf { mapping, .. } => Some(mapping.unwrap().to.raw()),
             _ => None,
         };
         all.push((part.pages(), to, found == Found::Poisoned));

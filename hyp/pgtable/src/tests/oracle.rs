@@ -1,5 +1,7 @@
 //! The same maps built by `aarch64-paging`: the leaves must be the same bit by bit, at the same levels.
 
+use std::ops::ControlFlow;
+
 use aarch64_paging::{
     descriptor::{Descriptor, El23Attributes, PagingAttributes, Stage2Attributes},
     linearmap::LinearMap,
@@ -9,6 +11,7 @@ use bitflags::Flags as _;
 use proptest::{collection::vec, prelude::*};
 
 use super::*;
+use crate::{Found, Mapping};
 
 /// The regime under its other name, and the attributes that its documentation gives for a usage.
 trait Twin: Staged {
@@ -53,9 +56,16 @@ type Leaf = (u64, u64, u64, u64);
 
 fn ours<R: Staged>(rig: &Rig<R>) -> Vec<Leaf> {
     let mut leaves = Vec::new();
-    rig.table.for_each_leaf(&rig.machine, |range, mapping| {
-        let mapping = mapping.unwrap();
-        leaves.push((range.base().raw(), range.end(), mapping.to.raw(), R::attributes(mapping.usage)));
+    let all = PageRange::from_bounds(0, rig.table.geometry().end()).unwrap();
+    let _: ControlFlow<()> = rig.table.visit(&rig.machine, all, &mut |range, found| {
+        if let Found::Leaf { mapping, level } = found {
+            let Mapping { to, usage } = mapping.unwrap();
+            for behind in (0..range.size()).step_by(level.size() as usize) {
+                let at = range.base().raw() + behind;
+                leaves.push((at, at + level.size(), to.raw() + behind, R::attributes(usage)));
+            }
+        }
+        ControlFlow::Continue(())
     });
     leaves
 }
