@@ -559,8 +559,19 @@ mod tests {
         for [theirs, ours] in [[0x2, 0x2], [0x1_0000, 0x1_0000], [0x1_0001, 0x1_0001], [0x1_0003, 0x1_0001]] {
             let firmware = FakeFirmware::new(|_| [theirs, 0, 0, 0]);
             let psci = Psci::new(&cpus, entries(), Offer::probe(&&firmware));
+            // PSCI_FEATURES, which also says whether there is more to ask for, came with 1.0.
+            assert_eq!(firmware.take().iter().any(|call| call[0] == 0x8400_000a), theirs >= 0x1_0000);
             assert_eq!(call(&psci, &firmware, [0x8400_0000, 0, 0, 0]), ours);
         }
+    }
+
+    #[test]
+    fn psci_has_64_numbers() {
+        for first in [0x8400_0000, 0xc400_0000] {
+            let expected = [false, true, true, false];
+            assert_eq!([first - 1, first, first + 0x1f, first + 0x20].map(is_psci), expected);
+        }
+        assert!(![0x0400_0000, 0x8000_0000, 0x8500_0000, 0x8600_0000].into_iter().any(is_psci));
     }
 
     #[test]
