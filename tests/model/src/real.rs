@@ -7,7 +7,7 @@ use ravelin_abi::VmKind;
 
 use crate::{
     Difference, Model, differs,
-    runs::Follow,
+    runs::{Follow, Runs},
     state::{Frame, Page, Place, Vm},
 };
 
@@ -216,7 +216,7 @@ impl Model {
     /// Compares the stage 2 of a guest at `frames`, and in a realm at their aliases.
     fn compare_guest(&self, real: &dyn Real, handle: u64, vm: &Vm, frames: Range<u64>) -> Result<(), Difference> {
         let views: &[bool] = if vm.kind() == VmKind::Realm { &[false, true] } else { &[false] };
-        let mut first = Ok(());
+        let (mut first, mut poison) = (Ok(()), Runs::<()>::default());
         for &shared in views {
             let alias = if shared { vm.frame_count() } else { 0 };
             real.guest(handle, frames.start + alias..frames.end + alias, &mut |run, found| {
@@ -229,10 +229,14 @@ impl Model {
                     let is_right = match frame {
                         // While it goes back to the host, poison does not matter any more.
                         Frame::Absent => found == Found::Absent || found == Found::Poisoned && !vm.is_alive(),
+                        // One of the views has it.
                         Frame::Poisoned => match found {
-                            Found::Poisoned => true,
-                            Found::Absent => views.len() > 1 || !vm.is_alive(),
-                            _ => false,
+                            Found::Poisoned => {
+                                let is_first = poison.parts(part.clone()).all(|(_, before)| before.is_none());
+                                poison.set(part.clone(), ());
+                                is_first
+                            }
+                            found => found == Found::Absent,
                         },
                         Frame::Page(backing, page) => {
                             let here = match page {
@@ -251,7 +255,14 @@ impl Model {
                 }
             });
         }
-        first
+        first?;
+        let poisoned = self.state.look(vm, frames).filter(|(_, frame)| vm.is_alive() && *frame == Frame::Poisoned);
+        for (part, frame) in poisoned {
+            if let Some((lacking, _)) = poison.parts(part).find(|(_, poison)| poison.is_none()) {
+                return differs!("VM {handle:#x} has nothing at frames {lacking:#x?}, which are {frame:?}");
+            }
+        }
+        Ok(())
     }
 
     /// Calls `f` with the parts of `pages` that are in one state, up to the first failure.
