@@ -12,18 +12,22 @@ use ravelin_pgtable::{
 };
 use ravelin_world::{Heap, TestMachine, World};
 
+/// What stage 2 is used for: memory and devices.
+const STAGE2: [Stage2Usage; 2] = [Stage2Usage::Memory, Stage2Usage::Device];
+
 /// The tables of a world.
 pub(crate) struct RealWorld<'w, 'a>(pub(crate) &'w World<'a>);
 
 impl RealWorld<'_, '_> {
-    /// Calls `f` with what the tables of a stage have, in which these attributes are those of memory.
-    fn runs(&self, stage: Stage, memory: u64, pages: Range<u64>, f: &mut dyn FnMut(Range<u64>, Found)) {
+    /// Calls `f` with what the tables of a stage have, in which these attributes are those of memory and of devices.
+    fn runs(&self, stage: Stage, [memory, device]: [u64; 2], pages: Range<u64>, f: &mut dyn FnMut(Range<u64>, Found)) {
         let bytes = pages.start * PAGE_SIZE..pages.end * PAGE_SIZE;
         self.0.machine.inner.for_each_run(stage, bytes, &mut |run, seen| {
             let found = match seen {
                 Seen::Nothing => Found::Absent,
                 Seen::Poisoned => Found::Poisoned,
                 Seen::Leaf(leaf) if leaf.attributes == memory => Found::Memory(leaf.to.page_number()),
+                Seen::Leaf(leaf) if leaf.attributes == device => Found::Device(leaf.to.page_number()),
                 Seen::Leaf(_) => Found::Other,
             };
             f(run.start / PAGE_SIZE..run.end / PAGE_SIZE, found);
@@ -43,16 +47,16 @@ impl Real for RealWorld<'_, '_> {
     }
 
     fn host(&self, pages: Range<u64>, f: &mut dyn FnMut(Range<u64>, Found)) {
-        self.runs(Stage::Stage2, Stage2::attributes(Stage2Usage::Memory), pages, f);
+        self.runs(Stage::Stage2, STAGE2.map(Stage2::attributes), pages, f);
     }
 
     fn hypervisor(&self, pages: Range<u64>, f: &mut dyn FnMut(Range<u64>, Found)) {
-        self.runs(Stage::El2, El2::attributes(El2Usage::Data), pages, f);
+        self.runs(Stage::El2, [El2Usage::Data, El2Usage::Device].map(El2::attributes), pages, f);
     }
 
     fn guest(&self, handle: u64, pages: Range<u64>, f: &mut dyn FnMut(Range<u64>, Found)) {
         let stage = Stage::Guest(World::vmid(handle));
-        self.runs(stage, Stage2::attributes(Stage2Usage::Memory), pages, f);
+        self.runs(stage, STAGE2.map(Stage2::attributes), pages, f);
     }
 
     fn counts(&self) -> Counts {

@@ -119,11 +119,11 @@ impl Model {
     pub fn host_fault(&mut self, address: u64, given: bool) -> Result<Reached, Difference> {
         self.touched = Touched::default();
         let page = address / PAGE_SIZE;
-        // What is not RAM is not the model's.
+        self.touch(page..page + 1);
+        // Whether there is a device where no RAM is is not the model's.
         let Some(state) = self.state.pages.get(page) else {
             return Ok(Reached { state: "NotRam", call: "FAULT", result: if given { "GIVEN" } else { "REFUSED" } });
         };
-        self.touch(page..page + 1);
         if state.host_may() != given {
             return differs!("an access of the host to {address:#x}, which is {state:?}, was given: {given}");
         }

@@ -20,7 +20,9 @@ pub enum Found {
     Poisoned,
     /// A mapping to this page and those behind it, as memory with the access that its kind of table gives.
     Memory(u64),
-    /// Another mapping: of a device, or with other attributes.
+    /// The same as a device.
+    Device(u64),
+    /// Another mapping.
     Other,
 }
 
@@ -191,7 +193,7 @@ impl Model {
             note(self.in_parts(run.clone(), |part, page| match page {
                 Some(page) if page.host_may() && found == Found::Memory(run.start) => Ok(()),
                 // What is not RAM is the host's, as a device.
-                None if found == Found::Other => Ok(()),
+                None if found == Found::Device(run.start) => Ok(()),
                 page => {
                     differs!("the host's stage 2 has {found:?} at pages {run:#x?}, of which {part:#x?} is {page:?}")
                 }

@@ -67,7 +67,7 @@ impl Real for Mirror {
             let found = match self.page(page) {
                 Some(page_state) if page_state.host_may() => Found::Memory(page),
                 Some(_) => Found::Absent,
-                None => Found::Other,
+                None => Found::Device(page),
             };
             f(page..page + 1, change(&self.host, page, found));
         }
@@ -269,7 +269,7 @@ fn tables_that_are_wrong() {
     assert_eq!(model.compare_all(&mirror(&model)), Ok(()));
     let number = (PAGE + 0x1_0000) / PAGE_SIZE;
     let is = move |page: u64| page == number + 2;
-    let wrong: [Wrong<'_>; 8] = [
+    let wrong: [Wrong<'_>; 9] = [
         ("an entry in another state", &|mirror| {
             mirror.entry = Some(Box::new(move |page, found| if is(page) { Page::Host } else { found }));
         }),
@@ -282,6 +282,10 @@ fn tables_that_are_wrong() {
         }),
         ("a page that the host has mapped elsewhere", &|mirror| {
             mirror.host = Some(Box::new(move |page, found| if page == number + 9 { Found::Memory(1) } else { found }));
+        }),
+        ("a page that the host has mapped as a device", &|mirror| {
+            mirror.host =
+                Some(Box::new(move |page, found| if page == number + 9 { Found::Device(page) } else { found }));
         }),
         ("a page that EL2 has mapped", &|mirror| {
             mirror.hypervisor = Some(Box::new(move |page, found| if is(page) { Found::Memory(page) } else { found }));
@@ -306,6 +310,11 @@ fn tables_that_are_wrong() {
         // The last call was about these frames and pages.
         assert!(model.compare(&mirror).is_err(), "{what}");
     }
+    // Devices are where they are to the hypervisor.
+    model.host_fault(RAM.end, true).unwrap();
+    assert_eq!(model.compare(&mirror(&model)), Ok(()));
+    let elsewhere = |page, found| if page == RAM.end / PAGE_SIZE { Found::Device(page + 1) } else { found };
+    assert!(model.compare(&Mirror { host: Some(Box::new(elsewhere)), ..mirror(&model) }).is_err(), "a device");
     let counts = Counts { private: 3, ..model.counts() };
     assert!(model.compare_all(&Mirror { counts, ..mirror(&model) }).is_err(), "counts");
     // What was scrubbed and is not.

@@ -47,7 +47,7 @@ impl<P: TablePool, M: Machine, O: ObjectMemory> Real for Observed<'_, '_, P, M, 
     fn host(&self, pages: Range<u64>, f: &mut dyn FnMut(Range<u64>, Found)) {
         if let Some(range) = range(pages) {
             self.memory.visit_host(self.machine, range, &mut |part, mapped| {
-                f(numbers(part), found(mapped, Stage2Usage::Memory));
+                f(numbers(part), found(mapped, Stage2Usage::Memory, Stage2Usage::Device));
             });
         }
     }
@@ -55,7 +55,7 @@ impl<P: TablePool, M: Machine, O: ObjectMemory> Real for Observed<'_, '_, P, M, 
     fn hypervisor(&self, pages: Range<u64>, f: &mut dyn FnMut(Range<u64>, Found)) {
         if let Some(range) = range(pages) {
             self.memory.visit_el2(self.machine, range, &mut |part, mapped| {
-                f(numbers(part), found(mapped, El2Usage::Data));
+                f(numbers(part), found(mapped, El2Usage::Data, El2Usage::Device));
             });
         }
     }
@@ -64,7 +64,7 @@ impl<P: TablePool, M: Machine, O: ObjectMemory> Real for Observed<'_, '_, P, M, 
         let Some(range) = range(pages) else { return };
         let visited = self.vms.with_guest(Handle::from_raw(handle), |guest| {
             self.memory.visit_guest(self.machine, guest.memory(), range, &mut |part, mapped| {
-                f(numbers(part), found(mapped, Stage2Usage::Memory));
+                f(numbers(part), found(mapped, Stage2Usage::Memory, Stage2Usage::Device));
             });
         });
         assert!(visited.is_ok(), "VM {handle:#x} cannot be looked at: {visited:?}");
@@ -126,14 +126,13 @@ fn page(Entries { state, pins, guest }: Entries) -> Page {
     }
 }
 
-/// Returns what a table has there, where memory is mapped for `usage`.
-fn found<U: PartialEq>(mapped: Mapped<U>, usage: U) -> Found {
+/// Returns what a table has there, where memory and devices are mapped for these usages.
+fn found<U: PartialEq>(mapped: Mapped<U>, memory: U, device: U) -> Found {
     match mapped {
         Mapped::Absent => Found::Absent,
         Mapped::Poisoned => Found::Poisoned,
-        Mapped::Leaf { mapping: Some(Mapping { to, usage: its }), .. } if its == usage => {
-            Found::Memory(to.page_number())
-        }
+        Mapped::Leaf { mapping: Some(Mapping { to, usage }), .. } if usage == memory => Found::Memory(to.page_number()),
+        Mapped::Leaf { mapping: Some(Mapping { to, usage }), .. } if usage == device => Found::Device(to.page_number()),
         Mapped::Leaf { .. } => Found::Other,
     }
 }
