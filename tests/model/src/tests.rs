@@ -199,6 +199,31 @@ fn with_vm(kind: VmKind) -> Model {
     model
 }
 
+/// What a call may answer in place of its result depends on how far it has come.
+#[test]
+fn what_is_missing() {
+    let mut model = with_vm(VmKind::Pkvm);
+    let (free, taken) = (PAGE + 0x2_0000, CARVE_OUT.start);
+    let mut may = |name, arguments: &[u64], status: Status, x1| {
+        call(&mut model, name, arguments, &[status.register(), x1]).is_ok()
+    };
+    let map = [HANDLE, 0, free, 1];
+    assert!(may("VM_MAP", &map, Status::NeedsTables, 1));
+    assert!(!may("VM_MAP", &map, Status::NeedsTables, 0), "none is missing");
+    assert!(may("VM_MAP", &map, Status::NoMemory, 0) && !may("VM_MAP", &map, Status::NoMemory, 1));
+    let vcpu = |metadata, run_page| [HANDLE, 0, metadata, 2, run_page];
+    let lacks = |arguments: [u64; 5]| (arguments, Status::NoMemory, 0);
+    for ((arguments, status, x1), is_right) in [
+        (lacks(vcpu(free, free + 2 * PAGE_SIZE)), true),
+        (lacks(vcpu(taken, free)), true),
+        ((vcpu(taken, free), Status::Denied, taken), true),
+        (lacks(vcpu(free, taken)), false),
+        (lacks([HANDLE, 1, free, 2, free + 2 * PAGE_SIZE]), false),
+    ] {
+        assert_eq!(may("VCPU_CREATE", &arguments, status, x1), is_right, "{arguments:x?} {status:?}");
+    }
+}
+
 fn guest_call(model: &mut Model, door: Door, before: [u64; 4], after: [u64; 4]) -> bool {
     model.guest_call(&GuestCall { root: PAGE / PAGE_SIZE, door, before, after }).is_ok()
 }

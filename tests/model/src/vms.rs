@@ -223,7 +223,7 @@ impl Model {
     fn create_vcpu(&mut self, handle: u64, vm: &Vm, index: u64, metadata: Range<u64>, run_page: u64) -> Verdict {
         self.touch(metadata.clone());
         self.touch(run_page..run_page + 1);
-        let checked = || {
+        let lends = || {
             vm.demand(&[Stage::Created])?;
             let state = vm.stage.name();
             let attributes = vm.decoded();
@@ -237,7 +237,9 @@ impl Model {
             if metadata.end - metadata.start != (self.sizes)(attributes).vcpu || metadata.start == 0 {
                 return Err(Refusal::new(Status::Invalid, state));
             }
-            self.demand_owned(run_page..run_page + 1)?;
+            self.demand_owned(run_page..run_page + 1)
+        };
+        let gives = || {
             if metadata.contains(&run_page) {
                 // It cannot be both. What comes before it has to be in order, though.
                 self.demand_owned(metadata.start..run_page)?;
@@ -245,7 +247,11 @@ impl Model {
             }
             self.demand_owned(metadata.clone())
         };
-        match checked() {
+        if let Err(refusal) = lends() {
+            return Verdict::from(refusal).or(BUSY);
+        }
+        // The run page has been mapped before anything is wrong with the others, which may take tables.
+        match gives() {
             Ok(state) => Verdict::does(state, move |model| {
                 model.set(run_page..run_page + 1, Page::Run);
                 model.set(metadata.clone(), Page::Kept);
