@@ -224,6 +224,18 @@ fn what_is_missing() {
     }
 }
 
+/// RAM may begin at address 0, where no table can be.
+#[test]
+fn tables_at_the_first_address() {
+    let mut model = Model::new(core::iter::once(0..0x10_0000), 0x8_0000..0x10_0000, |_| SIZES);
+    let attributes = VmAttributes { kind: VmKind::Pkvm, ipa_bits: 40, vcpus: 1 }.bits();
+    call(&mut model, "VM_CREATE", &[attributes, 0x1_0000, 4], &[0, HANDLE]).unwrap();
+    ends(&mut model, "VM_DONATE_TABLES", &[HANDLE, 0x8_0000, 1], Status::Denied, 0x8_0000);
+    assert!(call(&mut model.clone(), "VM_DONATE_TABLES", &[HANDLE, 0, 2], &[0, 0]).is_err());
+    call(&mut model, "VM_DONATE_TABLES", &[HANDLE, 0, 2], &[Status::Denied.register(), 0]).unwrap();
+    succeeds(&mut model, "VM_DONATE_TABLES", &[HANDLE, 0x1000, 2]);
+}
+
 fn guest_call(model: &mut Model, door: Door, before: [u64; 4], after: [u64; 4]) -> bool {
     model.guest_call(&GuestCall { root: PAGE / PAGE_SIZE, door, before, after }).is_ok()
 }

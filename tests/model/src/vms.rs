@@ -210,6 +210,10 @@ impl Model {
     fn donate_tables(&mut self, handle: u64, tables: Range<u64>) -> Verdict {
         self.touch(tables.clone());
         match self.demand_owned(tables.clone()) {
+            // No table is at address 0.
+            Ok(state) if tables.start == 0 => {
+                Verdict::from(Refusal { status: Status::Denied, detail: 0, state }).or(BUSY)
+            }
             Ok(state) => Verdict::does(state, move |model| {
                 model.set(tables.clone(), Page::Kept);
                 model.vm(handle).tables.set(tables, ());
