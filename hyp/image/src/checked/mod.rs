@@ -11,7 +11,11 @@ mod machine;
 mod tables;
 
 use alloc::string::ToString;
-use core::{mem, ops::Range};
+use core::{
+    hint,
+    ops::Range,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use ravelin_abi::VmAttributes;
 use ravelin_arch::Hardware;
@@ -22,7 +26,7 @@ use ravelin_oracle::Observed;
 use ravelin_ownership::Memory;
 use ravelin_pgtable::{El2, El2Usage, MapError, PageTable, TablePool};
 use ravelin_vm::{GuestCpu, MachineMemory};
-use spin::{Mutex, mutex::TicketMutex};
+use spin::Mutex;
 
 pub(crate) use machine::Checked;
 pub(crate) use tables::follow;
@@ -38,8 +42,11 @@ const WINDOW: u64 = 3 << 46;
 /// Exits between two comparisons of all of memory.
 const THOROUGH: u64 = 256;
 
-/// Whose turn it is.
-static TURN: TicketMutex<()> = TicketMutex::new(());
+/// Turns that CPUs have asked for.
+static ASKED: AtomicU64 = AtomicU64::new(0);
+
+/// Turns that have ended. No data depend on a turn: they have locks of their own.
+static ENDED: AtomicU64 = AtomicU64::new(0);
 
 static WATCH: Mutex<Option<Watch>> = Mutex::new(None);
 
@@ -80,13 +87,15 @@ fn sizes(attributes: VmAttributes) -> Sizes {
 
 /// Waits until no other CPU has its turn, and begins this one's.
 pub(crate) fn take_turn() {
-    mem::forget(TURN.lock());
+    let mine = ASKED.fetch_add(1, Ordering::Relaxed);
+    while ENDED.load(Ordering::Acquire) != mine {
+        hint::spin_loop();
+    }
 }
 
 /// Ends this CPU's turn.
 pub(crate) fn pass_turn() {
-    // SAFETY: This CPU has the lock by `take_turn`, which has forgotten its guard.
-    unsafe { TURN.force_unlock() };
+    ENDED.fetch_add(1, Ordering::Release);
 }
 
 /// Judges a call of the host that has been handled in this CPU's turn, which ends.
