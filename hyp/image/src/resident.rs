@@ -221,7 +221,7 @@ extern "C" fn host_exit(frame: &mut HostFrame) {
         Exit::Smc(immediate) => {
             skip_instruction();
             #[cfg(feature = "checked")]
-            checked::before_smc(registers);
+            checked::before_smc(immediate, registers);
             // It may turn the machine off.
             #[cfg(feature = "trace")]
             crate::trace::trace_flush();

@@ -18,12 +18,11 @@ use core::{
 };
 
 use ravelin_abi::VmAttributes;
-use ravelin_arch::Hardware;
+use ravelin_arch::{Hardware, Objects};
 use ravelin_hypercall::{HostedVms, Registers};
 use ravelin_memory::{HypRange, PAGE_SIZE, PhysAddr, PhysRange};
-use ravelin_model::{Difference, Model, Real, Sizes, Watch};
+use ravelin_model::{Difference, Model, Sizes, Watch};
 use ravelin_oracle::Observed;
-use ravelin_ownership::Memory;
 use ravelin_pgtable::{El2, El2Usage, MapError, PageTable, TablePool};
 use ravelin_vm::{GuestCpu, MachineMemory};
 use spin::Mutex;
@@ -49,6 +48,9 @@ static ASKED: AtomicU64 = AtomicU64::new(0);
 static ENDED: AtomicU64 = AtomicU64::new(0);
 
 static WATCH: Mutex<Option<Watch>> = Mutex::new(None);
+
+/// What is real.
+type Real<'a> = Observed<'a, 'static, Pool, Checked, Objects>;
 
 /// Maps RAM where [`is_zero`] reads it.
 pub(crate) fn map_window<P: TablePool>(
@@ -80,8 +82,7 @@ pub(crate) fn begin(machine: &Hardware, inheritance: &mut Inheritance) {
 /// What VM_SIZES says. The hypervisor is asked, because how large its objects are is up to it.
 fn sizes(attributes: VmAttributes) -> Sizes {
     let area = machine().map_or(0, |machine| machine.area_pages());
-    let (vm, vcpu, alignment) =
-        HostedVms::<ravelin_arch::Objects>::sizes::<MachineMemory<'_, '_, Pool, Hardware>>(attributes, area);
+    let (vm, vcpu, alignment) = HostedVms::<Objects>::sizes::<MachineMemory<'_, '_, Pool, Hardware>>(attributes, area);
     Sizes { vm, vcpu, alignment }
 }
 
@@ -113,39 +114,40 @@ pub(crate) fn host_fault(address: u64, given: bool) {
 }
 
 /// Stops the machine if the model says something else.
-fn judge(judge: impl FnOnce(&mut Watch, &dyn Real) -> Result<(), Difference>) {
-    let (Some(memory), Some(machine)) = (MEMORY.get(), machine()) else { return };
-    let real = Observed { memory, machine, vms: &VMS, is_zero: &is_zero };
+fn judge(judge: impl FnOnce(&mut Watch, &Real<'_>) -> Result<(), Difference>) {
+    let memory = MEMORY.get().expect("the host runs");
+    let real = Observed { memory, machine: machine().expect("the host runs"), vms: &VMS, is_zero: &is_zero };
     let mut watch = WATCH.lock();
-    let Some(watch) = watch.as_mut() else { return };
-    let judged = judge(watch, &real).and_then(|()| consistent(memory, machine, watch));
+    let watch = watch.as_mut().expect("the host runs");
+    let judged = judge(watch, &real)
+        .and_then(|()| if watch.exits().is_multiple_of(THOROUGH) { consistent(&real) } else { Ok(()) });
     if let Err(difference) = judged {
         panic!("the model differs: {difference}\n{}", watch.model().account(&real));
     }
 }
 
 /// Looks at what the hypervisor notes to be quicker, which the model does not know.
-fn consistent(memory: &Memory<'_, Pool>, machine: &Checked, watch: &Watch) -> Result<(), Difference> {
-    if !watch.exits().is_multiple_of(THOROUGH) {
-        return Ok(());
-    }
-    memory.check(machine).map_err(|inconsistency| Difference(inconsistency.to_string()))
+fn consistent(real: &Real<'_>) -> Result<(), Difference> {
+    real.memory.check(real.machine).map_err(|inconsistency| Difference(inconsistency.to_string()))
 }
 
-/// Says what has been seen, before the host turns the machine off.
-pub(crate) fn before_smc(registers: &Registers) {
+/// Looks at everything once more and says what has been seen, before the host turns the machine off by `SMC #immediate`.
+pub(crate) fn before_smc(immediate: u16, registers: &Registers) {
     const SYSTEM_OFF: u64 = 0x8400_0008;
     const SYSTEM_RESET: u64 = 0x8400_0009;
-    if !matches!(registers[0], SYSTEM_OFF | SYSTEM_RESET) {
+    if immediate != 0 || !matches!(registers[0], SYSTEM_OFF | SYSTEM_RESET) {
         return;
     }
     take_turn();
-    if let Some(watch) = &*WATCH.lock() {
+    judge(|watch, real| {
+        watch.model().compare_all(real)?;
+        consistent(real)?;
         log::info!("model: calls {}", watch.exits());
         for (reached, count) in watch.reached() {
             log::info!("model: reached {reached} {count}");
         }
-    }
+        Ok(())
+    });
     pass_turn();
 }
 
