@@ -10,7 +10,7 @@ mod heap;
 mod machine;
 mod tables;
 
-use alloc::string::ToString;
+use alloc::{format, string::ToString};
 use core::{
     hint,
     ops::Range,
@@ -23,8 +23,9 @@ use ravelin_hypercall::{HostedVms, Registers};
 use ravelin_memory::{HypRange, PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_model::{Difference, Model, Sizes, Watch};
 use ravelin_oracle::Observed;
+use ravelin_ownership::{GuestMemory, Inconsistency};
 use ravelin_pgtable::{El2, El2Usage, MapError, PageTable, TablePool};
-use ravelin_vm::{GuestCpu, MachineMemory};
+use ravelin_vm::{Guest, GuestCpu, Handle, MachineMemory};
 use spin::Mutex;
 
 pub(crate) use machine::Checked;
@@ -120,15 +121,21 @@ fn judge(judge: impl FnOnce(&mut Watch, &Real<'_>) -> Result<(), Difference>) {
     let mut watch = WATCH.lock();
     let watch = watch.as_mut().expect("the host runs");
     let judged = judge(watch, &real)
-        .and_then(|()| if watch.exits().is_multiple_of(THOROUGH) { consistent(&real) } else { Ok(()) });
+        .and_then(|()| if watch.exits().is_multiple_of(THOROUGH) { consistent(watch.model(), &real) } else { Ok(()) });
     if let Err(difference) = judged {
         panic!("the model differs: {difference}\n{}", watch.model().account(&real));
     }
 }
 
 /// Looks at what the hypervisor notes to be quicker, which the model does not know.
-fn consistent(real: &Real<'_>) -> Result<(), Difference> {
-    real.memory.check(real.machine).map_err(|inconsistency| Difference(inconsistency.to_string()))
+fn consistent(model: &Model, real: &Real<'_>) -> Result<(), Difference> {
+    let differs = |inconsistency: Inconsistency| Difference(inconsistency.to_string());
+    real.memory.check(real.machine).map_err(differs)?;
+    model.state.vms.keys().try_for_each(|&handle| {
+        let check = |guest: &Guest<GuestMemory>| real.memory.check_guest(real.machine, guest.memory()).map_err(differs);
+        let refused = |refusal| Err(Difference(format!("VM {handle:#x} cannot be looked at: {refusal:?}")));
+        real.vms.with_guest(Handle::from_raw(handle), check).unwrap_or_else(refused)
+    })
 }
 
 /// Looks at everything once more and says what has been seen, before the host turns the machine off by `SMC #immediate`.
@@ -141,7 +148,7 @@ pub(crate) fn before_smc(immediate: u16, registers: &Registers) {
     take_turn();
     judge(|watch, real| {
         watch.model().compare_all(real)?;
-        consistent(real)?;
+        consistent(watch.model(), real)?;
         log::info!("model: calls {}", watch.exits());
         for (reached, count) in watch.reached() {
             log::info!("model: reached {reached} {count}");
