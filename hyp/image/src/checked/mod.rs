@@ -8,6 +8,7 @@
 
 mod heap;
 mod machine;
+mod start;
 mod tables;
 
 use alloc::{format, string::ToString};
@@ -26,7 +27,8 @@ use ravelin_oracle::Observed;
 use ravelin_ownership::{GuestMemory, Inconsistency};
 use ravelin_pgtable::{El2, El2Usage, MapError, PageTable, TablePool};
 use ravelin_vm::{Guest, GuestCpu, Handle, MachineMemory};
-use spin::Mutex;
+use spin::{Mutex, once::Once};
+use start::Start;
 
 pub(crate) use machine::Checked;
 pub(crate) use tables::follow;
@@ -47,6 +49,8 @@ static ASKED: AtomicU64 = AtomicU64::new(0);
 
 /// Turns that have ended. No data depend on a turn: they have locks of their own.
 static ENDED: AtomicU64 = AtomicU64::new(0);
+
+static START: Once<Start> = Once::new();
 
 static WATCH: Mutex<Option<Watch>> = Mutex::new(None);
 
@@ -75,6 +79,7 @@ pub(crate) fn begin(machine: &Hardware, inheritance: &mut Inheritance) {
         tables::begin(machine, el2.root());
     }
     let (ram, carve_out) = (&*ram, layout.carve_out);
+    START.call_once(|| Start::new(machine, ram, carve_out, el2));
     let bytes = |range: PhysRange| -> Range<u64> { range.base().raw()..range.end() };
     let model = Model::new(ram.iter().copied().map(bytes), bytes(carve_out), sizes);
     *WATCH.lock() = Some(Watch::new(model, THOROUGH));
@@ -114,6 +119,10 @@ pub(crate) fn host_fault(address: u64, given: bool) {
     pass_turn();
 }
 
+fn start() -> &'static Start {
+    START.get().expect("the host runs")
+}
+
 /// Stops the machine if the model says something else.
 fn judge(judge: impl FnOnce(&mut Watch, &Real<'_>) -> Result<(), Difference>) {
     let memory = MEMORY.get().expect("the host runs");
@@ -135,7 +144,8 @@ fn consistent(model: &Model, real: &Real<'_>) -> Result<(), Difference> {
         let check = |guest: &Guest<GuestMemory>| real.memory.check_guest(real.machine, guest.memory()).map_err(differs);
         let refused = |refusal| Err(Difference(format!("VM {handle:#x} cannot be looked at: {refusal:?}")));
         real.vms.with_guest(Handle::from_raw(handle), check).unwrap_or_else(refused)
-    })
+    })?;
+    start().compare(real.memory, real.machine)
 }
 
 /// Looks at everything once more and says what has been seen, before the host turns the machine off by `SMC #immediate`.
@@ -160,9 +170,10 @@ pub(crate) fn before_smc(immediate: u16, registers: &Registers) {
 
 /// Returns whether a page of RAM holds nothing but zeroes.
 fn is_zero(page: PhysAddr) -> bool {
+    assert!(start().is_ram(page), "{page} is not RAM");
     let start = core::ptr::with_exposed_provenance::<u64>((WINDOW + page.raw()) as usize);
     (0..PAGE_SIZE as usize / size_of::<u64>()).all(|index| {
-        // SAFETY: The window maps all of RAM, and the index stays in the page. Whoever else has the page may write to it.
+        // SAFETY: The window maps all of RAM, where the page is, and the index stays in the page. Whoever else has the page may write to it.
         let word = unsafe { start.wrapping_add(index).read_volatile() };
         word == 0
     })
