@@ -1,6 +1,9 @@
 //! The trace's checker at EL2: what the CPUs do to translation tables keeps to the rules of the architecture.
 
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::{
+    fmt::Display,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use ravelin_arch::{CpuStart, Hardware};
 use ravelin_memory::PhysAddr;
@@ -31,14 +34,22 @@ pub(crate) fn follow(record: Packed) {
     }
     let mut guard = FOLLOWER.lock();
     let Some(Follower { checker, next }) = guard.as_mut() else { return };
-    let Ok(records) = record.records() else { return };
-    for one in records {
-        let followed = checker.record(&Entry { id: *next, tid: record.tid(), record: one });
-        *next += 1;
-        if let Err(violation) = followed {
-            // What the report of it does is not followed.
-            ON.store(false, Ordering::Relaxed);
-            panic!("translation tables: {violation}");
+    match record.records() {
+        Ok(records) => {
+            for one in records {
+                let followed = checker.record(&Entry { id: *next, tid: record.tid(), record: one });
+                *next += 1;
+                if let Err(violation) = followed {
+                    stop(&violation);
+                }
+            }
         }
+        Err(unknown) => stop(&unknown),
     }
+}
+
+fn stop(why: &dyn Display) -> ! {
+    // What the report of it does is not followed.
+    ON.store(false, Ordering::Relaxed);
+    panic!("translation tables: {why}");
 }
