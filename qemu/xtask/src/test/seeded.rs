@@ -1,5 +1,6 @@
 //! Bugs that are put into the hypervisor on purpose: the checking build has to stop at each of them.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -73,6 +74,7 @@ impl Copy {
         let root = workspace::target_dir()?.join("seeded");
         let mut list = Command::new("git");
         list.current_dir(workspace::root()).args(["ls-files", "--cached", "--others", "--exclude-standard"]);
+        let mut files = BTreeSet::new();
         for file in process::output(&mut list)?.lines().map(Path::new) {
             let from = workspace::root().join(file);
             let content = match fs::read(&from) {
@@ -82,7 +84,9 @@ impl Copy {
                 Err(error) => return Err(error).with_context(|| from.display().to_string()),
             };
             write_changed(&root.join(file), &content)?;
+            files.insert(root.join(file));
         }
+        remove_others(&root, &files, &root.join("target"))?;
         let xtask = root.join("target/debug/xtask");
         write_changed(&xtask, &fs::read(std::env::current_exe()?)?)?;
         fs::set_permissions(&xtask, fs::metadata(std::env::current_exe()?)?.permissions())?;
@@ -132,6 +136,24 @@ fn write_changed(path: &Path, content: &[u8]) -> Result<()> {
     fs::write(path, content).with_context(|| path.display().to_string())
 }
 
+/// Removes the files below a directory that are not among those to keep, other than in `skipped`: what has been moved would
+/// be there twice.
+fn remove_others(dir: &Path, keep: &BTreeSet<PathBuf>, skipped: &Path) -> Result<()> {
+    for entry in fs::read_dir(dir).with_context(|| dir.display().to_string())? {
+        let entry = entry?;
+        let path = entry.path();
+        if path == skipped || keep.contains(&path) {
+            continue;
+        }
+        if entry.file_type()?.is_dir() {
+            remove_others(&path, keep, skipped)?;
+        } else {
+            fs::remove_file(&path).with_context(|| path.display().to_string())?;
+        }
+    }
+    Ok(())
+}
+
 /// Puts a bug into the text of its file.
 fn seed(good: &str, bug: &Bug) -> Result<String> {
     let found = good.matches(&bug.find).count();
@@ -158,5 +180,30 @@ mod tests {
             let bad = seed(&text, bug).unwrap_or_else(|error| panic!("{}: {error}", bug.name));
             assert_ne!(text, bad, "{}", bug.name);
         }
+    }
+
+    #[test]
+    fn the_tests_of_each_bug_exist() {
+        let table = fs::read_to_string(workspace::root().join("tests/payload/src/table.rs")).unwrap();
+        let exists = |test: &str| match test.strip_suffix('*') {
+            Some(beginning) => table.contains(&format!("\n    {beginning}")),
+            None => table.contains(&format!("\n    {test}(\"")),
+        };
+        for bug in read().unwrap() {
+            assert!(bug.tests.split(',').all(exists), "{}: {}", bug.name, bug.tests);
+        }
+    }
+
+    #[test]
+    fn what_has_moved_is_removed() {
+        let root = workspace::output_dir().unwrap().join(format!("seeded-test-{}", std::process::id()));
+        let [moved, file, built] = ["src/x.rs", "src/x/mod.rs", "target/x"].map(|file| root.join(file));
+        for file in [&moved, &file, &built] {
+            write_changed(file, b"").unwrap();
+        }
+        remove_others(&root, &BTreeSet::from([file.clone()]), &root.join("target")).unwrap();
+        let left = [&moved, &file, &built].map(|file| file.exists());
+        fs::remove_dir_all(&root).unwrap();
+        assert_eq!(left, [false, true, true]);
     }
 }
