@@ -5,7 +5,7 @@
 //! ```text
 //! random: SHARE SUCCESS 41
 //! random: 5483 hypercalls
-//! ravelin: model: reached OWNED SHARE SUCCESS 41
+//! ravelin: model: reached Host SHARE SUCCESS 41
 //! ravelin: model: calls 9120
 //! ```
 
@@ -48,8 +48,10 @@ impl Reached {
             }
             said.rsplit_once(' ')?
         };
-        // Calls are in upper case, other lines in sentences.
-        if !matches!(what.split(' ').count(), 2..) || what.contains(|c: char| c.is_ascii_lowercase()) {
+        // Calls and results are in upper case, other lines in sentences.
+        let words: Vec<_> = what.split(' ').collect();
+        let ([call, result] | [_, call, result]) = words[..] else { return None };
+        if [call, result].iter().any(|word| word.contains(|c: char| c.is_ascii_lowercase())) {
             return None;
         }
         *self.counts.entry(what.to_owned()).or_default() += count.parse::<u64>().ok()?;
@@ -59,6 +61,11 @@ impl Reached {
     /// Hypercalls of random tests on machines that check.
     pub(crate) const fn random(&self) -> u64 {
         self.random
+    }
+
+    /// Calls that the checking build has compared.
+    pub(crate) const fn compared(&self) -> u64 {
+        self.compared
     }
 
     /// What has not been reached of what can be.
@@ -103,12 +110,15 @@ mod tests {
         let mut reached = Reached::default();
         let console = "test random.everything ... \r\nrandom: 2 rounds of 2000 steps from seed 1\r\n\
                        random: SHARE SUCCESS 41\r\nrandom: SHARE TOO_LARGE 1\r\nrandom: 5483 hypercalls\r\nok\r\n\
-                       ravelin: model: reached OWNED SHARE SUCCESS 40\r\nravelin: model: calls 9120\r\n";
+                       ravelin: model: reached Host SHARE SUCCESS 40\r\n\
+                       ravelin: model: reached - SHARE INVALID 3\r\nravelin: model: calls 9120\r\n";
         reached.take(console, true);
         reached.take(console, false);
         let counts: Vec<_> = reached.counts.iter().map(|(what, &count)| (what.as_str(), count)).collect();
-        assert_eq!(counts, [("OWNED SHARE SUCCESS", 80), ("SHARE SUCCESS", 82), ("SHARE TOO_LARGE", 2)]);
-        assert_eq!((reached.random(), reached.compared), (5483, 18_240));
+        let expected =
+            [("- SHARE INVALID", 6), ("Host SHARE SUCCESS", 80), ("SHARE SUCCESS", 82), ("SHARE TOO_LARGE", 2)];
+        assert_eq!(counts, expected);
+        assert_eq!((reached.random(), reached.compared()), (5483, 18_240));
     }
 
     #[test]
