@@ -37,6 +37,9 @@ const QUICK: &[&str] = &[
     "guests.ordinary_vm_borrows",
 ];
 
+/// Tests that invalidate ranges, where the CPU can do that at once.
+const RANGES: &[&str] = &["range.*", "contents.*", "guests.life_cycle", "guests.conversion_in_place"];
+
 /// Numbers of CPUs and rounds of random tests that make more than [`HYPERCALLS`] hypercalls. Where there are fewer CPUs than are
 /// emulated, those that wait for a lock keep its holder from running, so there are few rounds with many CPUs.
 const RANDOM: [(u32, u32); 3] = [(1, 60), (2, 30), (4, 10)];
@@ -110,7 +113,7 @@ pub(crate) fn matrix(full: bool) -> Vec<Machine> {
     if full {
         let numbers = CPUS.iter().flat_map(|cpu| NUMBERS.map(|smp| (cpu, smp)));
         machines.extend(numbers.zip(SIZES.iter().cycle()).map(|((cpu, smp), &memory)| Machine::new(cpu, smp, memory)));
-        machines.push(CHECKED);
+        machines.extend([CHECKED, Machine::new("max", 4, 1024).checked().only(RANGES)]);
         let random = |(smp, rounds)| Machine { smp, ..CHECKED }.only(&["random.*"]).rounds(rounds);
         machines.extend(RANDOM.map(random));
     } else {
@@ -133,7 +136,7 @@ mod tests {
 
     #[test]
     fn the_quick_tests_exist() {
-        for name in QUICK {
+        for name in QUICK.iter().chain(RANGES) {
             let exists =
                 |test: &Test| name.strip_suffix('*').map_or(test.name == *name, |it| test.name.starts_with(it));
             assert!(ravelin_payload::TESTS.iter().any(exists), "{name}");

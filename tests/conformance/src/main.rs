@@ -163,6 +163,8 @@ fn conformance(options: &Options) -> Result<bool> {
         report("every result that can be reached is", &demand(missing.is_empty(), missing.join(", ")));
         let random = reached.random();
         report("a million random hypercalls", &demand(random >= HYPERCALLS, format!("{random} of {HYPERCALLS}")));
+        let compared = reached.compared();
+        report("all of them were compared", &demand(compared >= random, format!("{compared} of {random}")));
     }
     Ok(failed == 0)
 }
