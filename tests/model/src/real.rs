@@ -74,17 +74,18 @@ pub trait Real {
     fn is_zero(&self, page: u64) -> bool;
 }
 
-/// Pages that are looked at around each that a call was about: those that lie in the same multiple of this.
+/// Pages that are looked at around each that a call was about: those that lie in the same multiple of this. What lies further off,
+/// in the same block of 512 too, is looked at when everything is.
 const AROUND: u64 = 64;
 
 impl Model {
-    /// Compares what the last call was about, and what lies in the same blocks, with what is real.
+    /// Compares what the last call was about, and what lies around that, with what is real.
     ///
     /// # Errors
     ///
     /// The first difference.
     pub fn compare(&self, real: &dyn Real) -> Result<(), Difference> {
-        for pages in blocks(self.touched.pages.iter().cloned()) {
+        for pages in surroundings(self.touched.pages.iter().cloned()) {
             self.compare_pages(real, pages)?;
         }
         let mut handles: Vec<_> = self.touched.frames.iter().map(|(handle, _)| *handle).collect();
@@ -93,7 +94,7 @@ impl Model {
         for handle in handles {
             let Some(vm) = self.state.vms.get(&handle) else { continue };
             let its = self.touched.frames.iter().filter(|(its, _)| *its == handle).map(|(_, frames)| frames.clone());
-            for frames in blocks(its) {
+            for frames in surroundings(its) {
                 self.compare_guest(real, handle, vm, frames.start..frames.end.min(vm.frame_count()))?;
             }
         }
@@ -112,7 +113,7 @@ impl Model {
     /// The first difference.
     pub fn compare_all(&self, real: &dyn Real) -> Result<(), Difference> {
         let ram: Vec<_> = self.state.pages.iter().map(|(run, _)| run).collect();
-        for pages in blocks(ram.into_iter()) {
+        for pages in surroundings(ram.into_iter()) {
             self.compare_pages(real, pages)?;
         }
         for (&handle, vm) in &self.state.vms {
@@ -126,7 +127,7 @@ impl Model {
     #[must_use]
     pub fn account(&self, real: &dyn Real) -> String {
         let mut text = String::new();
-        for pages in blocks(self.touched.pages.iter().cloned()) {
+        for pages in surroundings(self.touched.pages.iter().cloned()) {
             for (part, page) in self.state.pages.parts(pages.clone()) {
                 text += &format!("model   {part:#x?}: {page:x?}\n");
             }
@@ -289,13 +290,13 @@ fn as_real(real: &dyn Real, page: Page) -> Page {
     }
 }
 
-/// Returns the blocks in which `ranges` lie, each once, in ascending order.
-fn blocks(ranges: impl Iterator<Item = Range<u64>>) -> Vec<Range<u64>> {
+/// Returns `ranges` with what lies around them, each page once, in ascending order.
+fn surroundings(ranges: impl Iterator<Item = Range<u64>>) -> Vec<Range<u64>> {
     let around = |range: Range<u64>| range.start / AROUND * AROUND..range.end.next_multiple_of(AROUND);
-    let mut blocks: Vec<_> = ranges.map(around).collect();
-    blocks.sort_unstable_by_key(|range| range.start);
+    let mut around: Vec<_> = ranges.map(around).collect();
+    around.sort_unstable_by_key(|range| range.start);
     let mut joined = Vec::<Range<u64>>::new();
-    for range in blocks {
+    for range in around {
         match joined.last_mut() {
             Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
             _ => joined.push(range),
