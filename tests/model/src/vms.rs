@@ -473,8 +473,8 @@ impl Model {
 
     fn take_apart(&mut self, handle: u64, mut vm: Vm, left: u64, real: &dyn Real) -> Result<(), crate::Difference> {
         let is_back = |page: u64| {
-            let mut back = true;
-            real.pages(page..page + 1, &mut |_, page| back &= page == Page::Host);
+            let mut back = false;
+            real.pages(page..page + 1, &mut |_, page| back = page == Page::Host);
             back
         };
         // What is back as a whole, vCPU by vCPU and page by page.
