@@ -12,7 +12,7 @@ use crate::setup::{self, Needs};
 use crate::workspace;
 
 /// Crates that forbid unsafe code.
-const SAFE_CRATES: [&str; 12] = [
+const SAFE_CRATES: [&str; 17] = [
     "hyp/sync/src/lib.rs",
     "hyp/memory/src/lib.rs",
     "hyp/pgtable/src/lib.rs",
@@ -23,7 +23,12 @@ const SAFE_CRATES: [&str; 12] = [
     "hyp/hypercall/src/lib.rs",
     "host-interface/abi/src/lib.rs",
     "qemu/xtask/src/main.rs",
+    "tests/conformance/src/main.rs",
+    "tests/drivers/src/lib.rs",
+    "tests/model/src/lib.rs",
+    "tests/oracle/src/lib.rs",
     "tests/trace/src/lib.rs",
+    "tests/world/src/lib.rs",
     "tests/fuzz/src/lib.rs",
 ];
 
