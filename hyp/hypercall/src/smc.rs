@@ -250,7 +250,7 @@ mod tests {
         })]
 
         #[test]
-        fn no_registers_do_harm(
+        fn no_registers_of_an_smc_do_harm(
             immediate in proptest::prop_oneof![proptest::strategy::Just(0_u16), proptest::arbitrary::any::<u16>()],
             function in proptest::prop_oneof![
                 proptest::arbitrary::any::<u64>(),
