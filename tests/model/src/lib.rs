@@ -9,13 +9,22 @@
 //!
 //! [`Model::host_call`], [`Model::guest_call`] and [`Model::host_fault`] are told of something that has just happened, judge
 //! whether it is what had to happen, and go on to the next state. [`Model::compare`] compares that with the real tables.
-//! The checking build of the hypervisor does so at each exit, the tests on the build machine after each call.
+//! The checking build of the hypervisor and the tests on the build machine do so after each hypercall and each stage 2 fault, for
+//! what lies around, and now and then for everything ([`Model::compare_all`]).
 //!
 //! # What it leaves open
 //!
 //! Calls happen one after the other. Where the outcome depends on what no map of pages can know, a set of outcomes is
 //! allowed, each of which the model follows exactly: that tables are missing (NO_MEMORY, NEEDS_TABLES), that a vCPU runs
-//! (BUSY), and how much of a long range one call does. What registers of vCPUs hold, and interrupts, are not its subject.
+//! (BUSY), and how much of a long range one call does. What registers of vCPUs hold, what the host is told in a run page (which range it is
+//! asked to release, at which address a guest lacks a page), SMCs, and interrupts are not its subject, nor is EL2's stage 1 where
+//! nothing is the host's or a guest's; the checking build sees that it stays there as it was.
+//!
+//! # What it does not know by itself
+//!
+//! The hypervisor tells how large its objects are, and its entries tell which pages a VM_DESTROY that has more to do has given back.
+//! The table of calls, with the kinds of arguments and the bits of attributes, is that of `ravelin_abi`. In the checking build the
+//! tables are read with the hypervisor's own walk; `tests/drivers` has one that knows nothing of it.
 
 #![forbid(unsafe_code)]
 #![no_std]

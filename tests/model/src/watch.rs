@@ -1,10 +1,11 @@
-//! The model that watches the real thing, exit by exit.
+//! The model that watches the real thing, call by call.
 
 use alloc::collections::BTreeMap;
 
 use crate::{Difference, GuestCall, Model, Reached, Real};
 
-/// A model that is told of each exit when it has been handled, and compares.
+/// A model that is told of each hypercall and each stage 2 fault of the host, and each call of a guest, when that has been
+/// handled, and compares.
 #[derive(Clone)]
 pub struct Watch {
     model: Model,

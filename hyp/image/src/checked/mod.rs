@@ -1,10 +1,10 @@
-//! The checking build: the model of `tests/model` watches each exit of the host and each call of a guest, and the checker of
-//! `tests/trace` each change of a translation table.
+//! The checking build: the model of `tests/model` judges each hypercall and each stage 2 fault of the host, and each call of a
+//! guest; the checker of `tests/trace` follows each change of a translation table. SMCs of the host are nobody's to judge.
 //!
 //! The model knows one step after the other, so the CPUs take turns at EL2: a CPU has its turn from the moment it comes there
-//! until it leaves, and each exit is judged, and the tables compared, before the next one begins. Guests run meanwhile. What
-//! this hides, that is two CPUs at EL2 at the same moment, is tested elsewhere: by loom, by tests with threads, and by the same
-//! payloads on the ordinary build.
+//! until it leaves. What it was about is judged, and compared with the tables, before the next one begins, and all of memory at
+//! each 256th and at the end. Guests run meanwhile. What this hides, that is two CPUs at EL2 at the same moment, is tested
+//! elsewhere: by loom, by tests with threads, and by the same payloads on the ordinary build.
 
 mod heap;
 mod machine;
