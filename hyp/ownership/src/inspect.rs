@@ -20,7 +20,7 @@ pub struct Entries {
 
 impl<P: TablePool> Memory<'_, P> {
     /// Calls `f` in ascending order with runs of pages of `range` and what their entries say, from the first page to the first that is
-    /// not RAM.
+    /// not RAM. `f` must not call methods of this.
     pub fn visit_entries(&self, range: PhysRange, f: &mut dyn FnMut(PhysRange, Entries)) {
         let inner = self.lock_entries();
         let _: ControlFlow<()> = inner.table.visit(range, &mut |run, entry, _| {
@@ -32,7 +32,8 @@ impl<P: TablePool> Memory<'_, P> {
         });
     }
 
-    /// Calls `f` in ascending order with parts of `range` and what the host's stage 2 has there.
+    /// Calls `f` in ascending order with parts of `range` and what the host's stage 2 has there. `f` must not call methods of
+    /// this.
     pub fn visit_host<M: Machine>(
         &self,
         machine: &M,
@@ -46,7 +47,8 @@ impl<P: TablePool> Memory<'_, P> {
         });
     }
 
-    /// Calls `f` in ascending order with parts of `range` and what the EL2 stage 1 has there.
+    /// Calls `f` in ascending order with parts of `range` and what the EL2 stage 1 has there. `f` must not call methods of
+    /// this.
     pub fn visit_el2<M: Machine>(&self, machine: &M, range: HypRange, f: &mut dyn FnMut(HypRange, Found<El2Usage>)) {
         let inner = self.lock(machine);
         let _: ControlFlow<()> = inner.el2.visit(machine, range, &mut |part, found| {
@@ -55,7 +57,8 @@ impl<P: TablePool> Memory<'_, P> {
         });
     }
 
-    /// Calls `f` in ascending order with parts of `range` and what a guest's stage 2 has there.
+    /// Calls `f` in ascending order with parts of `range` and what a guest's stage 2 has there. `f` must not call methods of
+    /// this.
     pub fn visit_guest<M: Machine>(
         &self,
         machine: &M,

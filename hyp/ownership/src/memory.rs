@@ -17,7 +17,8 @@ use crate::{
 
 /// Who owns memory and what is mapped: the ownership table, the host's stage 2, the EL2 stage 1 and the tables for both.
 ///
-/// One lock guards all of it; no method calls out while it is held, but for the machine and the pool.
+/// One lock guards all of it; no method calls out while it is held, but for the machine, the pool, and closures of which it says
+/// that they must not call methods of this.
 pub struct Memory<'a, P> {
     inner: TicketMutex<Inner<'a, P>>,
 }
