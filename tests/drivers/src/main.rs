@@ -21,6 +21,7 @@ use ravelin_drivers::{
     random::{self, Settings},
     small::{self, Explored},
 };
+use ravelin_world::Layout;
 
 const USAGE: &str = "\
 usage: ravelin-drivers random [--calls N] [--seed N] [--world N] [--threads N]
@@ -78,6 +79,14 @@ fn show(line: &str) {
     }
 }
 
+/// Prints those steps of a sequence that it needs to fail, and how to replay them.
+fn print_shortened(layout: &Layout, steps: Vec<Op>, how: &str) {
+    let run = |steps: &[Op]| random::replay(layout, steps).err();
+    let steps = random::shortened(steps, |steps| run(steps).is_some());
+    println!("shortened, {}; to be replayed{how}:", run(&steps).as_deref().unwrap_or("no difference"));
+    steps.iter().for_each(|step| println!("{step}"));
+}
+
 /// Makes random calls. Returns what they have reached, unless they fail.
 fn random(settings: &Settings) -> Option<Coverage> {
     let start = Instant::now();
@@ -96,10 +105,7 @@ fn random(settings: &Settings) -> Option<Coverage> {
         }
         Err(failure) => {
             println!("random: seed {}, world {}: {}", settings.seed, failure.world, failure.why);
-            let run = |steps: &[Op]| random::replay(&draft::LAYOUT, steps);
-            let steps = random::shortened(failure.steps, |steps| run(steps).is_err());
-            println!("shortened, {}; to be replayed:", run(&steps).err().unwrap_or_default());
-            steps.iter().for_each(|step| println!("{step}"));
+            print_shortened(&draft::LAYOUT, failure.steps, "");
             None
         }
     }
@@ -122,8 +128,8 @@ fn small(threads: usize) -> Option<Coverage> {
                 all.add(coverage);
             }
             Err(failure) => {
-                println!("small: {bounds}: {}; to be replayed with --small:", failure.why);
-                failure.steps.iter().for_each(|step| println!("{step}"));
+                println!("small: {bounds}: {}", failure.why);
+                print_shortened(&small::LAYOUT, failure.steps, " with --small");
                 return None;
             }
         }

@@ -85,12 +85,12 @@ pub struct Explored {
     pub coverage: Coverage,
 }
 
-/// A shortest way to a step that the model does not allow.
+/// A way to what the model does not allow.
 #[derive(Clone, Debug)]
 pub struct Failure {
-    /// The steps.
+    /// All steps that were taken in that world.
     pub steps: Vec<Op>,
-    /// What is wrong with the last one.
+    /// What is wrong.
     pub why: String,
 }
 
@@ -290,13 +290,13 @@ struct Graph {
 
 impl Graph {
     /// Returns the steps that lead to a state.
-    fn path(&self, mut state: usize) -> Vec<&Op> {
+    fn path(&self, mut state: usize) -> Vec<Op> {
         let mut edges = Vec::new();
         while let Some((before, edge)) = self.ways[state] {
             edges.push(edge);
             state = before;
         }
-        edges.iter().rev().flat_map(|&edge| &self.edges[edge]).collect()
+        edges.iter().rev().flat_map(|&edge| &self.edges[edge]).copied().collect()
     }
 }
 
@@ -312,7 +312,7 @@ struct Found {
 ///
 /// # Errors
 ///
-/// A step that the model does not allow, with a shortest way to it.
+/// A step that the model does not allow, in the nearest state where there is one.
 pub fn explore(bounds: &Bounds, progress: impl Fn(&Explored) + Sync) -> Result<Explored, Box<Failure>> {
     let mut graph = Graph { edges: alphabet(bounds), ways: vec![None] };
     let first = in_world(&LAYOUT, |world| key(&Sequence::new(world), bounds));
@@ -360,55 +360,52 @@ fn from_state(graph: &Graph, state: usize, bounds: &Bounds) -> Result<Found, Box
     let mut found = Found { states: Vec::new(), transitions: 0, coverage: Coverage::default() };
     let mut edge = 0;
     while edge < graph.edges.len() {
-        // Which step it is in case of a panic.
-        let at = AtomicUsize::new(edge);
-        let run = || in_world(&LAYOUT, |world| from_here(graph, &path, world, bounds, &at, &mut found));
-        match catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| Err(message(&*panic))) {
-            Ok(()) => edge = at.into_inner(),
-            Err(why) => {
-                let last = &graph.edges[at.into_inner()];
-                return Err(Box::new(Failure { steps: path.into_iter().chain(last).copied().collect(), why }));
-            }
-        }
+        // Known even after a panic.
+        let mut steps = path.clone();
+        let run = || in_world(&LAYOUT, |world| from_here(graph, edge, world, bounds, &mut steps, &mut found));
+        let result = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| Err(message(&*panic)));
+        edge = result.map_err(|why| Box::new(Failure { steps, why }))?;
     }
     Ok(found)
 }
 
-/// Takes steps in a new world until the state has changed; `next` is the step to begin with, and then the one to go on with.
+/// Takes the `steps` that lead to a state, and then those of the graph from number `first` on until the state has changed.
+/// Returns the number of the one to go on with in a new world. All that has been taken is in `steps`.
 fn from_here(
     graph: &Graph,
-    path: &[&Op],
+    first: usize,
     world: &World<'_>,
     bounds: &Bounds,
-    next: &AtomicUsize,
+    steps: &mut Vec<Op>,
     found: &mut Found,
-) -> Result<(), String> {
+) -> Result<usize, String> {
     let mut sequence = Sequence::new(world);
-    sequence.repeat(path.iter().copied()).map_err(|difference| difference.0)?;
+    sequence.repeat(&*steps).map_err(|difference| difference.0)?;
+    let mut take = |sequence: &mut Sequence<'_, '_>, step: Op| {
+        steps.push(step);
+        sequence.step(&step).map_err(|difference| difference.0)
+    };
     // The host has mapped what it may access.
-    let touch = (0..2).map(|index| Op::Load(PAGES + index * PAGE_SIZE));
-    touch.into_iter().try_for_each(|touch| sequence.step(&touch)).map_err(|difference| difference.0)?;
+    (0..2).try_for_each(|index| take(&mut sequence, Op::Load(PAGES + index * PAGE_SIZE)))?;
     sequence.take_coverage();
     let here = key(&sequence, bounds);
-    for edge in next.load(Relaxed)..graph.edges.len() {
-        next.store(edge, Relaxed);
-        let steps = &graph.edges[edge];
-        if !is_within_bounds(steps, &sequence) {
+    let mut next = first;
+    for (edge, its) in graph.edges.iter().enumerate().skip(first) {
+        next = edge + 1;
+        if !is_within_bounds(its, &sequence) {
             continue;
         }
-        steps.iter().try_for_each(|step| sequence.step(step)).map_err(|difference| difference.0)?;
+        its.iter().try_for_each(|&step| take(&mut sequence, step))?;
         found.transitions += 1;
         found.coverage.add(sequence.take_coverage());
         let there = key(&sequence, bounds);
         if there != here {
-            sequence.compare_all().map_err(|difference| difference.0)?;
             found.states.push((edge, there));
-            next.store(edge + 1, Relaxed);
-            return Ok(());
+            break;
         }
     }
-    next.store(graph.edges.len(), Relaxed);
-    sequence.compare_all().map_err(|difference| difference.0)
+    sequence.compare_all().map_err(|difference| difference.0)?;
+    Ok(next)
 }
 
 /// Returns whether a step stays within what is looked at: pins are not counted beyond a few.
