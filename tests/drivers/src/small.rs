@@ -410,13 +410,15 @@ fn from_here(
 
 /// Returns whether a step stays within what is looked at: pins are not counted beyond a few.
 fn is_within_bounds(steps: &[Op], sequence: &Sequence<'_, '_>) -> bool {
-    let pins = |page: u64| match sequence.model().state.pages.get(page) {
-        Some(Page::Shared { pins }) => pins,
-        _ => 0,
-    };
     let pin = Value::Number(ravelin_world::number("PIN"));
-    let is_pin = |step: &Op| matches!(step, Op::Call { registers: [function, ..], .. } if *function == pin);
-    !steps.iter().any(is_pin) || (0..2).all(|index| pins(PAGES / PAGE_SIZE + index) < PINS)
+    let most = Page::Shared { pins: PINS };
+    steps.iter().all(|step| match *step {
+        Op::Call { registers: [function, Value::Number(base), Value::Number(count), ..], .. } if function == pin => {
+            let first = base / PAGE_SIZE;
+            (first..first + count).all(|page| sequence.model().state.pages.get(page) != Some(most))
+        }
+        _ => true,
+    })
 }
 
 /// Returns the worlds that are explored at length.
