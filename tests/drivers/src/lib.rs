@@ -11,5 +11,6 @@ pub mod draft;
 pub mod op;
 pub mod random;
 mod real;
+mod returned;
 pub mod sequence;
 pub mod small;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use ravelin_abi::{ExitReason, RunExit, Status, VmAttributes};
+use ravelin_abi::{Answer, ExitReason, RunExit, Status, VmAttributes};
 use ravelin_memory::PAGE_SIZE;
 use ravelin_model::{
     Difference, Door as ModelDoor, GuestCall, Model, Reached, Sizes,
@@ -14,6 +14,7 @@ use crate::{
     coverage::{ACCESS, Coverage},
     op::{Op, REGISTERS, RunAnswer, Value},
     real::RealWorld,
+    returned::{Registers, Returned},
 };
 
 /// How often everything is compared, in steps: all of memory, all VMs, all contents. Each step compares what it is about.
@@ -23,6 +24,9 @@ const THOROUGH: u64 = 256;
 const WAITS: [ExitReason; 5] =
     [ExitReason::Mmio, ExitReason::PageFault, ExitReason::Unshare, ExitReason::NeedsTables, ExitReason::HostCall];
 
+/// The call of PSCI that a guest does not come back from.
+const CPU_OFF: u64 = 0x8400_0002;
+
 /// What is known of a vCPU.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Vcpu {
@@ -30,6 +34,8 @@ pub struct Vcpu {
     pub is_on: bool,
     /// The instruction that it waits at, and what its host has been told.
     pub waits: Option<(Action, RunExit)>,
+    /// Its first registers when its last call had been handled, unless it may go on elsewhere.
+    handled: Option<Registers>,
 }
 
 /// A world and the model of it.
@@ -204,14 +210,18 @@ impl<'w, 'a> Sequence<'w, 'a> {
                 self.vcpus.retain(|&(its, _), _| its != slot);
             }
             "VCPU_CREATE" => {
-                self.vcpus.insert((slot, index), Vcpu { is_on: index == 0, waits: None });
+                self.vcpus.insert((slot, index), Vcpu { is_on: index == 0, ..Vcpu::default() });
             }
+            "VCPU_SET_REGISTER" => self.vcpus.entry((slot, index)).or_default().handled = None,
             "VCPU_RUN" => {
                 let Some(vcpu) = self.vm(slot).and_then(|vm| vm.vcpus.get(&index)) else { return };
                 let exit = self.world.exit(vcpu.run_page * PAGE_SIZE);
                 let reason = ExitReason::from_code(exit.reason);
                 let waits = reason.is_some_and(|reason| WAITS.contains(&reason));
-                self.vcpus.entry((slot, index)).or_default().waits = last.filter(|_| waits).map(|last| (last, exit));
+                let vcpu = self.vcpus.entry((slot, index)).or_default();
+                // Without a turn of its own, it is still where it was.
+                let at = last.or(vcpu.waits.map(|(at, _)| at));
+                vcpu.waits = at.filter(|_| waits).map(|at| (at, exit));
                 if reason == Some(ExitReason::CpuOn) {
                     self.vcpus.entry((slot, exit.vcpu)).or_default().is_on = true;
                 }
@@ -239,11 +249,31 @@ impl<'w, 'a> Sequence<'w, 'a> {
     /// Judges what a guest has done. Returns what has been reached, if it was a call.
     fn happened(&mut self, happened: &Happened) -> Result<Option<Reached>, Difference> {
         let root = happened.tree.root.page_number();
+        let (&handle, vm) = self.vm_at(root)?;
+        let [slot, ..] = handle.to_le_bytes();
+        let (kind, index) = (vm.kind(), happened.vcpu as u64);
+        let run_page = vm.vcpus.get(&index).map(|vcpu| vcpu.run_page);
+        let vcpu = self.vcpus.entry((slot, index)).or_default();
         match (happened.action, happened.outcome) {
-            (Action::Call(door, [x0, x1, x2, x3, ..]), Outcome::Handled([a0, a1, a2, a3, ..])) => {
+            (Action::Call(door, [x0, x1, x2, x3, ..]), Outcome::Handled(registers)) => {
+                // If it turns itself off, it goes on where another says.
+                vcpu.handled = (x0 != CPU_OFF).then_some(registers);
+                let [a0, a1, a2, a3, ..] = registers;
                 let door = if door == Door::Hvc { ModelDoor::Hvc } else { ModelDoor::Smc };
                 let call = GuestCall { root, door, before: [x0, x1, x2, x3], after: [a0, a1, a2, a3] };
                 return self.model.guest_call(&call).map(Some);
+            }
+            (action @ Action::Call(door, before), Outcome::Returned(after)) => {
+                if let Some(handled) = vcpu.handled.take() {
+                    let answered = vcpu.waits.filter(|&(its, _)| its == action).and_then(|(_, exit)| {
+                        let answer = self.world.answered(run_page? * PAGE_SIZE).answer;
+                        Some((ExitReason::from_code(exit.reason)?, Answer::from_code(answer)?))
+                    });
+                    Returned { kind, door, before, handled, after, answered }.judge()?;
+                }
+            }
+            (Action::Call(..), Outcome::Interrupted) if vcpu.handled.is_some() => {
+                return differs!("a guest does not come back from its call {:x?}", happened.action);
             }
             (Action::Load(at) | Action::Store(at, _), outcome @ (Outcome::Accessed(_) | Outcome::Faulted)) => {
                 let page = self.page_of_guest(root, at)?;
@@ -273,10 +303,15 @@ impl<'w, 'a> Sequence<'w, 'a> {
         Ok(None)
     }
 
+    /// Returns the VM whose tables begin at this page, and its handle.
+    fn vm_at(&self, root: u64) -> Result<(&u64, &Vm), Difference> {
+        let vm = self.model.state.vms.iter().find(|(_, vm)| vm.metadata.0 == root);
+        vm.ok_or(Difference(format!("a guest runs whose tables are at page {root:#x}")))
+    }
+
     /// Returns the number of the page that a guest may access at an address.
     fn page_of_guest(&self, root: u64, at: u64) -> Result<Option<u64>, Difference> {
-        let vm = self.model.state.vms.values().find(|vm| vm.metadata.0 == root);
-        let vm = vm.ok_or(Difference(format!("a guest runs whose tables are at page {root:#x}")))?;
+        let (_, vm) = self.vm_at(root)?;
         let end = vm.frame_count();
         let is_realm = vm.kind() == ravelin_abi::VmKind::Realm;
         let (frame, shared) = match at / PAGE_SIZE {

@@ -258,6 +258,12 @@ impl World<'_> {
         self.machine.patch(run_page, RunPage::ENTRY, &answer.to_bytes());
     }
 
+    /// Returns what is in the run page as the host's last answer.
+    #[must_use]
+    pub fn answered(&self, run_page: u64) -> RunEntry {
+        RunEntry::from_bytes(&self.machine.peek(run_page, RunPage::ENTRY))
+    }
+
     /// Returns all that the host can see of memory.
     #[must_use]
     pub fn look(&self) -> (Vec<PageReport>, Counts) {
