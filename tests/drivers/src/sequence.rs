@@ -65,7 +65,9 @@ fn sizes(attributes: VmAttributes) -> Sizes {
 /// Returns a model of a world that has just booted.
 #[must_use]
 pub fn model(layout: &Layout) -> Model {
-    Model::new([layout.ram.clone()], layout.carve_out.clone(), sizes)
+    let mut model = Model::new([layout.ram.clone()], layout.carve_out.clone(), sizes);
+    model.is_sequential = true;
+    model
 }
 
 macro_rules! differs {

@@ -16,7 +16,7 @@
 //!
 //! Calls happen one after the other. Where the outcome depends on what no map of pages can know, a set of outcomes is
 //! allowed, each of which the model follows exactly: that tables are missing (NO_MEMORY, NEEDS_TABLES), that a vCPU runs
-//! (BUSY), and how much of a long range one call does. What registers of vCPUs hold, what the host is told in a run page (which range it is
+//! (BUSY, unless [`Model::is_sequential`]), and how much of a long range one call does. What registers of vCPUs hold, what the host is told in a run page (which range it is
 //! asked to release, at which address a guest lacks a page), SMCs, and interrupts are not its subject, nor is EL2's stage 1 where
 //! nothing is the host's or a guest's; the checking build sees that it stays there as it was.
 //!
@@ -79,6 +79,8 @@ pub struct Sizes {
 pub struct Model {
     /// Who has what.
     pub state: State,
+    /// Whether nothing else goes on while a call is made: then none is BUSY because of that.
+    pub is_sequential: bool,
     sizes: fn(VmAttributes) -> Sizes,
     touched: Touched,
 }
@@ -144,7 +146,7 @@ impl Model {
         }
         pages.set(numbers(carve_out), Page::Hypervisor);
         let state = State { pages, vms: Default::default(), handles: Default::default() };
-        Self { state, sizes, touched: Touched::default() }
+        Self { state, is_sequential: false, sizes, touched: Touched::default() }
     }
 
     /// Yields the numbers of the pages that the last call had to zero.

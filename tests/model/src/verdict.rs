@@ -60,6 +60,11 @@ impl Verdict {
     pub(crate) fn or(self, also: &'static [Status]) -> Self {
         Self { also, ..self }
     }
+
+    /// Returns whether the call may end with this status instead of what it must do. BUSY is for what goes on at the same time.
+    pub(crate) fn allows(&self, status: Status, is_sequential: bool) -> bool {
+        self.also.contains(&status) && !(is_sequential && status == Status::Busy)
+    }
 }
 
 impl From<Refusal> for Verdict {
