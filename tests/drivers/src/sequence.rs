@@ -375,6 +375,11 @@ impl<'w, 'a> Sequence<'w, 'a> {
         if let Err(inconsistency) = self.world.memory.check(self.world.machine) {
             return differs!("{inconsistency}");
         }
+        for &handle in self.model.state.vms.keys() {
+            if let Err(inconsistency) = self.world.check_guest(handle) {
+                return differs!("VM {handle:#x}: {inconsistency}");
+            }
+        }
         // What it has noted is of no use here, and grows.
         drop(self.world.machine.inner.take_log());
         for (index, &contents) in self.contents.iter().enumerate() {

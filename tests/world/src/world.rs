@@ -5,12 +5,14 @@ use std::ops::Range;
 use ravelin_abi::{RunEntry, RunExit, RunPage, Status, VmAttributes};
 use ravelin_hypercall::{Cpu, Entries, FaultAction, Firmware, Host, HostedVms, Registers, Start};
 use ravelin_memory::{Ipa, PAGE_SIZE, PhysRange};
-use ravelin_ownership::{Counts, Memory, OwnershipTable, PAGES_PER_BLOCK, PageReport, sizes};
+use ravelin_ownership::{
+    Counts, GuestMemory, Inconsistency, Memory, OwnershipTable, PAGES_PER_BLOCK, PageReport, sizes,
+};
 use ravelin_pgtable::{
     Geometry, PageTable, Vmid,
     recording::{RecordingPool, Stage},
 };
-use ravelin_vm::{GuestCpu, MachineMemory, ObjectMemory};
+use ravelin_vm::{Guest, GuestCpu, Handle, MachineMemory, ObjectMemory};
 
 use crate::{
     machine::{TestMachine, address},
@@ -270,6 +272,20 @@ impl World<'_> {
         let report = |page| self.memory.page_state(address(page));
         let pages: Vec<_> = self.layout.ram.clone().step_by(PAGE_SIZE as usize).map(report).collect();
         (pages, self.memory.counts())
+    }
+
+    /// Checks the tables of a VM against the ownership table. In time that grows with RAM.
+    ///
+    /// # Errors
+    ///
+    /// The first inconsistency.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such VM.
+    pub fn check_guest(&self, handle: u64) -> Result<(), Inconsistency> {
+        let check = |guest: &Guest<GuestMemory>| self.memory.check_guest(self.machine, guest.memory());
+        self.vms.with_guest(Handle::from_raw(handle), check).expect("nobody else uses it")
     }
 
     /// Demands that nothing is cached that should not be, and that all tables agree with the ownership table. In time that grows
