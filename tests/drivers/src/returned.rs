@@ -31,9 +31,9 @@ const MEM_UNSHARE: u64 = 0xc600_0004;
 const MEM_RELINQUISH: u64 = 0xc600_0009;
 
 // Those of RSI.
-const REALM_CONFIG: u64 = 0xc400_0196;
+pub(crate) const REALM_CONFIG: u64 = 0xc400_0196;
 const IPA_STATE_SET: u64 = 0xc400_0197;
-const HOST_CALL: u64 = 0xc400_0199;
+pub(crate) const HOST_CALL: u64 = 0xc400_0199;
 
 /// INVALID_PARAMETER of SMCCC.
 const INVALID: u64 = (-3_i64).cast_unsigned();

@@ -14,7 +14,7 @@ use crate::{
     coverage::{ACCESS, Coverage},
     op::{Op, REGISTERS, RunAnswer, Value},
     real::RealWorld,
-    returned::{Registers, Returned},
+    returned::{HOST_CALL, REALM_CONFIG, Registers, Returned},
 };
 
 /// How often everything is compared, in steps: all of memory, all VMs, all contents. Each step compares what it is about.
@@ -48,6 +48,8 @@ pub struct Sequence<'w, 'a> {
     handles: BTreeMap<u8, u64>,
     /// By slot and index: the vCPUs that were made last.
     vcpus: BTreeMap<(u8, u64), Vcpu>,
+    /// Numbers of the pages that the guest which runs has named for the hypervisor to write to.
+    named: Vec<u64>,
     /// Whether each step is compared.
     compares: bool,
     /// A number that no page has held.
@@ -88,6 +90,7 @@ impl<'w, 'a> Sequence<'w, 'a> {
             contents,
             handles: BTreeMap::new(),
             vcpus: BTreeMap::new(),
+            named: Vec::new(),
             compares: true,
             // Above what a guest can store.
             fresh: 1 << 32,
@@ -182,6 +185,13 @@ impl<'w, 'a> Sequence<'w, 'a> {
             Value::Number(number) => number,
             Value::Vm(slot) => self.handle(slot),
         });
+        self.named.clear();
+        let [_, vm, index, ..] = registers;
+        if let Some((Action::Call(_, its), _)) = self.vcpu(vm.to_le_bytes()[0], index).waits
+            && let Some(vm) = self.model.state.vms.get(&vm)
+        {
+            self.note_named(vm.metadata.0, &its)?;
+        }
         let after = self.world.hvc_with(immediate, registers);
         let happened = self.world.machine.take_happened();
         // The tables are those after the last one.
@@ -194,12 +204,29 @@ impl<'w, 'a> Sequence<'w, 'a> {
         }
         let real = RealWorld(self.world);
         let reached = self.model.host_call(&real, immediate, registers, after)?;
+        self.judge_written(&reached, registers)?;
         if reached.result == Status::Success.name() {
             let [_, x1, ..] = after;
             let last = happened.last().map(|happened| happened.action);
             self.note_success(reached.call, registers, x1, last);
         }
         self.conclude(reached)
+    }
+
+    /// Judges which pages the hypervisor has written to: what the host sees of that is not among the contents.
+    fn judge_written(&self, reached: &Reached, [_, x1, x2, ..]: [u64; REGISTERS]) -> Result<(), Difference> {
+        let run_page = || Some(self.model.state.vms.get(&x1)?.vcpus.get(&x2)?.run_page);
+        let its = match reached.call {
+            _ if reached.result != Status::Success.name() => None,
+            "STATISTICS" => Some(x1 / PAGE_SIZE),
+            "VCPU_RUN" | "VCPU_GET_REGISTER" => run_page(),
+            _ => None,
+        };
+        let mut written = self.world.machine.take_written().into_iter().map(|page| page / PAGE_SIZE);
+        match written.find(|page| its != Some(*page) && !self.named.contains(page)) {
+            Some(page) => differs!("{} has written to page {page:#x}", reached.call),
+            None => Ok(()),
+        }
     }
 
     /// Notes what a call that has succeeded says of VMs and vCPUs. The guest did `last` last, if it ran.
@@ -257,9 +284,11 @@ impl<'w, 'a> Sequence<'w, 'a> {
         let run_page = vm.vcpus.get(&index).map(|vcpu| vcpu.run_page);
         let vcpu = self.vcpus.entry((slot, index)).or_default();
         match (happened.action, happened.outcome) {
-            (Action::Call(door, [x0, x1, x2, x3, ..]), Outcome::Handled(registers)) => {
+            (Action::Call(door, its), Outcome::Handled(registers)) => {
+                let [x0, x1, x2, x3, ..] = its;
                 // If it turns itself off, it goes on where another says.
                 vcpu.handled = (x0 != CPU_OFF).then_some(registers);
+                self.note_named(root, &its)?;
                 let [a0, a1, a2, a3, ..] = registers;
                 let door = if door == Door::Hvc { ModelDoor::Hvc } else { ModelDoor::Smc };
                 let call = GuestCall { root, door, before: [x0, x1, x2, x3], after: [a0, a1, a2, a3] };
@@ -272,6 +301,17 @@ impl<'w, 'a> Sequence<'w, 'a> {
                         Some((ExitReason::from_code(exit.reason)?, Answer::from_code(answer)?))
                     });
                     Returned { kind, door, before, handled, after, answered }.judge()?;
+                }
+            }
+            (action @ Action::Load(_), Outcome::Returned([_, _, _, _, _, loaded, ..])) => {
+                let exit = vcpu.waits.filter(|&(its, _)| its == action).map(|(_, exit)| exit.reason);
+                let entry = run_page.map(|page| self.world.answered(page * PAGE_SIZE)).unwrap_or_default();
+                let is_answered = exit == Some(ExitReason::Mmio.code()) && entry.answer == Answer::Complete.code();
+                let value = entry.value as u32;
+                // What a host sets of registers may make a guest big-endian.
+                let swapped = if kind.is_protected() { value } else { value.swap_bytes() };
+                if is_answered && ![value, swapped].map(u64::from).contains(&loaded) {
+                    return differs!("a guest loads {loaded:#x}, and not {:#x}", entry.value);
                 }
             }
             (Action::Call(..), Outcome::Interrupted) if vcpu.handled.is_some() => {
@@ -303,6 +343,14 @@ impl<'w, 'a> Sequence<'w, 'a> {
             _ => {}
         }
         Ok(None)
+    }
+
+    /// Notes which page a guest's call names for results.
+    fn note_named(&mut self, root: u64, [function, at, ..]: &Registers) -> Result<(), Difference> {
+        if [REALM_CONFIG, HOST_CALL].contains(function) {
+            self.named.extend(self.page_of_guest(root, *at)?);
+        }
+        Ok(())
     }
 
     /// Returns the VM whose tables begin at this page, and its handle.
@@ -407,6 +455,7 @@ impl<'w, 'a> Sequence<'w, 'a> {
 #[cfg(test)]
 mod tests {
     use ravelin_memory::{PhysAddr, PhysRange};
+    use ravelin_vm::PageAccess;
     use ravelin_world::in_world;
 
     use super::*;
@@ -431,6 +480,17 @@ mod tests {
         assert!(after(share, "call 0 c6001001 40001000 1 0 0 0 0").contains("returned DENIED"));
         let donate = |world: &World<'_>| world.memory.donate(world.machine, PhysRange::new(PAGE, 1).unwrap()).unwrap();
         assert!(after(donate, "load 40000000").contains("an access of the host"));
+    }
+
+    #[test]
+    fn what_the_hypervisor_writes_is_seen() {
+        in_world(&Layout::FOUR_BLOCKS, |world| {
+            let mut sequence = Sequence::new(world);
+            sequence.step(&Op::call("DONATE", &[PAGE.into(), 1.into()])).unwrap();
+            sequence.step(&Op::call("FEATURES", &[])).unwrap();
+            world.machine.write_bytes(PhysAddr::new(PAGE).unwrap(), &[1]);
+            assert!(sequence.step(&Op::call("FEATURES", &[])).unwrap_err().0.contains("has written to page 0x40000"));
+        });
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The recording machine, with bytes in its pages, and guests.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Barrier, Mutex, MutexGuard, PoisonError},
 };
 
@@ -23,6 +23,8 @@ pub struct TestMachine {
     pub inner: RecordingMachine,
     /// Pages that somebody has written bytes to since their contents were last a number.
     bytes: Mutex<BTreeMap<u64, Box<Page>>>,
+    /// Pages that the hypervisor has written bytes to.
+    written: Mutex<BTreeSet<u64>>,
     guests: Mutex<Script>,
     meeting: Mutex<Option<&'static Barrier>>,
 }
@@ -52,6 +54,11 @@ impl TestMachine {
     /// Returns what guests have done since this was last asked.
     pub fn take_happened(&self) -> Vec<Happened> {
         std::mem::take(&mut lock(&self.guests).happened)
+    }
+
+    /// Returns the addresses of pages that the hypervisor has written bytes to since this was last asked.
+    pub fn take_written(&self) -> BTreeSet<u64> {
+        std::mem::take(&mut lock(&self.written))
     }
 
     /// Has guests wait at `meeting` twice: when they have been entered, and before they are left.
@@ -151,6 +158,7 @@ impl PageAccess for TestMachine {
 
     fn write_bytes(&self, at: PhysAddr, bytes: &[u8]) {
         self.assert_mapped(at);
+        lock(&self.written).insert(at.page().raw());
         self.copy_in(at.page(), offset(at), bytes);
     }
 
