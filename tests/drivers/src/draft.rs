@@ -115,7 +115,7 @@ pub fn draft() -> impl Strategy<Value = Draft> {
     let immediate = prop_oneof![3 => Just(0), 1 => any::<u16>()];
     prop_oneof![
         600 => (table_call(), six()).prop_map(|(call, picks)| Draft::Call(call, picks)),
-        300 => (any::<u32>(), 0..3_u8, pick(), proptest::option::weighted(0.9, guest()))
+        300 => (any::<u32>(), any::<u8>(), pick(), proptest::option::weighted(0.9, guest()))
             .prop_map(|(vm, vcpu, answer, guest)| Draft::Run(vm, vcpu, answer, guest)),
         70 => (pick(), any::<bool>()).prop_map(|(page, store)| Draft::Access(page, store)),
         10 => (immediate, odd, six()).prop_map(|(immediate, function, picks)| Draft::Other(immediate, function, picks)),
@@ -136,7 +136,7 @@ pub fn resolve(draft: &Draft, sequence: &Sequence<'_, '_>) -> Op {
         }
         Draft::Run(vm, vcpu, answer, guest) => {
             // vCPU 0 more often.
-            let (vm, vcpu) = (slot(sequence, "VCPU_RUN", vm), u64::from(vcpu / 2));
+            let (vm, vcpu) = (slot(sequence, "VCPU_RUN", vm), [0, 0, 0, 1, 1, 2][usize::from(vcpu % 6)]);
             let answer = match answer {
                 Pick::Likely(n) => RunAnswer { answer: likely_answer(sequence, vm, vcpu, n).code(), value: n.into() },
                 Pick::Raw(raw) => RunAnswer { answer: raw, value: raw },
@@ -302,7 +302,7 @@ fn call(call: &Call, picks: [Pick; REGISTERS - 1], sequence: &Sequence<'_, '_>) 
                 let slot = slot(sequence, call.name, n);
                 vm = sequence.vm(slot);
                 attributes = vm.map(Vm::decoded);
-                arguments.push(Value::Vm(slot));
+                arguments.push(if (n >> 24).is_multiple_of(20) { Value::Old(slot) } else { Value::Vm(slot) });
                 continue;
             }
             (Kind::Attributes, ..) => {
@@ -417,7 +417,7 @@ fn action(guest: GuestDraft, sequence: &Sequence<'_, '_>, slot: u8) -> Action {
     let base = likely_or(base, |n| frame(sequence, vm, starts, n) * PAGE_SIZE);
     let count = likely_or(count, |mut n| choose(&mut n, &[0, 1, 1, 1, 2, 2, 3, 512, 512, 513, 1024, 1 << 18]));
     let registers = match function {
-        CPU_ON => [function, u64::from(which / 16 % 2), base, 7],
+        CPU_ON => [function, u64::from(which / 16 % 3), base, 7],
         IPA_STATE_SET | IPA_STATE_GET => {
             [function, base, base.wrapping_add(count.wrapping_mul(PAGE_SIZE)), likely_or(last, |n| u64::from(n % 2))]
         }

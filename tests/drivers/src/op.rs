@@ -19,6 +19,8 @@ pub enum Value {
     Number(u64),
     /// The handle of the VM that was made last in this slot, whether or not it still exists; 0 if none was.
     Vm(u8),
+    /// The handle of the VM that was in this slot before that one; 0 if none was.
+    Old(u8),
 }
 
 /// A step.
@@ -89,6 +91,7 @@ impl Display for Value {
         match self {
             Self::Number(number) => write!(f, "{number:x}"),
             Self::Vm(slot) => write!(f, "vm{slot}"),
+            Self::Old(slot) => write!(f, "old{slot}"),
         }
     }
 }
@@ -97,9 +100,12 @@ impl FromStr for Value {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        Ok(match text.strip_prefix("vm") {
-            Some(slot) => Self::Vm(slot.parse()?),
-            None => Self::Number(hexadecimal(text)?),
+        Ok(if let Some(slot) = text.strip_prefix("vm") {
+            Self::Vm(slot.parse()?)
+        } else if let Some(slot) = text.strip_prefix("old") {
+            Self::Old(slot.parse()?)
+        } else {
+            Self::Number(hexadecimal(text)?)
         })
     }
 }
@@ -212,6 +218,7 @@ mod tests {
     fn what_is_written_can_be_read() {
         let ops = [
             Op::call("VM_MAP", &[Value::Vm(1), Value::Number(0x8000_0000), Value::Number(u64::MAX), 1.into()]),
+            Op::call("VM_TEARDOWN", &[Value::Old(3)]),
             Op::Call { immediate: 0xffff, registers: [Value::Number(7); REGISTERS] },
             Op::Run { vm: 200, vcpu: 1, answer: RunAnswer { answer: 3, value: 9 }, action: None },
             Op::Run { vm: 0, vcpu: 0, answer: RunAnswer::default(), action: Some(Action::Store(1 << 40, u32::MAX)) },

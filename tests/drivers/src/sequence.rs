@@ -46,6 +46,8 @@ pub struct Sequence<'w, 'a> {
     contents: Vec<u64>,
     /// By slot: the handle of the VM that was made last.
     handles: BTreeMap<u8, u64>,
+    /// By slot: the handle of the VM that was there before.
+    old: BTreeMap<u8, u64>,
     /// By slot and index: the vCPUs that were made last.
     vcpus: BTreeMap<(u8, u64), Vcpu>,
     /// Numbers of the pages that the guest which runs has named for the hypervisor to write to.
@@ -89,6 +91,7 @@ impl<'w, 'a> Sequence<'w, 'a> {
             model: model(world.layout),
             contents,
             handles: BTreeMap::new(),
+            old: BTreeMap::new(),
             vcpus: BTreeMap::new(),
             named: Vec::new(),
             compares: true,
@@ -184,6 +187,7 @@ impl<'w, 'a> Sequence<'w, 'a> {
         let registers = values.map(|value| match value {
             Value::Number(number) => number,
             Value::Vm(slot) => self.handle(slot),
+            Value::Old(slot) => self.old.get(&slot).copied().unwrap_or(0),
         });
         self.named.clear();
         let [_, vm, index, ..] = registers;
@@ -235,7 +239,7 @@ impl<'w, 'a> Sequence<'w, 'a> {
         match call {
             "VM_CREATE" => {
                 let [slot, ..] = x1.to_le_bytes();
-                self.handles.insert(slot, x1);
+                self.old.extend(self.handles.insert(slot, x1).map(|old| (slot, old)));
                 self.vcpus.retain(|&(its, _), _| its != slot);
             }
             "VCPU_CREATE" => {
