@@ -5,7 +5,7 @@ use ravelin_abi::{ExitReason, PAGE_SIZE, RunEntry, RunExit, Status, VmAttributes
 use ravelin_memory::PhysAddr;
 use ravelin_ownership::{Counts, HostState, PageReport};
 use ravelin_pgtable::recording::Stage;
-use ravelin_world::{Action, CALL_REGISTERS, Door, Layout, Outcome, World, call, in_world, number};
+use ravelin_world::{Action, CALL_REGISTERS, Door, Happened, Layout, Outcome, World, call, in_world, number};
 
 /// Operations that are worth the time of one input.
 const LIMIT: usize = 40;
@@ -139,8 +139,10 @@ struct Vm<'w, 'm> {
     world: &'w World<'m>,
     kind: VmKind,
     handle: u64,
-    /// What each page of the payload holds, as whoever wrote last knows; `None` if a scrub or a host call may have changed that.
+    /// What each page of the payload holds, as whoever wrote last knows; `None` if a guest has given it up, or what was there.
     contents: Vec<Option<u64>>,
+    /// Whether the vCPU was left at a call that waits.
+    waits: bool,
 }
 
 type Look = (Vec<PageReport>, Counts);
@@ -179,7 +181,7 @@ impl<'w, 'm> Vm<'w, 'm> {
         }
         does("VM_MAP", &[handle, GUEST, PAYLOAD, PAGES]);
         does("VM_SEAL", &[handle, GUEST, GUEST + 8, 0x800_0000, 0x80a_0000]);
-        Self { world, kind, handle, contents: contents.map(Some).collect() }
+        Self { world, kind, handle, contents: contents.map(Some).collect(), waits: false }
     }
 
     fn perform(&mut self, op: &Op) {
@@ -208,46 +210,47 @@ impl<'w, 'm> Vm<'w, 'm> {
             }
             Op::Map { page, pages } => {
                 let (at, pages) = (frame(*page), u64::from(pages % 16));
-                self.host("VM_MAP", &[self.handle, at, payload(at), pages]);
+                let _ = self.host("VM_MAP", &[self.handle, at, payload(at), pages]);
             }
-            Op::Claim(page, pages) => self.host("CLAIM", &[self.handle, frame(*page), u64::from(pages % 16)]),
-            Op::Release(page, pages) => self.host("RELEASE", &[self.handle, frame(*page), u64::from(pages % 16)]),
+            Op::Claim(page, pages) => {
+                let _ = self.host("CLAIM", &[self.handle, frame(*page), u64::from(pages % 16)]);
+            }
+            Op::Release(page, pages) => {
+                let _ = self.host("RELEASE", &[self.handle, frame(*page), u64::from(pages % 16)]);
+            }
             Op::ForceReclaim(page, pages) => {
-                self.forget(payload(frame(*page)), u64::from(pages % 16));
-                self.host("FORCE_RECLAIM", &[payload(frame(*page)), u64::from(pages % 16)]);
+                let (page, pages) = (payload(frame(*page)), u64::from(pages % 16));
+                if self.host("FORCE_RECLAIM", &[page, pages]) == Status::Success.register() {
+                    self.hold(page, pages, Some(0));
+                }
             }
             Op::HostStore(page, value) => {
                 let page = payload(frame(*page));
                 if self.world.store(page, (*value).into()) {
-                    self.wrote(page, (*value).into());
+                    self.hold(page, 1, Some((*value).into()));
                 }
             }
             Op::Tables(pages) => {
                 let used = u64::from(pages % 32);
-                self.host("VM_DONATE_TABLES", &[self.handle, TABLES + 16 * PAGE_SIZE + used * PAGE_SIZE, 1]);
+                let _ = self.host("VM_DONATE_TABLES", &[self.handle, TABLES + 16 * PAGE_SIZE + used * PAGE_SIZE, 1]);
             }
         }
     }
 
-    /// Makes a call of the host, which may fail.
-    fn host(&self, name: &str, arguments: &[u64]) {
-        let _ = self.world.hvc(call(name, arguments));
-    }
-
-    fn wrote(&mut self, page: u64, value: u64) {
-        if let Some(contents) = self.index(page).and_then(|index| self.contents.get_mut(index)) {
-            *contents = Some(value);
-        }
+    /// Makes a call of the host, which may fail. Returns its status.
+    fn host(&self, name: &str, arguments: &[u64]) -> u64 {
+        let [status, ..] = self.world.hvc(call(name, arguments));
+        status
     }
 
     fn index(&self, page: u64) -> Option<usize> {
         Some((page.checked_sub(PAYLOAD)? / PAGE_SIZE) as usize)
     }
 
-    fn forget(&mut self, page: u64, pages: u64) {
-        for contents in self.contents.iter_mut().skip(((page - PAYLOAD) / PAGE_SIZE) as usize).take(pages as usize) {
-            *contents = None;
-        }
+    /// Notes what pages hold from now on, those of them that are of the payload.
+    fn hold(&mut self, page: u64, pages: u64, contents: Option<u64>) {
+        let Some(first) = self.index(page) else { return };
+        self.contents.iter_mut().skip(first).take(pages as usize).for_each(|held| *held = contents);
     }
 
     /// What the guest has at an address.
@@ -256,22 +259,33 @@ impl<'w, 'm> Vm<'w, 'm> {
         Some(found.page().raw())
     }
 
-    /// Runs the vCPU, with an answer to its last exit.
-    fn run(&self, actions: impl IntoIterator<Item = Action>, answer: u64) -> Option<RunExit> {
+    /// Runs the vCPU, with an answer to its last exit. Returns what the host is told, if it ran, and what the guest has done.
+    fn run(&mut self, actions: impl IntoIterator<Item = Action>, answer: u64) -> (Option<RunExit>, Vec<Happened>) {
         let world = self.world;
         world.machine.set_actions(actions);
         world.answer(RUN_PAGE, &RunEntry { answer, value: 0 });
         let [status, ..] = world.hvc([number("VCPU_RUN"), self.handle, 0]);
-        (status == Status::Success.register()).then(|| world.exit(RUN_PAGE))
+        let happened = world.machine.take_happened();
+        for it in &happened {
+            if let (Action::Call(Door::Hvc, [call, base, ..]), Outcome::Handled([0, done, ..])) =
+                (it.action, it.outcome)
+                && call == RELINQUISH.into()
+            {
+                self.hold(payload(base), done.max(1), None);
+            }
+        }
+        ((status == Status::Success.register()).then(|| world.exit(RUN_PAGE)), happened)
     }
 
-    /// Has the guest access memory or a device. The last instruction it was left at comes first.
+    /// Has the guest access memory or a device.
     fn access(&mut self, action: Action) {
         let (Action::Load(at) | Action::Store(at, _)) = action else { return };
+        if !self.goes_on() {
+            return;
+        }
         let found = self.translate(at);
-        self.world.machine.take_happened();
-        let exit = self.run([action], 0);
-        for it in self.world.machine.take_happened() {
+        let (exit, happened) = self.run([action], 0);
+        for it in happened {
             if it.action != action {
                 continue;
             }
@@ -281,54 +295,59 @@ impl<'w, 'm> Vm<'w, 'm> {
                 assert_eq!(held, expected, "{at:#x}");
             }
             if let Action::Store(_, value) = action {
-                self.wrote(page, value.into());
+                self.hold(page, 1, Some(value.into()));
             }
         }
         // What is open now would be tried again at the next run.
         if let Some(exit) = exit.filter(|exit| exit.reason != ExitReason::Interrupted.code()) {
             assert_eq!((found, exit.address & !0xfff), (None, at & !0xfff), "{exit:x?}");
             self.run([], 2);
-            self.world.machine.take_happened();
         }
     }
 
     /// Has the guest call, answers once what the host is asked, and checks what the guest has got.
     fn call(&mut self, door: Door, registers: [u64; CALL_REGISTERS], answer: u64) {
-        let world = self.world;
-        world.machine.take_happened();
-        let before = world.look();
+        if !self.goes_on() {
+            return;
+        }
+        let before = self.world.look();
         let action = Action::Call(door, registers);
-        let Some(exit) = self.run([action], 0) else { return };
+        let (Some(exit), happened) = self.run([action], 0) else { return };
         self.check_exit(&registers, &exit);
-        let mut results = self.results_of(action);
+        let mut results = Self::results_of(action, &happened);
         if results.is_none() {
             // Abort, refuse, complete or retry; those that cannot be said there are refused by the hypervisor.
-            if self.run([], answer % 4).is_none() {
-                assert!(self.run([], 0).is_some(), "the vCPU goes on if it is only run");
+            let (mut exit, mut happened) = self.run([], answer % 4);
+            if exit.is_none() {
+                (exit, happened) = self.run([], 0);
+                assert!(exit.is_some(), "the vCPU goes on if it is only run");
             }
-            results = self.results_of(action);
+            results = Self::results_of(action, &happened);
         }
         if let Some(results) = results {
             self.check_results(door, &registers, &results, &before);
         } else {
             // It waits for the host still. Let it end.
-            let _ = [2, 3, 1].into_iter().find(|&answer| self.run([], answer).is_some());
-            world.machine.take_happened();
-        }
-        // What the guest has written by a call: its configuration.
-        if let (REALM_CONFIG | HOST_CALL, Some(page)) = (registers[0] as u32, self.translate(registers[1] & !0xfff))
-            && page >= PAYLOAD
-        {
-            self.forget(page, 1);
-        }
-        if registers[0] as u32 == RELINQUISH {
-            self.forget(PAYLOAD, 2 * PAGES);
+            self.end_call();
         }
     }
 
+    /// Has a call that waits for the host end: with an abort, refused or complete. If it waits for tables, it still does.
+    fn end_call(&mut self) {
+        self.waits = [2, 3, 1].into_iter().all(|answer| self.run([], answer).0.is_none());
+    }
+
+    /// Has the guest try again the call that it was left at. Returns whether it gets to the next one.
+    fn goes_on(&mut self) -> bool {
+        if self.waits {
+            self.run([], 0);
+            self.end_call();
+        }
+        !self.waits
+    }
+
     /// What the registers are behind a call, if it has ended.
-    fn results_of(&self, call: Action) -> Option<[u64; CALL_REGISTERS]> {
-        let happened = self.world.machine.take_happened();
+    fn results_of(call: Action, happened: &[Happened]) -> Option<[u64; CALL_REGISTERS]> {
         happened.iter().filter(|it| it.action == call).find_map(|it| match it.outcome {
             Outcome::Returned(results) => Some(results),
             Outcome::Interrupted => panic!("a call sends nobody anywhere: {it:x?}"),
@@ -393,9 +412,25 @@ impl<'w, 'm> Vm<'w, 'm> {
             _ if count == 1 && self.kind != VmKind::Realm => unchanged(),
             (SHARE | UNSHARE | RELINQUISH, 0) if count == 4 => {
                 // Without a number of pages, the old form of the call says nothing.
-                let done = if second == 0 { 0..=0 } else { 1..=second };
-                assert!(done.contains(&results[1]), "{asked:x?}: {results:x?}");
+                let said = if second == 0 { 0..=0 } else { 1..=second };
+                assert!(said.contains(&results[1]), "{asked:x?}: {results:x?}");
                 assert_eq!(results[2..4], [0, 0]);
+                let done = results[1].max(1);
+                let of_guest = |counts: &Counts| [counts.guest_owned, counts.guest_offered + counts.guest_claimed];
+                let ([owned, offered], now) = (of_guest(&before.1), of_guest(&self.world.memory.counts()));
+                match asked[0] as u32 {
+                    SHARE => assert_eq!(now, [owned - done, offered + done], "{asked:x?}: {results:x?}"),
+                    UNSHARE => assert_eq!(now, [owned + done, offered - done], "{asked:x?}: {results:x?}"),
+                    // Where pages have been taken by force there was none.
+                    _ => {
+                        let frames = (0..done).map(|n| base + n * PAGE_SIZE);
+                        assert!(
+                            frames.map(|at| self.translate(at)).all(|page| page.is_none()),
+                            "{asked:x?}: {results:x?}"
+                        );
+                        assert!(now[0] <= owned && now[0] + done >= owned && now[1] == offered, "{now:?} {before:?}");
+                    }
+                }
             }
             (SHARE | UNSHARE | RELINQUISH | GUARD, status) if count == 4 => {
                 assert!(status == INVALID_PARAMETER || status == 0 && asked[0] as u32 == GUARD);
