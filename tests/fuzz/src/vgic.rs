@@ -185,6 +185,8 @@ struct Memory {
     interrupts: BTreeMap<Key, Settings>,
     routes: [u64; SPIS],
     hosts: BTreeSet<u32>,
+    /// Wires that are high.
+    high: BTreeSet<Key>,
 }
 
 /// The fields that an access of `size` bytes at `offset` has to do with: bank, first INTID, number, bits of each.
@@ -202,7 +204,13 @@ fn fields(offset: u64, size: u8) -> Option<(u64, u32, u32, u32)> {
 
 impl Memory {
     fn new() -> Self {
-        let mut memory = Self { groups: 0, interrupts: BTreeMap::new(), routes: [0; SPIS], hosts: BTreeSet::new() };
+        let mut memory = Self {
+            groups: 0,
+            interrupts: BTreeMap::new(),
+            routes: [0; SPIS],
+            hosts: BTreeSet::new(),
+            high: BTreeSet::new(),
+        };
         for vcpu in 0..VCPUS {
             memory.reset_vcpu(vcpu);
         }
@@ -212,6 +220,29 @@ impl Memory {
 
     fn reset_vcpu(&mut self, vcpu: usize) {
         self.interrupts.extend((0..32).map(|intid| ((vcpu, intid), Settings::reset(intid))));
+        self.high.retain(|&(its, intid)| intid >= 32 || its != vcpu);
+    }
+
+    /// Notes that a wire is high or low.
+    fn wire(&mut self, key: Key, level: bool) {
+        if level {
+            self.high.insert(key);
+        } else {
+            self.high.remove(&key);
+        }
+    }
+
+    /// Yields the interrupts whose wires are high and that the distributor forwards to this vCPU and no other.
+    fn forwarded(&self, vcpu: usize) -> impl Iterator<Item = u32> {
+        let its = move |&&(owner, intid): &&Key| match intid {
+            32.. => self.routes[intid as usize - 32] == vcpu as u64,
+            _ => owner == vcpu,
+        };
+        let forwards = move |intid: &u32| {
+            let Settings { enabled, group1, edge, .. } = self.of(vcpu, *intid);
+            enabled && !edge && self.groups >> u8::from(group1) & 1 != 0
+        };
+        self.high.iter().filter(its).map(|&(_, intid)| intid).filter(forwards)
     }
 
     fn of(&self, vcpu: usize, intid: u32) -> Settings {
@@ -357,11 +388,17 @@ fn perform(gic: &mut Gic<'_, [VcpuGic]>, memory: &mut Memory, entered: &mut [Opt
         Op::Spi(intid, level) => {
             let raised = gic.raise_spi(intid.number(), *level);
             assert_eq!(raised.is_ok(), memory.hosts.contains(&intid.number()), "the host raises what it was given");
+            if raised.is_ok() {
+                memory.wire((0, intid.number()), *level);
+            }
             raised.unwrap_or_default()
         }
         Op::Ppi(vcpu, intid, level) => {
             let moved = gic.set_ppi_level(index(*vcpu), intid.number(), *level);
             assert_eq!(moved.is_ok(), (16..32).contains(&intid.number()));
+            if moved.is_ok() && index(*vcpu) < VCPUS {
+                memory.wire((index(*vcpu), intid.number()), *level);
+            }
             moved.unwrap_or_default()
         }
         Op::Enter(vcpu, list_registers) => {
@@ -469,10 +506,23 @@ fn enter(
     vcpu: usize,
     list_registers: usize,
 ) {
+    // What is listed elsewhere stays there until that vCPU exits.
+    let alone = entered.iter().all(Option::is_none);
+    let is_awake =
+        vcpu < VCPUS && read(gic, Frame::Redistributor { vcpu, frame: RedistributorFrame::Control }, 0x14) == Some(0);
+    let forwarded: Vec<_> = memory.forwarded(vcpu).filter(|_| is_awake).collect();
+    let active = read(gic, Frame::Distributor, 0x304).unwrap_or(u64::MAX);
+    let wakes = gic.wakes(vcpu);
     let mut entry = ListRegisters::default();
     if gic.prepare_entry(vcpu, list_registers, &mut entry).is_none() {
         assert_eq!(entry, ListRegisters::default());
         return;
+    }
+    for intid in forwarded {
+        // One that is active may be so elsewhere.
+        if intid < 32 || alone && active >> (intid - 32) & 1 == 0 {
+            reaches(&entry, list_registers, memory.of(vcpu, intid), intid, wakes);
+        }
     }
     assert!(vcpu < VCPUS && entry.used <= list_registers.clamp(1, ich::MAX_LIST_REGISTERS));
     assert!(entry.lrs[entry.used..].iter().all(|&lr| lr == 0), "what is not used must be zero");
@@ -493,6 +543,31 @@ fn enter(
         }
     }
     entered[vcpu] = Some(entry);
+}
+
+/// Reads 32 bits of a register, unless somebody who runs has to be waited for.
+fn read(gic: &mut Gic<'_, [VcpuGic]>, frame: Frame, offset: u64) -> Option<u64> {
+    match gic.mmio(0, frame, offset, Access::Read { size: 4 }) {
+        Ok(Outcome::Done { value, .. }) => Some(value),
+        _ => None,
+    }
+}
+
+/// An interrupt that is forwarded to a vCPU comes to it, and wakes it if it is not masked.
+fn reaches(entry: &ListRegisters, list_registers: usize, settings: Settings, intid: u32, wakes: bool) {
+    let is_on = entry.vmcr >> u8::from(settings.group1) & 1 != 0;
+    let Some(lr) = entry.lrs[..entry.used].iter().find(|&&lr| lr & 0xffff_ffff == intid.into()) else {
+        // There is a maintenance interrupt when there is room, or when the group is turned on.
+        let is_full = entry.used == list_registers.clamp(1, ich::MAX_LIST_REGISTERS);
+        let room = ich::HCR_NPIE | ich::HCR_LRENPIE;
+        let asked = if is_on { room } else { room | ich::HCR_VGRP0EIE << (2 * u8::from(settings.group1)) };
+        assert!((is_full || !is_on) && entry.hcr & asked != 0, "{intid} is not listed: {entry:x?}");
+        return;
+    };
+    let is_masked = u64::from(settings.priority) >= entry.vmcr >> 24;
+    let is_active = lr & ich::ACTIVE != 0;
+    assert!(is_active || lr & ich::PENDING != 0, "{intid} is not pending: {entry:x?}");
+    assert!(!is_on || is_masked || is_active || wakes, "{intid} does not wake the vCPU: {entry:x?}");
 }
 
 /// An SPI that is pending on a vCPU is routed to it, or to any.
