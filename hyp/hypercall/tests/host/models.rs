@@ -18,8 +18,8 @@ fn a_pin_of_the_hypervisors_stays(unpin: fn(&World<'_>) -> Status) {
     succeeds(world, SHARE, PAGE, 1);
     let host = spawn_on(world, move |world| unpin(world));
     // The machine notices if the page is not mapped any more when it is written.
-    assert_eq!(world.hvc([STATISTICS, PAGE, 0, 0])[0], 0);
-    assert_eq!(host.join().unwrap(), Status::Denied);
+    assert_eq!(world.hvc([STATISTICS, PAGE, 0, 0])[0], 0, "a pin of the hypervisor's is gone");
+    assert_eq!(host.join().unwrap(), Status::Denied, "a pin of the hypervisor's is gone");
     assert_eq!(state(world, PAGE), (PageStateCode::SharedOwned, 0));
 }
 
@@ -33,7 +33,7 @@ fn pins() {
 }
 
 #[test]
-#[should_panic(expected = "assertion")]
+#[should_panic(expected = "a pin of the hypervisor's is gone")]
 fn pins_need_their_lock() {
     explore(|| {
         a_pin_of_the_hypervisors_stays(|world| {

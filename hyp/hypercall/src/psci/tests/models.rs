@@ -16,7 +16,8 @@ type Machine = ([Cpu; 3], Flag);
 
 /// Has CPU number `cpu` turn on the last one, at an entry of its own. Returns that if the host is told that it has.
 fn turns_on((cpus, powered): &Machine, cpu: u64) -> Option<u64> {
-    let firmware = FakeFirmware::new(|_| [if powered.swap(true, AcqRel) { code(ErrorCode::AlreadyOn) } else { 0 }; 4]);
+    // It orders nothing: that the start is there is for the relay to see to.
+    let firmware = FakeFirmware::new(|_| [if powered.swap(true, Relaxed) { code(ErrorCode::AlreadyOn) } else { 0 }; 4]);
     let entry = ENTRY + 4 * cpu;
     match call_on(&psci(cpus), cpu as usize, &firmware, [CPU_ON, 2, entry, entry]) {
         0 => Some(entry),
@@ -29,9 +30,9 @@ fn turns_on((cpus, powered): &Machine, cpu: u64) -> Option<u64> {
 
 /// Returns where the last CPU starts once the firmware has turned it on.
 fn starts((cpus, powered): &Machine) -> Option<u64> {
-    powered.load(Acquire).then(|| {
+    powered.load(Relaxed).then(|| {
         let Start { entry, context } = psci(cpus).take_start(2).expect("the start is there before the CPU");
-        assert_eq!(entry, context, "halves of two starts");
+        assert_eq!(entry, context, "not a start that was asked for: halves of two");
         entry
     })
 }
@@ -44,7 +45,7 @@ fn each_start_is_taken_once() {
     let told = [turns_on(&machine, 0), other.join().unwrap()];
     let started = third.join().unwrap().or_else(|| starts(&machine));
     let [told, None] = (if told[0].is_none() { [told[1], told[0]] } else { told }) else { panic!("both: {told:?}") };
-    assert_eq!(started, told);
+    assert_eq!(started, told, "not a start that was asked for");
     assert_eq!(psci(&machine.0).take_start(2), None);
 }
 
@@ -74,7 +75,7 @@ fn starts_of_cpus() {
 }
 
 #[test]
-#[should_panic(expected = "assertion")]
+#[should_panic(expected = "not a start that was asked for")]
 fn starts_of_cpus_need_release() {
     explore_without(Release, each_start_is_taken_once);
 }

@@ -16,7 +16,7 @@ type Vcpu = (Power, Mutex<Vec<u64>>);
 fn run((power, lock): &Vcpu) {
     let mut taken = lock.lock();
     if let Some(start) = power.take_start() {
-        assert_eq!(start.pc, start.x0, "halves of two starts");
+        assert_eq!(start.pc, start.x0, "not a start that was asked for: halves of two");
         assert_eq!(power.run(), Readiness::Starts);
         assert_eq!(power.run(), Readiness::On);
         taken.push(start.pc);
@@ -35,7 +35,7 @@ fn each_start_is_taken_once() {
     run(&vcpu);
     let mut taken = vcpu.1.lock().clone();
     taken.sort_unstable();
-    assert_eq!(taken, turned_on);
+    assert_eq!(taken, turned_on, "not a start that was asked for");
 }
 
 /// The host turns a vCPU off that two guests' CPUs turn on.
@@ -67,13 +67,13 @@ fn starts() {
 }
 
 #[test]
-#[should_panic(expected = "assertion")]
+#[should_panic(expected = "not a start that was asked for")]
 fn starts_need_release() {
     explore_without(Release, each_start_is_taken_once);
 }
 
 #[test]
-#[should_panic(expected = "assertion")]
+#[should_panic(expected = "not a start that was asked for")]
 fn starts_need_acquire() {
     explore_without(Acquire, each_start_is_taken_once);
 }
