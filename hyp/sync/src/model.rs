@@ -1,4 +1,4 @@
-//! Tests that explore every order in which their threads can go.
+//! Tests that explore the orders in which their threads can go: all, or those with few preemptions.
 
 use std::{cell::Cell, sync::Arc};
 

@@ -98,7 +98,7 @@ pub(super) fn host(_full: bool, report: &mut Report) -> Result<()> {
     libtest(&mut test, LIMIT, report)
 }
 
-/// Tests whose threads loom runs in every order.
+/// Tests whose threads loom runs in every order with few preemptions.
 pub(super) fn loom(full: bool, report: &mut Report) -> Result<()> {
     let mut test = process::cargo();
     // Kept apart: with loom all of it is built anew.

@@ -46,7 +46,7 @@ const SUITES: &[Suite] = &[
     Suite { name: "clippy", about: "lints, for this machine and for bare metal", run: cargo::clippy },
     Suite { name: "doc", about: "documentation without broken links", run: cargo::doc },
     Suite { name: "host", about: "unit and property tests on this machine", run: cargo::host },
-    Suite { name: "loom", about: "what CPUs do at once, in every order", run: cargo::loom },
+    Suite { name: "loom", about: "what CPUs do at once, in every order with few preemptions", run: cargo::loom },
     Suite { name: "drivers", about: "calls at random and in small worlds, judged by the model", run: drivers::run },
     Suite { name: "coverage", about: "lines of the logic crates that those reach", run: coverage::run },
     Suite { name: "module", about: "the kernel module builds and is clean", run: module::run },
