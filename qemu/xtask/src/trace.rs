@@ -31,7 +31,7 @@ const SHOWN: usize = 20;
 /// Options of `trace`.
 #[derive(Args, Clone, Debug, Default)]
 pub(crate) struct Options {
-    /// Write the trace to FILE, one record a line
+    /// Check the trace, and write it to FILE, one record a line
     #[arg(long, value_name = "FILE", required_unless_present = "check")]
     out: Option<PathBuf>,
     /// Check the trace; given FILE, that one, and no machine is started
@@ -76,7 +76,7 @@ pub(crate) fn trace(options: &Options) -> Result<ExitCode> {
             Some(file) => Some(File::create(file).with_context(|| format!("cannot write {}", file.display()))?),
             None => None,
         };
-        record(machine, Follower::new(options.check.is_some(), out), &mut std::io::stdout().lock())?
+        record(machine, Follower::new(out), &mut std::io::stdout().lock())?
     };
     println!("{tally}");
     Ok(if tally.violations == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -114,7 +114,7 @@ pub(crate) fn record(machine: run::Options, follower: Follower, console: &mut dy
 /// Checks a trace in text.
 fn check_file(file: &Path) -> Result<Tally> {
     let input = File::open(file).with_context(|| format!("cannot read {}", file.display()))?;
-    let mut follower = Follower::new(true, None);
+    let mut follower = Follower::new(None);
     for (line, text) in (1..).zip(BufReader::new(input).lines()) {
         let entry = text?.parse().with_context(|| format!("{}: line {line}", file.display()))?;
         follower.entry(&entry)?;
@@ -152,17 +152,17 @@ impl fmt::Display for Tally {
     }
 }
 
-/// Counts the records of a trace, checks them and writes them, as far as it is asked to.
+/// Counts the records of a trace, checks them and, given a file, writes them.
 pub(crate) struct Follower {
-    checker: Option<Checker>,
+    checker: Checker,
     out: Option<BufWriter<File>>,
     tally: Tally,
 }
 
 impl Follower {
     /// Returns one that has seen nothing.
-    pub(crate) fn new(check: bool, out: Option<File>) -> Self {
-        Self { checker: check.then(Checker::new), out: out.map(BufWriter::new), tally: Tally::default() }
+    pub(crate) fn new(out: Option<File>) -> Self {
+        Self { checker: Checker::new(), out: out.map(BufWriter::new), tally: Tally::default() }
     }
 
     /// Follows a stream of packed records to its end.
@@ -189,7 +189,7 @@ impl Follower {
 
     fn entry(&mut self, entry: &Entry) -> Result<()> {
         *self.tally.records.entry(entry.record.name()).or_default() += 1;
-        if let Some(Err(violation)) = self.checker.as_mut().map(|checker| checker.record(entry)) {
+        if let Err(violation) = self.checker.record(entry) {
             self.tally.violations += 1;
             if self.tally.first.len() < SHOWN {
                 self.tally.first.push(violation.to_string());
@@ -246,7 +246,7 @@ mod tests {
 
     fn follow(stream: &[Packed], out: Option<File>) -> Tally {
         let bytes: Vec<u8> = stream.iter().flat_map(|packed| packed.to_bytes()).collect();
-        Follower::new(true, out).follow_stream(&bytes[..]).unwrap()
+        Follower::new(out).follow_stream(&bytes[..]).unwrap()
     }
 
     #[test]
@@ -285,6 +285,6 @@ mod tests {
 
     #[test]
     fn a_stream_of_something_else_is_refused() {
-        assert!(Follower::new(true, None).follow_stream(&[0xff; 16][..]).is_err());
+        assert!(Follower::new(None).follow_stream(&[0xff; 16][..]).is_err());
     }
 }

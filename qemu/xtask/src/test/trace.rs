@@ -27,7 +27,7 @@ pub(super) fn run(full: bool, report: &mut Report) -> Result<()> {
         ..run::Options::default()
     };
     let mut console = Vec::new();
-    let tally = trace::record(machine, Follower::new(true, None), &mut console)?;
+    let tally = trace::record(machine, Follower::new(None), &mut console)?;
     println!("{tally}");
     report.check("the payload ran", passed(&String::from_utf8_lossy(&console)));
     report.check("no violation", judge(&tally));
