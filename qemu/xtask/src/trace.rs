@@ -226,12 +226,19 @@ mod tests {
         let write = |address, value| Record::MemWrite { order: MemOrder::Plain, address, value };
         let dsb = |kind| Record::Barrier(Barrier::Dsb(kind));
         let set = |register, value| Record::SysregWrite { register, value };
-        let map =
-            [init(root), init(middle), init(last), write(middle, last | 3), dsb(Dsb::Ishst), write(root, middle | 3)];
+        let guard = Record::Hint { kind: ravelin_trace::Hint::SetRootLock, location: root, value: root };
+        let map = [
+            guard,
+            init(root),
+            init(middle),
+            init(last),
+            write(middle, last | 3),
+            dsb(Dsb::Ishst),
+            write(root, middle | 3),
+        ];
         let enter = [set(Sysreg::VtcrEl2, 0x8002_3559), set(Sysreg::VttbrEl2, root), Record::Barrier(Barrier::Isb)];
         let pages = [write(last, 0x8000_0403), write(last + 8, 0x8000_1403)];
-        let guard = Record::Hint { kind: ravelin_trace::Hint::SetRootLock, location: root, value: root };
-        let unmap = [guard, Record::Lock(root), write(last, 0), write(last + 8, 0), dsb(Dsb::Ishst)];
+        let unmap = [Record::Lock(root), write(last, 0), write(last + 8, 0), dsb(Dsb::Ishst)];
         let rest = Record::Tlbi { op: TlbiOp::Vmalle1is, operand: 0 };
         let end = [dsb(Dsb::Ish), rest, dsb(Dsb::Ish), Record::Unlock(root)];
 

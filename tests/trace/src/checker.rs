@@ -643,6 +643,8 @@ impl Checker {
         if entry.tree.is_some() || self.live.contains_key(&regime) {
             return Err(self.violation(Fault::RootInUse, root));
         }
+        // Writes without a lock are not seen, nor is what it owes when it is released.
+        let guarded = regime == Regime::El2 || entry.lock.is_some();
         entry.tree = Some((regime, geometry));
         self.live.insert(regime, root);
         let covered = geometry::size(geometry.start).wrapping_mul(512);
@@ -650,7 +652,8 @@ impl Checker {
             let base = number.wrapping_mul(covered);
             let place = Place { regime, root, level: geometry.start, base };
             self.link(tid, MemOrder::Plain, root.wrapping_add(number.wrapping_mul(PAGE)), place)
-        })
+        })?;
+        if guarded { Ok(()) } else { Err(self.violation(Fault::NoLock, root)) }
     }
 }
 

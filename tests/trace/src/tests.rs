@@ -268,6 +268,12 @@ fn locks() {
 }
 
 #[test]
+fn a_root_in_use_has_a_lock() {
+    let hint = stage2().iter().position(|record| *record == root_lock(ROOT, LOCK)).unwrap();
+    assert_eq!(faults(without(stage2(), hint), []), [Fault::NoLock]);
+}
+
+#[test]
 fn tables_are_reused_when_nothing_leads_to_them() {
     // Pages 0 and 1 are in the table.
     let unlink = [TAKE, write(L2, 0, 0), PUBLISH];
@@ -315,7 +321,8 @@ fn roots_are_given_up_when_they_are_empty_and_nobody_has_them() {
     let stale = [TAKE, write(ROOT, 0, 0)].into_iter().chain(leave).chain([release(ROOT)]);
     assert_eq!(faults(stage2(), stale), [Fault::NotInvalidated]);
     // The root is another VM's then.
-    let again = [init(ROOT), PUBLISH, set(Sysreg::VtcrEl2, VTCR), set(Sysreg::VttbrEl2, 3 << 48 | ROOT), ISB];
+    let enter = [set(Sysreg::VtcrEl2, VTCR), set(Sysreg::VttbrEl2, 3 << 48 | ROOT), ISB];
+    let again = [init(ROOT), root_lock(ROOT, OTHER_LOCK), PUBLISH].into_iter().chain(enter);
     assert_eq!(faults(stage2(), all.into_iter().chain(again)), []);
     assert_eq!(
         faults(stage2(), [set(Sysreg::VtcrEl2, VTCR), set(Sysreg::VttbrEl2, 3 << 48 | ROOT)]),

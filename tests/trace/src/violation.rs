@@ -38,6 +38,9 @@ pub enum Fault {
     /// A table was written without the lock of its root.
     #[error("a table is written without the lock of its root")]
     Unlocked,
+    /// A root was put into use that no lock guards.
+    #[error("a root without a lock is put into use")]
+    NoLock,
     /// A lock was taken that another CPU has, or released by one that has it not.
     #[error("a lock is taken twice, or released by a CPU that has not taken it")]
     Lock,
