@@ -123,6 +123,15 @@ struct Root {
     outstanding: BTreeSet<Key>,
 }
 
+/// What has become of a descriptor.
+#[derive(Clone, Copy, Debug)]
+struct Change {
+    regime: Regime,
+    root: u64,
+    /// The address of the descriptor.
+    at: u64,
+}
+
 #[derive(Debug, Default)]
 struct Cpu {
     vttbr: Option<u64>,
@@ -140,6 +149,10 @@ struct Cpu {
     finishing: Vec<Key>,
     /// Tables with writes that wait for a DSB.
     unpublished: Vec<u64>,
+    /// Descriptors that have become valid and wait for a DSB.
+    made: Vec<Change>,
+    /// Changes of EL2's own translations, past their DSB, that wait for an ISB.
+    unsynchronised: Vec<Change>,
     /// What TLB maintenance was for since a lock was taken.
     invalidated: BTreeSet<Regime>,
 }
@@ -190,7 +203,9 @@ impl Checker {
             Record::Unlock(lock) => self.unlock(tid, lock),
             Record::MemWrite { order, address, value } => self.write(tid, order, address, value),
             Record::Barrier(Barrier::Isb) => {
-                self.cpu(tid).synchronised = true;
+                let cpu = self.cpu(tid);
+                cpu.synchronised = true;
+                cpu.unsynchronised.clear();
                 Ok(())
             }
             Record::Barrier(Barrier::Dsb(kind)) => {
@@ -312,6 +327,7 @@ impl Checker {
         if self.held.remove(&lock) != Some(tid) {
             return Err(self.violation(Fault::Lock, lock));
         }
+        let unseen = self.take_unseen(tid, lock);
         let mut first = None;
         for root in self.guarded.get(&lock).into_iter().flatten() {
             let Some(root) = self.roots.get_mut(root) else { continue };
@@ -319,7 +335,7 @@ impl Checker {
             // Said once, not at each unlock that follows.
             root.outstanding.clear();
         }
-        let Some(key) = first else { return Ok(()) };
+        let Some(key) = first else { return unseen };
         let invalidated = self.cpus.get(&tid).map(|cpu| &cpu.invalidated);
         let any = |of: &dyn Fn(&Regime) -> bool| invalidated.is_some_and(|all| all.iter().any(of));
         let fault = match self.stale.get(&key).map(|stale| stale.phase) {
@@ -330,6 +346,29 @@ impl Checker {
             _ => Fault::NotInvalidated,
         };
         Err(self.stale_violation(fault, key))
+    }
+
+    /// Returns the first change under the lock that a walk of this CPU behind the release may not see: a DSB completes the
+    /// change, and for what follows in program order it takes a context synchronisation event, too (Arm ARM DDI 0487, D8.2.6
+    /// and D8.17.5). EL1 has one in the ERET that leads to it; EL2 needs an ISB.
+    fn take_unseen(&mut self, tid: u8, lock: u64) -> Result<(), Violation> {
+        let Self { guarded, cpus, .. } = self;
+        let (Some(roots), Some(cpu)) = (guarded.get(&lock), cpus.get_mut(&tid)) else { return Ok(()) };
+        let take = |changes: &mut Vec<Change>| {
+            let mut first = None;
+            changes.retain(|change| {
+                let ours = roots.contains(&change.root);
+                first = first.or(ours.then_some(change.at));
+                !ours
+            });
+            first
+        };
+        let (made, unsynchronised) = (take(&mut cpu.made), take(&mut cpu.unsynchronised));
+        match (made, unsynchronised) {
+            (Some(at), _) => Err(self.violation(Fault::NotVisible, at)),
+            (None, Some(at)) => Err(self.violation(Fault::NoIsb, at)),
+            (None, None) => Ok(()),
+        }
     }
 
     fn write(&mut self, tid: u8, order: MemOrder, address: u64, value: u64) -> Result<(), Violation> {
@@ -361,7 +400,11 @@ impl Checker {
                 self.make_stale(tid, place, index, address, old);
                 Ok(())
             }
-            (false, true) => self.make_valid(tid, order, place, index, value),
+            (false, true) => {
+                let change = Change { regime: place.regime, root: place.root, at: address };
+                self.cpu(tid).made.push(change);
+                self.make_valid(tid, order, place, index, value)
+            }
         };
         locked.and(done)
     }
@@ -452,6 +495,7 @@ impl Checker {
         }
         let cpu = self.cpus.entry(tid).or_default();
         let (written, unpublished) = (mem::take(&mut cpu.written), mem::take(&mut cpu.unpublished));
+        cpu.unsynchronised.extend(cpu.made.drain(..).filter(|change| change.regime == Regime::El2));
         // A DSB for stores only does not wait for TLB maintenance.
         let (invalidating, finishing) = match kind {
             Dsb::Ishst => (Vec::new(), Vec::new()),
@@ -473,9 +517,14 @@ impl Checker {
             }
         }
         for key in finishing {
-            if self.stale.get(&key).is_some_and(|stale| stale.phase == Phase::Finishing(tid)) {
-                self.clean(key);
+            let Some(stale) = self.stale.get(&key).filter(|stale| stale.phase == Phase::Finishing(tid)) else {
+                continue;
+            };
+            if key.regime == Regime::El2 {
+                let change = Change { regime: key.regime, root: stale.root, at: stale.at };
+                self.cpu(tid).unsynchronised.push(change);
             }
+            self.clean(key);
         }
     }
 

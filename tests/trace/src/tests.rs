@@ -214,7 +214,7 @@ fn break_before_make() {
 
     let too_early = |at| {
         let mut records = unmap();
-        records.insert(at, write(L3, 0, other));
+        records.splice(at..at, [write(L3, 0, other), PUBLISH]);
         faults(stage2(), records)
     };
     for at in 2..=6 {
@@ -254,6 +254,30 @@ fn contents_come_before_the_link() {
 }
 
 #[test]
+fn new_mappings_are_made_visible() {
+    let map = |barrier| [TAKE, write(L3, 2, PAGE + 0x2000), barrier, LEAVE];
+    for barrier in [PUBLISH, DSB, dsb(Dsb::Sy)] {
+        assert_eq!(faults(stage2(), map(barrier)), []);
+        assert_eq!(faults(el2(), map(barrier)), [Fault::NoIsb]);
+    }
+    for barrier in [dsb(Dsb::Nsh), ISB] {
+        assert_eq!(faults(stage2(), map(barrier)), [Fault::NotVisible]);
+        assert_eq!(faults(el2(), map(barrier)), [Fault::NotVisible]);
+    }
+    let whole = vec![TAKE, write(L3, 2, PAGE + 0x2000), PUBLISH, ISB, LEAVE];
+    assert_eq!(faults(el2(), whole.clone()), []);
+    // An ISB before the DSB synchronises nothing, and neither does one of another CPU.
+    let mut early = whole.clone();
+    early.swap(2, 3);
+    assert_eq!(faults(el2(), early), [Fault::NoIsb]);
+    let other = whole.into_iter().enumerate().map(|(at, record)| (u8::from(at == 3), record));
+    assert_eq!(faults_of(el2().into_iter().map(|record| (0, record)).chain(other)), [Fault::NoIsb]);
+    // What another lock guards is the affair of that.
+    let apart = [TAKE, Record::Lock(OTHER_LOCK), write(L3, 2, PAGE), Record::Unlock(OTHER_LOCK), PUBLISH, LEAVE];
+    assert_eq!(faults(stage2(), apart), []);
+}
+
+#[test]
 fn locks() {
     let records =
         |cpu: u8| stage2().into_iter().map(|record| (0, record)).chain([(cpu, TAKE), (0, write(L3, 2, PAGE))]);
@@ -280,7 +304,7 @@ fn tables_are_reused_when_nothing_leads_to_them() {
     let flush = [tlbi(TlbiOp::Ipas2e1is, 0), tlbi(TlbiOp::Ipas2e1is, 1), DSB, STAGE1, DSB];
     for reuse in [free(L3), init(L3), link(L2, 5, L3)] {
         let found = |records: &[Record]| faults(stage2(), records.iter().copied());
-        assert_eq!(found(&[&unlink[..], &flush, &[reuse, LEAVE]].concat()), [], "{reuse:?}");
+        assert_eq!(found(&[&unlink[..], &flush, &[reuse, PUBLISH, LEAVE]].concat()), [], "{reuse:?}");
         assert_eq!(found(&[&unlink[..1], &[reuse]].concat())[0], Fault::Reachable, "{reuse:?}");
         assert_eq!(found(&[&unlink[..], &[reuse]].concat())[0], Fault::TableCached, "{reuse:?}");
         assert_eq!(found(&[&unlink[..], &flush[..4], &[reuse]].concat())[0], Fault::TableCached, "{reuse:?}");
@@ -339,6 +363,9 @@ fn the_el2_stage_1_needs_no_second_invalidation() {
     assert_eq!(faults(el2(), all(TlbiOp::Alle2, 0)), [Fault::NotInvalidated]);
     assert_eq!(faults(el2(), without(all(TlbiOp::Vae2is, 0).to_vec(), 2))[0], Fault::NotPublished);
     assert_eq!(faults(el2(), without(all(TlbiOp::Vae2is, 0).to_vec(), 4)), [Fault::NotFinished]);
+    for op in [TlbiOp::Vae2is, TlbiOp::Alle2is] {
+        assert_eq!(faults(el2(), without(all(op, 0).to_vec(), 5)), [Fault::NoIsb]);
+    }
 }
 
 #[test]

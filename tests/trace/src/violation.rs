@@ -29,6 +29,12 @@ pub enum Fault {
     /// An invalidation before a DSB has made the store of the invalid descriptor visible to table walkers.
     #[error("missing DSB between a descriptor and its invalidation")]
     NotPublished,
+    /// The lock was released before a DSB has made the store of a valid descriptor visible to table walkers.
+    #[error("missing DSB after a descriptor has become valid")]
+    NotVisible,
+    /// The lock was released without an ISB after the DSB for a change of EL2's own translations.
+    #[error("missing ISB after a change of EL2's own translations")]
+    NoIsb,
     /// A table was linked before a DSB has made its contents visible.
     #[error("a table is linked before its contents are visible")]
     ContentsNotPublished,
