@@ -624,6 +624,20 @@ impl Checker {
         }
     }
 
+    /// A DSB of the CPU has come after what it has done to stage 2 in the TLBs.
+    fn finished(&self, tid: u8) -> Result<(), Violation> {
+        let Some(cpu) = self.cpus.get(&tid) else { return Ok(()) };
+        let waits = |key: &&Key| {
+            let phase = self.stale.get(*key).map(|stale| stale.phase);
+            key.regime != Regime::El2
+                && (phase == Some(Phase::Invalidating(tid)) || phase == Some(Phase::Finishing(tid)))
+        };
+        match cpu.invalidating.iter().chain(&cpu.finishing).find(waits) {
+            Some(&key) => Err(self.stale_violation(Fault::NotFinished, key)),
+            None => Ok(()),
+        }
+    }
+
     fn sysreg(&mut self, tid: u8, register: Sysreg, value: u64) -> Result<(), Violation> {
         let in_use = self.violation(Fault::RootInUse, value & ROOT);
         let cpu = self.cpu(tid);
@@ -631,10 +645,13 @@ impl Checker {
             Sysreg::VtcrEl2 => (cpu.vtcr, cpu.vtcr_is_new) = (value, true),
             Sysreg::VttbrEl2 => {
                 (cpu.vttbr, cpu.synchronised) = (Some(value), false);
-                if mem::take(&mut cpu.vtcr_is_new) {
-                    let geometry = Geometry::of_vtcr(cpu.vtcr);
-                    return self.activate(tid, Regime::Stage2(vmid(value)), value & ROOT, geometry);
-                }
+                let geometry = mem::take(&mut cpu.vtcr_is_new).then_some(Geometry::of_vtcr(cpu.vtcr));
+                let finished = self.finished(tid);
+                let active = match geometry {
+                    Some(geometry) => self.activate(tid, Regime::Stage2(vmid(value)), value & ROOT, geometry),
+                    None => Ok(()),
+                };
+                return finished.and(active);
             }
             Sysreg::Ttbr0El2 if cpu.mmu && cpu.ttbr0 != value => return Err(in_use),
             Sysreg::Ttbr0El2 => cpu.ttbr0 = value,

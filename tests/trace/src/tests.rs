@@ -204,6 +204,19 @@ fn invalidations_under_another_vmid() {
 }
 
 #[test]
+fn the_vmid_stays_until_the_invalidation_is_done() {
+    let changed = |at| {
+        let mut records = unmap();
+        records.splice(at..at, [set(Sysreg::VttbrEl2, OTHER_VTTBR), ISB, set(Sysreg::VttbrEl2, VTTBR), ISB]);
+        faults(stage2(), records)
+    };
+    for at in 0..=7 {
+        let expected: &[Fault] = if at == 4 || at == 6 { &[Fault::NotFinished; 2] } else { &[] };
+        assert_eq!(changed(at), expected, "before step {at}");
+    }
+}
+
+#[test]
 fn break_before_make() {
     let other = PAGE + 0x5000;
     assert_eq!(faults(stage2(), [TAKE, write(L3, 0, other)]), [Fault::NoBreak]);

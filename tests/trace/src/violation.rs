@@ -23,7 +23,8 @@ pub enum Fault {
     /// The same, though something of another VMID was invalidated.
     #[error("the invalidation is for another VMID")]
     OtherVmid,
-    /// The lock was released, or combined translations invalidated, before a DSB said that an invalidation is done.
+    /// The lock was released, combined translations invalidated, or VTTBR_EL2 written, before a DSB said that an invalidation
+    /// is done.
     #[error("missing DSB after an invalidation")]
     NotFinished,
     /// An invalidation before a DSB has made the store of the invalid descriptor visible to table walkers.
