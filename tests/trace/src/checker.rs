@@ -573,10 +573,10 @@ impl Checker {
             let keys: Vec<_> = self.stale.range(range).map(|(key, _)| *key).collect();
             return keys.into_iter().map(|key| self.finish(tid, key)).fold(Ok(()), Result::and);
         }
-        // Bits above the page number are a hint for the level, or an address space identifier; EL2 has none here.
+        // Bits 63 to 48 are an address space identifier; EL2 has none here.
         let address = (operand & ((1 << 36) - 1)).wrapping_mul(PAGE);
         let mut result = Ok(());
-        for level in 0..=LAST {
+        for level in (0..=LAST).filter(|level| geometry::is_for(operand, *level)) {
             let key = Key { regime, start: address & !geometry::size(level).wrapping_sub(1), level };
             let Some(stale) = self.stale.get_mut(&key) else { continue };
             if op == TlbiOp::Ipas2le1is && matches!(geometry::kind(stale.descriptor, level), Kind::Table(_)) {

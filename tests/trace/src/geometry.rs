@@ -47,6 +47,14 @@ pub(crate) fn size(level: u8) -> u64 {
     1_u64.wrapping_shl(shift(level))
 }
 
+/// Returns whether TLB maintenance with this operand is for descriptors of `level`: bits 47 to 44, TTL, may name the granule
+/// and one level (Arm ARM DDI 0487, C5.5 "TLBI IPAS2E1IS"). That 0b0100 is level 0 only with FEAT_LPA2 makes no difference
+/// to what can be relied on.
+pub(crate) fn is_for(operand: u64, level: u8) -> bool {
+    let ttl = operand >> 44 & 0xf;
+    ttl >> 2 == 0 || ttl == 0b0100 | u64::from(level)
+}
+
 /// What the hardware finds in a descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -92,6 +100,17 @@ mod tests {
         assert_eq!(Geometry::of_tcr(0x8082_3510), Some(Geometry { start: 0, roots: 1 }));
         assert_eq!(Geometry::of_tcr(0x8082_3519), Some(Geometry { start: 1, roots: 1 }));
         assert_eq!(Geometry::of_tcr(0x8082_7510), None);
+    }
+
+    #[test]
+    fn levels_that_maintenance_is_for() {
+        let levels = |ttl: u64| (0..=LAST).filter(|level| is_for(ttl << 44 | 7, *level)).collect::<Vec<_>>();
+        assert_eq!(levels(0b0000), [0, 1, 2, 3]);
+        assert_eq!(levels(0b0011), [0, 1, 2, 3], "no granule");
+        assert_eq!(levels(0b0110), [2]);
+        assert_eq!(levels(0b0111), [3]);
+        assert_eq!(levels(0b1011), [], "16 KiB");
+        assert_eq!(levels(0b1111), [], "64 KiB");
     }
 
     #[test]

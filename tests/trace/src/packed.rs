@@ -66,14 +66,20 @@ impl Packed {
         Self::new(code, tid, address, value)
     }
 
-    /// Packs the range form of `op` with this operand, 4 KiB pages (FEAT_TLBIRANGE; Arm ARM DDI 0487, C5.5
-    /// "TLBI RIPAS2E1IS"): (NUM + 1) * 2^(5 * SCALE + 1) pages from page number BaseADDR on.
+    /// Packs the range form of `op` with this operand, TG = 4 KiB (FEAT_TLBIRANGE; Arm ARM DDI 0487, C5.5
+    /// "TLBI RIPAS2E1IS"): (NUM + 1) * 2^(5 * SCALE + 1) pages from page number BaseADDR on, of the level TTL if that is not 0.
+    /// With another TG it is no record.
     #[must_use]
     pub fn of_range(tid: u8, op: TlbiOp, operand: u64) -> Self {
-        let (scale, num) = ((operand >> 44) & 0b11, (operand >> 39) & 0x1f);
+        const TG_4K: u64 = 0b01;
+        let field = |shift: u32, bits: u64| (operand >> shift) & bits;
+        let (granule, scale, num, ttl) = (field(46, 0b11), field(44, 0b11), field(39, 0x1f), field(37, 0b11));
         let shift = u32::try_from(scale).unwrap_or_default().saturating_mul(5).saturating_add(1);
-        let pages = num.saturating_add(1).wrapping_shl(shift);
-        Self::new(code(RANGE_TLBI, TlbiOp::ALL, &op), tid, operand & ((1 << 37) - 1), pages)
+        let pages = if granule == TG_4K { num.saturating_add(1).wrapping_shl(shift) } else { 0 };
+        // As in the operand for one page, where it names the granule, too.
+        let ttl = if ttl == 0 { 0 } else { TG_4K << 2 | ttl };
+        let first = operand & ((1 << 37) - 1) | ttl << 44;
+        Self::new(code(RANGE_TLBI, TlbiOp::ALL, &op), tid, first, pages)
     }
 
     /// Returns the bytes, little-endian.
@@ -120,7 +126,7 @@ impl Packed {
             _ => None,
         };
         let left = if byte & 0xf0 == RANGE_TLBI { value } else { 1 };
-        record.map(|next| Records { next, left }).ok_or(Unknown(first))
+        record.filter(|_| left != 0).map(|next| Records { next, left }).ok_or(Unknown(first))
     }
 }
 
@@ -182,6 +188,16 @@ mod tests {
         assert_eq!(pages.len(), 192);
         assert_eq!(pages[0], Record::Tlbi { op: TlbiOp::Ipas2le1is, operand: 0x4_0000 });
         assert_eq!(pages[191], Record::Tlbi { op: TlbiOp::Ipas2le1is, operand: 0x4_00bf });
+    }
+
+    #[test]
+    fn ranges_of_one_level() {
+        let packed = |operand| Packed::of_range(1, TlbiOp::Vae2is, operand);
+        let pages: Vec<_> = packed(1 << 46 | 0b10 << 37 | 0x1f_ffff_ffff).records().unwrap().collect();
+        assert_eq!(pages[0], Record::Tlbi { op: TlbiOp::Vae2is, operand: 0b0110 << 44 | 0x1f_ffff_ffff });
+        for other_granule in [0, 0b10, 0b11] {
+            assert!(packed(other_granule << 46 | 0x4_0000).records().is_err());
+        }
     }
 
     #[test]

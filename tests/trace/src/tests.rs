@@ -190,6 +190,14 @@ fn a_block_goes_by_any_of_its_addresses() {
 }
 
 #[test]
+fn invalidations_of_another_level() {
+    let of_level = |level: u64| faults(stage2(), with(unmap(), 3, tlbi(TlbiOp::Ipas2e1is, (0b0100 | level) << 44)));
+    assert_eq!(of_level(3), []);
+    assert_eq!(of_level(2), [Fault::TooNarrow]);
+    assert_eq!(of_level(1), [Fault::TooNarrow]);
+}
+
+#[test]
 fn invalidations_under_another_vmid() {
     let mut records = unmap();
     records.splice(3..3, [dsb(Dsb::Nsh), set(Sysreg::VttbrEl2, OTHER_VTTBR), ISB]);
