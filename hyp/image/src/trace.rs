@@ -15,6 +15,9 @@ use spin::mutex::TicketMutex;
 /// Records that are written at once.
 const RECORDS: usize = 512;
 
+/// What ends the machine, lest half a trace is taken for a whole one.
+const LOST: &str = "the trace cannot be written";
+
 struct Stream {
     output: Option<Output>,
     bytes: ArrayVec<u8, { RECORDS * Packed::SIZE }>,
@@ -26,15 +29,16 @@ static STREAM: TicketMutex<Stream> = TicketMutex::new(Stream { output: None, byt
 static ON: AtomicBool = AtomicBool::new(false);
 
 impl Stream {
-    fn flush(&mut self) {
-        if let Some(output) = self.output
-            && !output.write(&self.bytes)
-        {
-            // Nobody reads it any more, and a trace with a gap is worth nothing.
+    /// Writes what has been gathered and returns whether that worked. If not, it is the last time: a trace with a gap is worth
+    /// nothing.
+    fn flush(&mut self) -> bool {
+        let written = self.output.is_none_or(|output| output.write(&self.bytes));
+        if !written {
             self.output = None;
             ON.store(false, Ordering::Relaxed);
         }
         self.bytes.clear();
+        written
     }
 }
 
@@ -57,7 +61,7 @@ fn trace_record(record: Packed) {
     // There is room: the last one has seen to it.
     let _ = stream.bytes.try_extend_from_slice(&record.to_bytes());
     if stream.bytes.is_full() {
-        stream.flush();
+        assert!(stream.flush(), "{LOST}");
     }
 }
 
@@ -65,7 +69,7 @@ fn trace_record(record: Packed) {
 #[unsafe(no_mangle)]
 pub(crate) fn trace_flush() {
     if ON.load(Ordering::Relaxed) {
-        STREAM.lock().flush();
+        assert!(STREAM.lock().flush(), "{LOST}");
     }
 }
 
@@ -77,7 +81,8 @@ pub(crate) fn flush_last() {
     }
     for _ in 0..PATIENCE {
         if let Some(mut stream) = STREAM.try_lock() {
-            stream.flush();
+            // The machine is in trouble already.
+            let _ = stream.flush();
             return;
         }
         core::hint::spin_loop();

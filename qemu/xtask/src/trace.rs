@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
-use std::io::{BufRead, BufReader, BufWriter, ErrorKind, Read, Write};
+use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::thread;
@@ -166,15 +166,11 @@ impl Follower {
     }
 
     /// Follows a stream of packed records to its end.
-    pub(crate) fn follow_stream(mut self, mut stream: impl Read) -> Result<Tally> {
+    pub(crate) fn follow_stream(mut self, mut stream: impl BufRead) -> Result<Tally> {
         let mut id = 0;
         let mut bytes = [0; Packed::SIZE];
-        loop {
-            match stream.read_exact(&mut bytes) {
-                Ok(()) => {}
-                Err(error) if error.kind() == ErrorKind::UnexpectedEof => break,
-                Err(error) => return Err(error).context("cannot read the trace"),
-            }
+        while !stream.fill_buf().context("cannot read the trace")?.is_empty() {
+            stream.read_exact(&mut bytes).with_context(|| format!("the trace breaks off behind record {id}"))?;
             let packed = Packed::from_bytes(bytes);
             for record in packed.records().with_context(|| format!("behind record {id}"))? {
                 self.entry(&Entry { id, tid: packed.tid(), record })?;
@@ -293,5 +289,14 @@ mod tests {
     #[test]
     fn a_stream_of_something_else_is_refused() {
         assert!(Follower::new(None).follow_stream(&[0xff; 16][..]).is_err());
+    }
+
+    #[test]
+    fn a_stream_that_breaks_off_is_refused() {
+        let bytes: Vec<u8> = stream()[..2].iter().flat_map(|packed| packed.to_bytes()).collect();
+        for end in 0..=bytes.len() {
+            let followed = Follower::new(None).follow_stream(&bytes[..end]);
+            assert_eq!(followed.is_ok(), end.is_multiple_of(Packed::SIZE), "{end} bytes");
+        }
     }
 }
