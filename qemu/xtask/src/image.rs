@@ -20,6 +20,8 @@ pub(crate) const BUDGET: u64 = 228 * 1024;
 pub(crate) struct Variant {
     /// The build that checks its tables after each hypercall.
     pub(crate) checked: bool,
+    /// The build that can write a trace. The checking build can, too.
+    pub(crate) trace: bool,
     /// Cargo's dev profile instead of release.
     pub(crate) dev: bool,
 }
@@ -81,16 +83,19 @@ fn build_now(variant: Variant) -> Result<Image> {
     if !variant.dev {
         cargo.arg("--release");
     }
-    if variant.checked {
-        cargo.args(["--features", "checked"]);
-    }
+    let feature = match variant {
+        Variant { checked: true, .. } => Some("checked"),
+        Variant { trace: true, .. } => Some("trace"),
+        _ => None,
+    };
+    cargo.args(feature.into_iter().flat_map(|feature| ["--features", feature]));
     process::run(&mut cargo)?;
 
     let profile = if variant.dev { "debug" } else { "release" };
     let built = workspace::target_dir()?.join(rust::BARE_METAL).join(profile).join("ravelin");
-    // Both variants come out of cargo under one name; a copy each keeps the symbols of a running image.
-    let dir =
-        workspace::output_dir()?.join(if variant.checked { format!("{profile}-checked") } else { profile.into() });
+    // All variants come out of cargo under one name; a copy each keeps the symbols of a running image.
+    let name = [Some(profile), feature].into_iter().flatten().collect::<Vec<_>>().join("-");
+    let dir = workspace::output_dir()?.join(name);
     fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
     let elf = dir.join("ravelin.elf");
     fs::copy(&built, &elf).with_context(|| format!("cannot copy {}", built.display()))?;

@@ -75,7 +75,9 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Setup => setup::setup().map(|()| ExitCode::SUCCESS),
-        Command::Build { checked, dev } => build(Variant { checked, dev }).map(|()| ExitCode::SUCCESS),
+        Command::Build { checked, dev } => {
+            build(Variant { checked, dev, ..Variant::default() }).map(|()| ExitCode::SUCCESS)
+        }
         Command::GuestKernel => guest_kernel::ensure().map(|image| {
             println!("{}", image.display());
             ExitCode::SUCCESS

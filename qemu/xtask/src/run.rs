@@ -179,7 +179,8 @@ impl Ready {
         let hypervisor = if options.no_hypervisor {
             None
         } else {
-            let image = image::build(Variant { checked: options.checked, dev: options.dev })?;
+            let trace = options.trace.is_some();
+            let image = image::build(Variant { checked: options.checked, trace, dev: options.dev })?;
             Some((image, hypervisor_arguments(options)))
         };
         let Options { semihosting, icount, .. } = *options;

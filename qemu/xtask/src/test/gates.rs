@@ -42,7 +42,7 @@ pub(super) fn run(_full: bool, report: &mut Report) -> Result<()> {
     }
     setup::ensure(&Needs { bare_metal: true, ..Needs::default() })?;
     for (name, checked) in [("image", false), ("checking image", true)] {
-        let image = image::build(Variant { checked, dev: false })?;
+        let image = image::build(Variant { checked, ..Variant::default() })?;
         println!("{name}: {}", image.sizes);
         let elf = fs::read(&image.elf).with_context(|| format!("cannot read {}", image.elf.display()))?;
         report.check(&format!("{name}: no FP or SIMD register"), no_vector_registers(&elf));
