@@ -147,12 +147,14 @@ impl<'a> Guest<'a> {
         let deadline = read_register!("cntvct_el0") + PATIENCE * frequency;
         // An interrupt that ends a run in which the guest does nothing.
         gic::arm_timer(PATIENCE * frequency);
+        let mut runs = 0_u64;
         let stop = loop {
             match self.step() {
                 Ok(None) if read_register!("cntvct_el0") > deadline => {
-                    break Err(Failure::new(format_args!("vCPU {} gets nowhere", self.index)));
+                    let (vcpu, done) = (self.index, runs + 1);
+                    break Err(Failure::new(format_args!("vCPU {vcpu} gets nowhere: {done} runs in {PATIENCE} s")));
                 }
-                Ok(None) => {}
+                Ok(None) => runs += 1,
                 Ok(Some(stop)) => break Ok(stop),
                 Err(failure) => break Err(failure),
             }
