@@ -134,18 +134,21 @@ pub(crate) fn hint(hint: pgtable::Hint) {
 }
 
 /// Begins a trace on CPU `cpu`, the only one that runs: records the first tables, at `root`, which the assembly has built, and
-/// what it did with them.
+/// what it did with them. They have a lock of their own, which is free.
 pub fn begin(machine: &Hardware, root: PhysAddr, cpu: usize) {
     BOOT_CPU.store(cpu, Relaxed);
     let before_tables =
         [(Sysreg::HcrEl2, read_sysreg!("hcr_el2")), (Sysreg::SctlrEl2, read_sysreg!("sctlr_el2") & !SCTLR_M)];
     before_tables.into_iter().for_each(|(register, value)| write_register(Some(register), value));
+    hint(pgtable::Hint::RootLock { root, lock: root });
+    hint(pgtable::Hint::Lock(root));
     first_table(machine, root, root, Level::L0);
     write_register(Some(Sysreg::MairEl2), read_sysreg!("mair_el2"));
     write_register(Some(Sysreg::TcrEl2), read_sysreg!("tcr_el2"));
     write_register(Some(Sysreg::Ttbr0El2), read_sysreg!("ttbr0_el2"));
     record(Record::Barrier(Barrier::Dsb(Dsb::Ish)));
     mmu_on(read_sysreg!("sctlr_el2"));
+    hint(pgtable::Hint::Unlock(root));
 }
 
 const SCTLR_M: u64 = 1;
@@ -154,15 +157,31 @@ const SCTLR_M: u64 = 1;
 fn first_table(machine: &Hardware, root: PhysAddr, table: PhysAddr, level: Level) {
     init(table);
     hint(pgtable::Hint::Owner { table, root });
+    for (next, below) in linked(machine, table, level) {
+        first_table(machine, root, next, below);
+    }
     for index in 0..512 {
         let descriptor = machine.read(table, index);
-        if let (Kind::Table(next), Some(below)) = (Descriptor::from_bits(descriptor).kind(level), level.next()) {
-            first_table(machine, root, next, below);
-        }
         if descriptor != 0 {
             write(table, index, descriptor);
         }
     }
+}
+
+/// Records that a table, and those below it, are tables no more.
+fn last_table(machine: &Hardware, table: PhysAddr, level: Level) {
+    for (next, below) in linked(machine, table, level) {
+        last_table(machine, next, below);
+    }
+    hint(pgtable::Hint::Free(table));
+}
+
+/// Returns the tables that `table` links, and their level.
+fn linked(machine: &Hardware, table: PhysAddr, level: Level) -> impl Iterator<Item = (PhysAddr, Level)> {
+    (0..512).filter_map(move |index| match Descriptor::from_bits(machine.read(table, index)).kind(level) {
+        Kind::Table(next) => Some((next, level.next()?)),
+        _ => None,
+    })
 }
 
 fn mmu_on(sctlr: u64) {
@@ -173,10 +192,19 @@ fn mmu_on(sctlr: u64) {
     record(Record::Barrier(Barrier::Isb));
 }
 
-/// Records what [`CpuStart::switch`] is about to do with the tables that `start` names.
+/// Records what [`CpuStart::switch`] is about to do with the tables that `start` names. Others that are in use are given up:
+/// those of start-up lie in memory that will be the host's.
 pub(crate) fn switching(start: &CpuStart) {
     record(Record::Barrier(Barrier::Dsb(Dsb::Sy)));
     start_up(start);
+    let ([next, ..], root) = (start.registers(), read_sysreg!("ttbr0_el2"));
+    if root != next {
+        // SAFETY: The MMU is on, and the tables in use are mapped in themselves; they are read only.
+        let machine = unsafe { Hardware::new() };
+        let root = PhysAddr::from_bits_truncating(root);
+        hint(pgtable::Hint::Release(root));
+        last_table(&machine, root, Level::L0);
+    }
     SWITCHING.store(true, Relaxed);
     trace_flush();
 }

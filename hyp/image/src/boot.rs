@@ -14,7 +14,7 @@ use ravelin_arch::{
 };
 use ravelin_hypercall::{Cpu, Start};
 use ravelin_memory::{BLOCK_SIZE, HypAddr, HypRange, PAGE_SIZE, PhysAddr, PhysRange, RangeError};
-use ravelin_pgtable::{El2, El2Usage, Flush, Geometry, Machine, MapError, PageTable, TablePool};
+use ravelin_pgtable::{El2, El2Usage, Flush, Geometry, Hint, Machine, MapError, PageTable, TablePool};
 use ravelin_platform::{
     CPU_BLOCK_SIZE, Conduit as PsciConduit, Demand, DtbError, HostImage, Layout, LogLevel, MAX_REDISTRIBUTOR_REGIONS,
     Platform, dtb_size, find_console,
@@ -197,6 +197,7 @@ fn start(memory: &mut BootMemory, dtb: &'static [u8], level: u64) -> Result<core
         crate::trace::start();
         ravelin_arch::trace::begin(&memory.machine, memory.tables.root(), boot_cpu);
     }
+    memory.machine.hint(Hint::Lock(memory.tables.root()));
 
     let host = inspect_host(memory, &platform)?;
     let image = Image::running();
@@ -257,6 +258,7 @@ fn start(memory: &mut BootMemory, dtb: &'static [u8], level: u64) -> Result<core
     let stack_top = HypAddr::new(inheritance.stack.raw() + Inheritance::STACK_PAGES * PAGE_SIZE);
     let place = inheritance.place().ok_or(BootError::Tables)?;
     log::info!("runs the host at {} on cpu {boot_cpu}, with its device tree at {host_dtb}", host.entry);
+    memory.machine.hint(Hint::Unlock(memory.tables.root()));
     // SAFETY: Placed above; the new tables map the image, the pool with the stack and the inheritance, and nothing here is
     // needed again.
     unsafe { CpuStart::switch(boot_page, place.raw(), stack_top) }
@@ -300,6 +302,10 @@ fn map_el2(
 ) -> Result<PageTable<El2>, BootError> {
     let root = pool.allocate().ok_or(BootError::Tables)?;
     machine.clear_table(root);
+    // Until `Memory` has them.
+    machine.hint(Hint::RootLock { root, lock: root });
+    machine.hint(Hint::Owner { table: root, root });
+    machine.hint(Hint::Lock(root));
     let mut el2 = PageTable::new(root, Geometry::EL2);
     let mut map = |range: PhysRange, usage| el2.map(&machine, pool, range.identity_va(), range.base(), usage);
 
@@ -328,6 +334,7 @@ fn map_el2(
     }
     #[cfg(feature = "checked")]
     crate::checked::map_window(&machine, pool, &mut el2, &platform.ram)?;
+    machine.hint(Hint::Unlock(root));
     Ok(el2)
 }
 

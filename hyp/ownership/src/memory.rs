@@ -3,7 +3,7 @@
 use core::{mem, ops::DerefMut};
 
 use ravelin_memory::{HypAddr, Level, PhysAddr, PhysRange};
-use ravelin_pgtable::{El2, El2Usage, Flush, Machine, PageTable, Stage2, TablePool};
+use ravelin_pgtable::{El2, El2Usage, Flush, Hint, Machine, PageTable, Stage2, TablePool};
 use ravelin_sync::TicketMutex;
 
 use crate::{
@@ -222,7 +222,7 @@ impl<'a, P: TablePool> Memory<'a, P> {
         let inner = self.lock(machine);
         let lock = inner.host.root();
         inner.host.announce(machine, lock);
-        inner.el2.announce(machine, lock);
+        machine.hint(Hint::RootLock { root: inner.el2.root(), lock });
     }
 
     pub(crate) fn lock<M: Machine>(&self, machine: &M) -> impl DerefMut<Target = Inner<'a, P>> {

@@ -679,8 +679,11 @@ impl Checker {
             return Err(self.violation(Fault::RootInUse, root));
         }
         self.live.remove(&Regime::El2);
-        self.roots.remove(&root);
         // The TLB was emptied while the MMU was off.
+        if let Some(root) = self.roots.get_mut(&root) {
+            root.tree = None;
+            root.outstanding.clear();
+        }
         self.stale.retain(|key, _| key.regime != Regime::El2);
         self.displace(root);
         Ok(())
@@ -710,7 +713,7 @@ impl Checker {
             return Err(self.violation(Fault::RootInUse, root));
         }
         // Writes without a lock are not seen, nor is what it owes when it is released.
-        let guarded = regime == Regime::El2 || entry.lock.is_some();
+        let guarded = entry.lock.is_some();
         entry.tree = Some((regime, geometry));
         self.live.insert(regime, root);
         let covered = geometry::size(geometry.start).wrapping_mul(512);

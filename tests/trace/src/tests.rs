@@ -316,6 +316,7 @@ fn locks() {
 fn a_root_in_use_has_a_lock() {
     let hint = stage2().iter().position(|record| *record == root_lock(ROOT, LOCK)).unwrap();
     assert_eq!(faults(without(stage2(), hint), []), [Fault::NoLock]);
+    assert_eq!(faults(without(el2(), hint), []), [Fault::NoLock]);
 }
 
 #[test]
@@ -391,11 +392,13 @@ fn the_el2_stage_1_needs_no_second_invalidation() {
 
 #[test]
 fn the_root_of_el2_changes_with_the_mmu_off() {
-    let other = [init(OTHER_ROOT), PUBLISH];
+    let other = [init(OTHER_ROOT), root_lock(OTHER_ROOT, LOCK), PUBLISH];
     let change = [set(Sysreg::Ttbr0El2, OTHER_ROOT), ISB, tlbi(TlbiOp::Alle2, 0), dsb(Dsb::Nsh), ISB];
     let (off, on) = ([set(Sysreg::SctlrEl2, 0), ISB], [set(Sysreg::SctlrEl2, 1), ISB]);
     let good = other.into_iter().chain(off).chain(change).chain(on);
-    assert_eq!(faults(el2(), good.clone().chain([free(L2), free(L3), free(ROOT)])), []);
+    let given_up = [release(ROOT), free(L2), free(L3), free(ROOT)];
+    assert_eq!(faults(el2(), good.clone().chain(given_up)), []);
+    assert_eq!(faults(el2(), given_up), [Fault::Reachable; 4]);
     assert_eq!(faults(el2(), other.into_iter().chain(change).chain(on)), [Fault::RootInUse]);
     // Another CPU still has the first one.
     let second = [set(Sysreg::Ttbr0El2, ROOT), set(Sysreg::TcrEl2, TCR), set(Sysreg::SctlrEl2, 1)];
