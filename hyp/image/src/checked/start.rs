@@ -5,17 +5,17 @@ use core::ops::ControlFlow;
 
 use arrayvec::ArrayVec;
 use ravelin_arch::Hardware;
-use ravelin_memory::{HypRange, PAGE_SIZE, PhysAddr, PhysRange};
+use ravelin_memory::{HypAddr, HypRange, Level, PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_model::Difference;
 use ravelin_ownership::Memory;
-use ravelin_pgtable::{El2, El2Usage, Found, Geometry, PageTable};
+use ravelin_pgtable::{El2, El2Usage, Found, Geometry, Mapping, PageTable};
 use ravelin_platform::MAX_RAM_REGIONS;
 
 use super::Checked;
 use crate::pool::Pool;
 
-/// A part of EL2's address space, and what one descriptor maps there.
-type Leaf = (HypRange, Found<El2Usage>);
+/// What one descriptor maps: where, how many pages, and to what.
+type Leaf = (HypAddr, u64, Option<Mapping<El2Usage>>);
 
 /// RAM, and the mappings of EL2 that no call changes: all but those of RAM outside of the carve-out, which the model knows.
 pub(super) struct Start {
@@ -33,7 +33,7 @@ impl Start {
                 ControlFlow::Continue(())
             });
         });
-        let unknown = start.leaves.iter().find(|(_, found)| matches!(found, Found::Leaf(None)));
+        let unknown = start.leaves.iter().find(|(.., mapping)| mapping.is_none());
         assert_eq!(unknown, None, "attributes that are none of EL2's");
         start
     }
@@ -56,10 +56,20 @@ impl Start {
     fn leaves(&self, visit: impl FnOnce(&mut dyn FnMut(HypRange, Found<El2Usage>))) -> Vec<Leaf> {
         let mut leaves = Vec::new();
         visit(&mut |part, found| {
-            let page = PhysAddr::from_bits_truncating(part.base().raw());
-            if found != Found::Absent && (!self.is_ram(page) || self.carve_out.contains(page)) {
-                leaves.push((part, found));
-            }
+            let Found::Leaf { mapping, level } = found else { return };
+            // A run of pages may lead out of the carve-out.
+            let pages = if level == Level::L3 { 1 } else { part.pages() };
+            let piece = |at: HypAddr| {
+                let offset = at.raw() - part.base().raw();
+                let to = |to: PhysAddr| PhysAddr::from_bits_truncating(to.raw() + offset);
+                (at, pages, mapping.map(|its| Mapping { to: to(its.to), ..its }))
+            };
+            let is_its_own = |at: &HypAddr| {
+                let page = PhysAddr::from_bits_truncating(at.raw());
+                !self.is_ram(page) || self.carve_out.contains(page)
+            };
+            let step = usize::try_from(pages).expect("it is in an address space");
+            leaves.extend(part.iter().step_by(step).filter(is_its_own).map(piece));
         });
         leaves
     }
