@@ -10,7 +10,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 use arrayvec::ArrayVec;
 use ravelin_arch::Output;
 use ravelin_trace::Packed;
-use spin::mutex::TicketMutex;
+use spin::Mutex;
 
 /// Records that are written at once.
 const RECORDS: usize = 512;
@@ -23,7 +23,8 @@ struct Stream {
     bytes: ArrayVec<u8, { RECORDS * Packed::SIZE }>,
 }
 
-static STREAM: TicketMutex<Stream> = TicketMutex::new(Stream { output: None, bytes: ArrayVec::new_const() });
+/// Whoever is first has it: on an emulator that shares its processors, the one whose turn it was might not be running.
+static STREAM: Mutex<Stream> = Mutex::new(Stream { output: None, bytes: ArrayVec::new_const() });
 
 /// Whether there is a trace: for those that come here all the time.
 static ON: AtomicBool = AtomicBool::new(false);
