@@ -16,7 +16,9 @@ use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 
 use ravelin_memory::{Level, PAGE_SIZE, PhysAddr};
 use ravelin_pgtable::{self as pgtable, Descriptor, Kind, Machine};
-use ravelin_trace::{Barrier, Dsb, Hint, MemOrder, Packed, Record, Sysreg, TlbiOp};
+use ravelin_trace::{
+    Barrier, CPU_START, Dsb, ENTRY, FIRST_TABLES, Hint, MemOrder, Packed, Record, SWITCH, Step, Sysreg, TlbiOp,
+};
 
 use crate::{boot::CpuStart, hardware::Hardware, sysreg::read_sysreg};
 
@@ -137,21 +139,39 @@ pub(crate) fn hint(hint: pgtable::Hint) {
 /// what it did with them. They have a lock of their own, which is free.
 pub fn begin(machine: &Hardware, root: PhysAddr, cpu: usize) {
     BOOT_CPU.store(cpu, Relaxed);
-    let before_tables =
-        [(Sysreg::HcrEl2, read_sysreg!("hcr_el2")), (Sysreg::SctlrEl2, read_sysreg!("sctlr_el2") & !SCTLR_M)];
-    before_tables.into_iter().for_each(|(register, value)| write_register(Some(register), value));
+    steps(ENTRY, mmu_off);
     hint(pgtable::Hint::RootLock { root, lock: root });
     hint(pgtable::Hint::Lock(root));
     first_table(machine, root, root, Level::L0);
-    write_register(Some(Sysreg::MairEl2), read_sysreg!("mair_el2"));
-    write_register(Some(Sysreg::TcrEl2), read_sysreg!("tcr_el2"));
-    write_register(Some(Sysreg::Ttbr0El2), read_sysreg!("ttbr0_el2"));
-    record(Record::Barrier(Barrier::Dsb(Dsb::Ish)));
-    mmu_on(read_sysreg!("sctlr_el2"));
+    steps(FIRST_TABLES, |register| match register {
+        Sysreg::MairEl2 => read_sysreg!("mair_el2"),
+        Sysreg::TcrEl2 => read_sysreg!("tcr_el2"),
+        Sysreg::Ttbr0El2 => read_sysreg!("ttbr0_el2"),
+        _ => read_sysreg!("sctlr_el2"),
+    });
+    record(Record::Barrier(Barrier::Isb));
     hint(pgtable::Hint::Unlock(root));
 }
 
-const SCTLR_M: u64 = 1;
+/// Records steps of the assembly, with the value that each register was given.
+fn steps(steps: &[Step], value: impl Fn(Sysreg) -> u64) {
+    for step in steps {
+        match *step {
+            Step::Write(register) => write_register(Some(register), value(register)),
+            Step::Barrier(barrier) => record(Record::Barrier(barrier)),
+            Step::Tlbi(op) => record(Record::Tlbi { op, operand: 0 }),
+        }
+    }
+}
+
+/// The values of HCR_EL2 and SCTLR_EL2 with the MMU off, as far as they count.
+fn mmu_off(register: Sysreg) -> u64 {
+    const SCTLR_M: u64 = 1;
+    match register {
+        Sysreg::HcrEl2 => read_sysreg!("hcr_el2"),
+        _ => read_sysreg!("sctlr_el2") & !SCTLR_M,
+    }
+}
 
 /// Records a table that is in use already, and those below it.
 fn first_table(machine: &Hardware, root: PhysAddr, table: PhysAddr, level: Level) {
@@ -184,18 +204,10 @@ fn linked(machine: &Hardware, table: PhysAddr, level: Level) -> impl Iterator<It
     })
 }
 
-fn mmu_on(sctlr: u64) {
-    record(Record::Tlbi { op: TlbiOp::Alle2, operand: 0 });
-    record(Record::Barrier(Barrier::Dsb(Dsb::Nsh)));
-    record(Record::Barrier(Barrier::Isb));
-    write_register(Some(Sysreg::SctlrEl2), sctlr);
-    record(Record::Barrier(Barrier::Isb));
-}
-
 /// Records what [`CpuStart::switch`] is about to do with the tables that `start` names. Others that are in use are given up:
 /// those of start-up lie in memory that will be the host's.
 pub(crate) fn switching(start: &CpuStart) {
-    record(Record::Barrier(Barrier::Dsb(Dsb::Sy)));
+    steps(SWITCH, mmu_off);
     start_up(start);
     let ([next, ..], root) = (start.registers(), read_sysreg!("ttbr0_el2"));
     if root != next {
@@ -212,20 +224,17 @@ pub(crate) fn switching(start: &CpuStart) {
 /// Records how this CPU has come from firmware to its tables, unless it has come by [`CpuStart::switch`].
 pub fn started(start: &CpuStart) {
     if !SWITCHING.swap(false, Relaxed) {
-        write_register(Some(Sysreg::HcrEl2), read_sysreg!("hcr_el2"));
-        record(Record::Barrier(Barrier::Isb));
+        steps(ENTRY, mmu_off);
         start_up(start);
     }
 }
 
-/// What the assembly does from the moment when the MMU is off.
 fn start_up(start: &CpuStart) {
     let [ttbr0, tcr, mair, sctlr] = start.registers();
-    write_register(Some(Sysreg::SctlrEl2), read_sysreg!("sctlr_el2") & !SCTLR_M);
-    record(Record::Barrier(Barrier::Isb));
-    write_register(Some(Sysreg::Ttbr0El2), ttbr0);
-    write_register(Some(Sysreg::TcrEl2), tcr);
-    write_register(Some(Sysreg::MairEl2), mair);
-    record(Record::Barrier(Barrier::Isb));
-    mmu_on(sctlr);
+    steps(CPU_START, |register| match register {
+        Sysreg::Ttbr0El2 => ttbr0,
+        Sysreg::TcrEl2 => tcr,
+        Sysreg::MairEl2 => mair,
+        _ => sctlr,
+    });
 }

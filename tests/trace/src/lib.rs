@@ -27,6 +27,7 @@ mod checker;
 mod geometry;
 mod packed;
 mod record;
+mod start;
 #[cfg(all(test, feature = "checker"))]
 mod tests;
 mod text;
@@ -37,6 +38,7 @@ mod violation;
 pub use checker::Checker;
 pub use packed::{Packed, Records, Unknown};
 pub use record::{Barrier, Dsb, Hint, MemOrder, Record, Sysreg, TlbiOp};
+pub use start::{CPU_START, ENTRY, FIRST_TABLES, SWITCH, Step};
 pub use text::{Entry, NotARecord};
 #[cfg(feature = "checker")]
 pub use violation::{Fault, StaleEntry, Violation};
