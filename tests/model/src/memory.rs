@@ -3,8 +3,8 @@
 use core::ops::Range;
 
 use ravelin_abi::{
-    CALL_BITMAP, MAX_RANGE_PAGES, MAX_TAKE_BACK_PAGES, PageStateCode, Statistics, Status, VENDOR_UID, VERSION_MAJOR,
-    VERSION_MINOR,
+    ADDRESS_END, CALL_BITMAP, MAX_RANGE_PAGES, MAX_TAKE_BACK_PAGES, PageStateCode, Statistics, Status, VENDOR_UID,
+    VERSION_MAJOR, VERSION_MINOR,
 };
 
 use crate::{
@@ -121,7 +121,9 @@ impl Model {
     pub fn host_fault(&mut self, address: u64, given: bool) -> Result<Reached, Difference> {
         self.touched = Touched::default();
         let page = address / PAGE_SIZE;
-        self.touch(page..page + 1);
+        if address < ADDRESS_END {
+            self.touch(page..page + 1);
+        }
         // Whether there is a device is not for the model to know.
         let Some(state) = self.state.pages.get(page) else {
             return Ok(Reached { state: "NotRam", call: "FAULT", result: if given { "GIVEN" } else { "REFUSED" } });

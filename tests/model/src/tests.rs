@@ -394,4 +394,6 @@ fn accesses_of_the_host() {
     succeeds(&mut model, "DONATE", &[PAGE, 1, 0]);
     assert!(model.host_fault(PAGE, true).is_err());
     assert!(model.host_fault(PAGE, false).is_ok());
+    // No table has anything there.
+    assert!(model.host_fault(u64::MAX, false).is_ok() && model.touched.pages.is_empty());
 }
