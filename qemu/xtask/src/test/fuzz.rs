@@ -146,14 +146,16 @@ mod tests {
     }
 
     #[test]
-    fn each_target_has_a_corpus_and_a_program() {
+    fn each_target_has_a_program_and_a_corpus_that_is_replayed() {
         let root = workspace::root().join("tests/fuzz");
         let manifest = fs::read_to_string(root.join("Cargo.toml")).unwrap();
+        let replays = fs::read_to_string(root.join("tests/corpus.rs")).unwrap();
         let targets = targets().unwrap();
         assert!(!targets.is_empty());
         for target in targets {
             assert!(manifest.contains(&format!("path = \"fuzz_targets/{target}.rs\"")), "{target}");
             assert!(root.join("corpus").join(&target).is_dir(), "{target}");
+            assert!(replays.contains(&format!("(\"{target}\", ravelin_fuzz::{target})")), "{target}");
         }
     }
 }
