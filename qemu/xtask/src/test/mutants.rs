@@ -2,16 +2,18 @@
 //!
 //! `cargo mutants` makes the errors, one at a time; `.cargo/mutants.toml` says which and which tests run. It takes hours, so that
 //! it can be done in parts: `RAVELIN_MUTANTS_CRATES=ownership,vm` chooses crates, `RAVELIN_MUTANTS_SHARD=0/8` runs every eighth
-//! mutant from the first on. Outcomes stay below the target directory and add up, until the whole of a crate is run.
+//! mutant from the first on. Outcomes stay below the target directory and add up, until the whole of a crate is run or its sources
+//! change.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 use std::{env, fs};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
+use sha2::{Digest, Sha256};
 
 use super::Report;
 use crate::setup::rust;
@@ -48,7 +50,7 @@ struct Survivor {
     reason: String,
 }
 
-/// What became of a mutant. The order matters where one was run twice.
+/// What became of a mutant. Where one was run in two shards, the first of these counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Outcome {
     Missed,
@@ -86,7 +88,10 @@ pub(super) fn run(full: bool, report: &mut Report) -> Result<()> {
     let shard = env::var("RAVELIN_MUTANTS_SHARD").ok();
     for name in chosen.split(',') {
         ensure!(CRATES.contains(&name), "no mutants are made of {name}, but of {}", CRATES.join(", "));
-        let result = mutate(&tool, name, shard.as_deref()).and_then(|all| judge(name, &all, &known));
+        let result = mutate(&tool, name, shard.as_deref()).and_then(|all| {
+            ensure!(shard.is_some() || all.values().all(Option::is_some), "there are mutants that were not run");
+            judge(name, &all, &known)
+        });
         report.check(name, result);
     }
     Ok(())
@@ -95,7 +100,7 @@ pub(super) fn run(full: bool, report: &mut Report) -> Result<()> {
 /// Runs the mutants of a crate, or a shard of them. Returns what is known of all of them.
 fn mutate(tool: &Path, name: &str, shard: Option<&str>) -> Result<BTreeMap<String, Option<Outcome>>> {
     let dir = workspace::target_dir()?.join("mutants");
-    let results = dir.join(name);
+    let results = results_dir(&dir.join(name), name)?;
     let output = match shard {
         Some(shard) => results.join(shard.replace('/', "-of-")),
         None => {
@@ -127,6 +132,27 @@ fn mutate(tool: &Path, name: &str, shard: Option<&str>) -> Result<BTreeMap<Strin
     Ok(listed.lines().map(|mutant| (mutant.to_owned(), known.get(mutant).copied())).collect())
 }
 
+/// Returns the directory below `dir` for the outcomes of a crate as it is now, and removes those of what it was.
+fn results_dir(dir: &Path, name: &str) -> Result<PathBuf> {
+    let root = workspace::root();
+    let mut files = workspace::files_below(&root.join("hyp").join(name))?;
+    files.push(root.join(".cargo/mutants.toml"));
+    let mut hash = Sha256::new();
+    for file in files {
+        let contents = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
+        hash.update(file.strip_prefix(&root)?.as_os_str().as_encoded_bytes());
+        hash.update(Sha256::digest(contents));
+    }
+    let current = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect::<String>();
+    for entry in fs::read_dir(dir).into_iter().flatten() {
+        let entry = entry?;
+        if entry.file_name() != *current {
+            fs::remove_dir_all(entry.path()).with_context(|| format!("cannot remove {}", entry.path().display()))?;
+        }
+    }
+    Ok(dir.join(current))
+}
+
 fn command(tool: &Path, name: &str) -> Result<Command> {
     let mut paths = vec![tool.parent().context("the tool has no folder")?.to_path_buf()];
     paths.extend(env::split_paths(&env::var_os("PATH").unwrap_or_default()));
@@ -145,7 +171,7 @@ fn outcomes(dir: &Path) -> Result<Outcomes> {
         let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
         for mutant in text.lines() {
             let old = all.entry(mutant.to_owned()).or_insert(outcome);
-            *old = outcome.max(*old);
+            *old = outcome.min(*old);
         }
     }
     Ok(all)
@@ -181,6 +207,12 @@ fn judge(name: &str, all: &BTreeMap<String, Option<Outcome>>, known: &Survivors)
     }
     if !unexplained.is_empty() {
         bail!("{} survive without a reason in {SURVIVORS}, the first is {}", unexplained.len(), unexplained[0]);
+    }
+    // What was not run may survive yet.
+    if all.values().all(Option::is_some) {
+        let its = format!("hyp/{name}/");
+        let idle = reasons.iter().find(|(mutant, left)| mutant.starts_with(&its) && !left.is_empty());
+        ensure!(idle.is_none(), "{SURVIVORS}: a mutant that does not survive has a reason: {idle:?}");
     }
     ensure!((caught + late) * 100 >= CAUGHT_PERCENT * viable, "less than {CAUGHT_PERCENT} % of the viable are caught");
     Ok(())
@@ -221,7 +253,7 @@ mod tests {
         }
         let all = outcomes(&dir);
         fs::remove_dir_all(&dir).unwrap();
-        let expected = [("a", Outcome::Missed), ("b", Outcome::Caught), ("c", Outcome::Caught)];
+        let expected = [("a", Outcome::Missed), ("b", Outcome::Missed), ("c", Outcome::Caught)];
         assert_eq!(all.unwrap(), expected.map(|(mutant, outcome)| (mutant.to_owned(), outcome)).into());
     }
 
@@ -236,6 +268,29 @@ mod tests {
         all.insert(MUTANT.replace(":7:", ":8:"), Some(Outcome::Missed));
         assert!(judge("x", &all, &survivors(1)).is_err());
         assert!(judge("x", &all, &survivors(2)).is_ok());
+    }
+
+    #[test]
+    fn a_reason_is_for_what_survives() {
+        let mut all: BTreeMap<_, _> = (0..40).map(|number| (number.to_string(), Some(Outcome::Caught))).collect();
+        all.insert(MUTANT.into(), Some(Outcome::Caught));
+        assert!(judge("x", &all, &survivors(1)).is_err());
+        assert!(judge("y", &all, &survivors(1)).is_ok(), "it is another crate's");
+        all.insert("not run".into(), None);
+        assert!(judge("x", &all, &survivors(1)).is_ok());
+    }
+
+    #[test]
+    fn outcomes_are_those_of_the_sources() {
+        let dir = env::temp_dir().join(format!("ravelin-mutants-of-sources-{}", std::process::id()));
+        fs::create_dir_all(dir.join("old")).unwrap();
+        let results = results_dir(&dir, "vm").unwrap();
+        assert!(!dir.join("old").exists());
+        fs::create_dir_all(&results).unwrap();
+        assert_eq!(results_dir(&dir, "vm").unwrap(), results);
+        assert!(results.exists());
+        assert_ne!(results_dir(&dir, "pgtable").unwrap(), results);
+        fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]
