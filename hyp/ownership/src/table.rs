@@ -439,6 +439,21 @@ impl<'a> OwnershipTable<'a> {
         range: PhysRange,
         f: &mut dyn FnMut(PhysRange, Option<Entry>, u64) -> ControlFlow<B>,
     ) -> ControlFlow<B> {
+        let mut ended = ControlFlow::Continue(());
+        // Compiled once, whatever it ends with.
+        let _: ControlFlow<()> = self.visit_runs(range, &mut |run, entry, steps| {
+            ended = f(run, entry, steps);
+            if ended.is_break() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        ended
+    }
+
+    #[inline(never)]
+    fn visit_runs(
+        &self,
+        range: PhysRange,
+        f: &mut dyn FnMut(PhysRange, Option<Entry>, u64) -> ControlFlow<()>,
+    ) -> ControlFlow<()> {
         let Some(ram) = self.ram_range(range) else {
             return f(PhysRange::single(range.base()), None, 1);
         };

@@ -297,10 +297,18 @@ impl<R: Regime> PageTable<R> {
         range: PageRange<R::Space>,
         f: &mut dyn FnMut(PageRange<R::Space>, Found<R::Usage>) -> ControlFlow<B>,
     ) -> ControlFlow<B> {
+        let mut ended = ControlFlow::Continue(());
+        // The walk is compiled once, whatever it ends with.
+        let mut visitor = |part, found| {
+            ended = f(part, found);
+            if ended.is_break() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
         for (table, span) in self.roots(range) {
-            visit_in::<R, M, B>(machine, table, self.geometry.start(), span, f)?;
+            if visit_in::<R, M>(machine, table, self.geometry.start(), span, &mut visitor).is_break() {
+                break;
+            }
         }
-        ControlFlow::Continue(())
+        ended
     }
 
     /// Returns a number of tables that is enough for whatever is done to `pages` pages in a row, without looking at them.
@@ -714,8 +722,8 @@ fn take_out_pages<R: Regime, M: Machine>(
 }
 
 /// A visitor of what is in the tables.
-type Visitor<'a, R, B> =
-    &'a mut dyn FnMut(PageRange<<R as Regime>::Space>, Found<<R as Regime>::Usage>) -> ControlFlow<B>;
+type Visitor<'a, R> =
+    &'a mut dyn FnMut(PageRange<<R as Regime>::Space>, Found<<R as Regime>::Usage>) -> ControlFlow<()>;
 
 /// Returns what a leaf maps to, if its attributes are ones that the regime uses.
 fn mapping_of<R: Regime>(leaf: Descriptor, to: PhysAddr) -> Option<Mapping<R::Usage>> {
@@ -723,21 +731,21 @@ fn mapping_of<R: Regime>(leaf: Descriptor, to: PhysAddr) -> Option<Mapping<R::Us
     usage.map(|&usage| Mapping { to, usage })
 }
 
-fn visit_in<R: Regime, M: Machine, B>(
+fn visit_in<R: Regime, M: Machine>(
     machine: &M,
     table: PhysAddr,
     level: Level,
     span: Span,
-    f: Visitor<'_, R, B>,
-) -> ControlFlow<B> {
+    f: Visitor<'_, R>,
+) -> ControlFlow<()> {
     let Some(below) = level.next() else {
-        return visit_pages::<R, M, B>(machine, table, span, f);
+        return visit_pages::<R, M>(machine, table, span, f);
     };
     for slot in span.slots(table, level) {
         let descriptor = slot.read(machine);
         let found = match descriptor.kind(level) {
             Kind::Table(next) => {
-                visit_in::<R, M, B>(machine, next, below, slot.part, f)?;
+                visit_in::<R, M>(machine, next, below, slot.part, f)?;
                 continue;
             }
             Kind::Leaf(base) => {
@@ -756,12 +764,7 @@ fn visit_in<R: Regime, M: Machine, B>(
 }
 
 /// Visits `span` of `table`, which is of level 3. The inner loop of [`PageTable::visit`].
-fn visit_pages<R: Regime, M: Machine, B>(
-    machine: &M,
-    table: PhysAddr,
-    span: Span,
-    f: Visitor<'_, R, B>,
-) -> ControlFlow<B> {
+fn visit_pages<R: Regime, M: Machine>(machine: &M, table: PhysAddr, span: Span, f: Visitor<'_, R>) -> ControlFlow<()> {
     let mut indices = span.pages().peekable();
     let mut start = span.start;
     while let Some(index) = indices.next() {
