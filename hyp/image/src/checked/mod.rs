@@ -15,7 +15,7 @@ use alloc::{format, string::ToString};
 use core::{
     hint,
     ops::Range,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use ravelin_abi::VmAttributes;
@@ -44,11 +44,9 @@ const WINDOW: u64 = 3 << 46;
 /// Exits between two comparisons of all of memory.
 const THOROUGH: u64 = 256;
 
-/// Turns that CPUs have asked for.
-static ASKED: AtomicU64 = AtomicU64::new(0);
-
-/// Turns that have ended. No data depend on a turn: they have locks of their own.
-static ENDED: AtomicU64 = AtomicU64::new(0);
+/// Whether a CPU has its turn. No data depend on a turn: they have locks of their own. Turns come in no order: in QEMU, the thread of
+/// the CPU whose turn it would be may wait for a processor.
+static TAKEN: AtomicBool = AtomicBool::new(false);
 
 static START: Once<Start> = Once::new();
 
@@ -94,15 +92,14 @@ fn sizes(attributes: VmAttributes) -> Sizes {
 
 /// Waits until no other CPU has its turn, and begins this one's.
 pub(crate) fn take_turn() {
-    let mine = ASKED.fetch_add(1, Ordering::Relaxed);
-    while ENDED.load(Ordering::Acquire) != mine {
+    while TAKEN.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
         hint::spin_loop();
     }
 }
 
 /// Ends this CPU's turn.
 pub(crate) fn pass_turn() {
-    ENDED.fetch_add(1, Ordering::Release);
+    TAKEN.store(false, Ordering::Release);
 }
 
 /// Judges a call of the host that has been handled in this CPU's turn, which ends.
