@@ -85,3 +85,32 @@ impl Counts {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_state_is_counted_on_its_own() {
+        let states = [
+            State::HOST_OWNED,
+            State::HOST_SHARED,
+            State::HYP_OWNED,
+            State::HYP_DONATED,
+            State::HYP_KEPT,
+            State::HOST_LENT,
+            State::GUEST_OWNED,
+            State::GUEST_OFFERED,
+            State::GUEST_CLAIMED,
+        ];
+        let mut counts = Counts::default();
+        for (state, pages) in states.into_iter().zip(1..) {
+            counts.moved(State::NOBODY, state, pages);
+        }
+        assert_eq!(counts.pages(), [1, 2, 3, 4, 5, 6, 7, 8, 9]);
+        counts.moved(State::GUEST_OFFERED, State::GUEST_CLAIMED, 8);
+        counts.moved(State::HOST_SHARED, State::HOST_BORROWED, 2);
+        counts.moved(State::HYP_KEPT, State::NOBODY, 5);
+        assert_eq!(counts.pages(), [1, 2, 3, 4, 0, 6, 7, 0, 17]);
+    }
+}

@@ -691,7 +691,9 @@ fn a_block_is_handled_as_one() {
 fn many_blocks_are_as_many_steps() {
     with_rig(|rig| {
         let guest = rig.guest(0, GuestKind::Pkvm, 16);
+        assert!(guest.is_empty());
         rig.give(&guest, GIB, 8 * 512, RAM).unwrap();
+        assert!(!guest.is_empty());
         assert_eq!(rig.change(GuestShare, &guest, RAM, 8 * 512), Ok(8 * 512));
         assert_eq!(rig.change(Claim, &guest, RAM, 8 * 512), Ok(8 * 512));
         assert_eq!(rig.change(Release, &guest, RAM, 8 * 512), Ok(8 * 512));
