@@ -705,6 +705,37 @@ fn many_blocks_are_as_many_steps() {
 }
 
 #[test]
+fn the_last_frame_is_one() {
+    with_rig(|rig| {
+        let guest = rig.guest(0, GuestKind::Pkvm, 16);
+        let last = guest.end() - PAGE;
+        rig.give(&guest, GIB, 1, last).unwrap();
+        assert_eq!(rig.change(GuestShare, &guest, last, 1), Ok(1));
+        assert_eq!(rig.change(GuestUnshare, &guest, last, 2), refused(GuestReason::OutOfRange, last));
+        assert_eq!(rig.change(GuestUnshare, &guest, last, 1), Ok(1));
+    });
+}
+
+#[test]
+fn a_block_that_is_whole_again_is_mapped_as_one() {
+    with_rig(|rig| {
+        let guest = rig.guest(0, GuestKind::Pkvm, 16);
+        let leaves = || {
+            let mut leaves = Vec::new();
+            rig.touch(GIB);
+            let block = range(GIB, 512).identity_ipa();
+            rig.memory.visit_host(&rig.machine, block, &mut |part, _| leaves.push(part.pages()));
+            leaves
+        };
+        rig.give(&guest, GIB + PAGE, 1, RAM).unwrap();
+        assert_eq!(leaves(), [1, 1, 510]);
+        assert_eq!(rig.change(Relinquish, &guest, RAM, 1), Ok(1));
+        assert_eq!(leaves(), [512]);
+        rig.check_guest(&guest);
+    });
+}
+
+#[test]
 fn work_is_bounded_where_there_are_no_blocks() {
     with_rig(|rig| {
         let guest = rig.guest(0, GuestKind::Pkvm, 16);
