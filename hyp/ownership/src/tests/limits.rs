@@ -334,3 +334,46 @@ fn some_tables_come_back_before_a_block_cannot_be_cut() {
     assert_eq!(guest.table_pages(), MAX_STEPS);
     rig.check();
 }
+
+#[test]
+fn a_block_that_is_pinned_twice_stays_mapped() {
+    let layout = scarce(HOST_RESERVE + 3);
+    let mut store = Store::for_ram(&layout.ram);
+    let rig = Rig::new(&layout, &mut store);
+    rig.call(Share, range(GIB, 512)).unwrap();
+    (0..2).for_each(|_| rig.call(Pin, range(GIB, 512)).unwrap());
+    rig.call(Unpin, range(GIB, 512)).unwrap();
+    rig.check();
+    rig.call(Unpin, range(GIB, 512)).unwrap();
+    rig.check();
+    assert_eq!(rig.memory.counts().el2_tables, 0);
+}
+
+#[test]
+fn pages_of_more_blocks_than_there_are_tables_for_are_scrubbed() {
+    let layout = scarce(HOST_RESERVE + 8);
+    let mut store = Store::for_ram(&layout.ram);
+    let rig = Rig::new(&layout, &mut store);
+    let guest = rig.guest(0, GuestKind::Pkvm, 16);
+    for index in 0..32 {
+        let page = page_of_block(20 + index);
+        rig.give(&guest, page, 1, RAM + index * PAGE).unwrap();
+        // The host's tables leave the fewer to EL2.
+        rig.touch(page + PAGE);
+    }
+    assert_eq!(rig.change(Change::Relinquish, &guest, RAM, 32), Ok(32));
+    rig.check_guest(&guest);
+}
+
+#[test]
+fn what_ends_behind_ram_is_not_given() {
+    let layout = scattered(HOST_RESERVE + 8);
+    let mut store = Store::for_ram(&layout.ram);
+    let rig = Rig::new(&layout, &mut store);
+    let guest = rig.guest(0, GuestKind::Pkvm, 16);
+    let refused = Err(HostFailure { reason: GuestReason::NotRam, page: addr(lone_page(0) + PAGE) });
+    assert_eq!(rig.give(&guest, lone_page(0), 2, RAM), refused);
+    rig.give(&guest, lone_page(0), 1, RAM).unwrap();
+    assert_eq!(rig.force(&guest, lone_page(0), 2), refused);
+    rig.force(&guest, lone_page(0), 1).unwrap();
+}
