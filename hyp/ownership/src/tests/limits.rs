@@ -358,8 +358,10 @@ fn pages_of_more_blocks_than_there_are_tables_for_are_scrubbed() {
     for index in 0..32 {
         let page = page_of_block(20 + index);
         rig.give(&guest, page, 1, RAM + index * PAGE).unwrap();
-        // The host's tables leave the fewer to EL2.
-        rig.touch(page + PAGE);
+        // The host's tables leave few to EL2, but enough for the first pages, so that they need not go.
+        if index < 24 {
+            rig.touch(page + PAGE);
+        }
     }
     assert_eq!(rig.change(Change::Relinquish, &guest, RAM, 32), Ok(32));
     rig.check_guest(&guest);
