@@ -845,6 +845,9 @@ fn a_realm_needs_tables_for_the_alias() {
         // One table for the alias of a block.
         assert_eq!(rig.change(GuestShare, &guest, RAM, 512), Ok(512));
         assert_eq!(rig.change(GuestUnshare, &guest, RAM, 512), Ok(512));
+        let other = rig.guest(1, GuestKind::Realm, 1);
+        rig.give(&other, GIB + 8 * MIB, 512, RAM).unwrap();
+        assert_eq!(rig.change(GuestShare, &other, RAM, 512), refused(GuestReason::NeedsTables(1), RAM));
         // A page of it: two for the alias, one for the cut.
         let before = rig.everything();
         assert_eq!(rig.change(GuestShare, &guest, RAM + PAGE, 1), refused(GuestReason::NeedsTables(2), RAM + PAGE));
