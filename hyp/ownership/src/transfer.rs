@@ -92,10 +92,7 @@ impl<P: TablePool> Inner<'_, P> {
                     steps
                 }
                 Content::Poisoned => return ControlFlow::Break(Err(failure(GuestReason::Poisoned, frames))),
-                Content::Absent => {
-                    let reason = self.reason_for_absence(machine, guest, tables, frames.base(), change);
-                    return ControlFlow::Break(Err(failure(reason, frames)));
-                }
+                Content::Absent => return ControlFlow::Break(Err(failure(GuestReason::Absent, frames))),
             };
             if change.by_page && steps > left {
                 // The limit must not cut a block, which would take a table. What comes first always fits.
@@ -108,7 +105,12 @@ impl<P: TablePool> Inner<'_, P> {
             if left == 0 { ControlFlow::Break(Ok(())) } else { ControlFlow::Continue(()) }
         });
         if let ControlFlow::Break(Err(failure)) = checked {
-            return Err(failure);
+            // A second walk, for which the first has to be over: walks within walks take too much of the stack.
+            let reason = match failure.reason {
+                GuestReason::Absent => self.reason_for_absence(machine, guest, tables, failure.ipa, change),
+                reason => reason,
+            };
+            return Err(GuestFailure { reason, ..failure });
         }
         let frames = first_pages(range, pages).ok_or(failure(GuestReason::Absent, range))?;
         let row = first.filter(|_| is_row).and_then(|first| PhysRange::new(first.raw(), pages).ok());

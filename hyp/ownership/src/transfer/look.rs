@@ -157,6 +157,8 @@ impl<P: TablePool> Memory<'_, P> {
 impl<P: TablePool> Inner<'_, P> {
     /// Calls `f` in ascending order with what there is in `frames`, until `f` breaks. The number is the steps that it takes to
     /// change that.
+    // Closures of several walks in one frame would count as calls of each other where the depth of the stack is computed.
+    #[inline(never)]
     pub(super) fn look<M: Machine, B>(
         &self,
         machine: &M,
