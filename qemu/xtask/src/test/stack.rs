@@ -86,7 +86,10 @@ impl Search<'_> {
         }
         let functions = self.functions;
         let function = &functions[at];
-        ensure!(!self.running.contains(&at), "{} can come to call itself", function.name);
+        if let Some(first) = self.running.iter().position(|&one| one == at) {
+            let way: Vec<_> = self.running[first..].iter().map(|&one| &*functions[one].name).collect();
+            bail!("{} can come to call itself: {}", function.name, way.join(" -> "));
+        }
         self.running.push(at);
 
         let pointers: BTreeSet<_> = pointers.union(&function.pointers).copied().collect();
