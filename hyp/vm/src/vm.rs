@@ -552,15 +552,16 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     ///
     /// # Errors
     ///
-    /// WRONG_STATE if its VM is dying; DENIED if the first page is not a guest's; BUSY while pages of its VM are measured; those
-    /// of [`Transitions::force_reclaim`].
+    /// WRONG_STATE if its VM is dying; DENIED if the first page is not a guest's; BUSY if its VM is not sealed
+    /// and another CPU maps pages or takes some; those of [`Transitions::force_reclaim`].
     #[inline(never)]
     pub fn force_reclaim<T: Transitions<Guest = G>>(&self, transitions: &T, range: PhysRange) -> Result<(), Refusal> {
         let denied = Refusal { status: Status::Denied, detail: range.base().raw() };
         let reclaimed = self.table.shared_slot(transitions.owner(range.base()).ok_or(denied)?, |vm| {
             vm.demand(ALIVE)?;
-            // VM_MAP on another CPU has given pages away, and is about to read them.
-            let _unmeasured = vm.measurement.try_lock().ok_or(Status::Busy)?;
+            // VM_MAP on another CPU may have given pages away that it is about to read.
+            let is_measured = vm.stage == Stage::Created;
+            let _measuring = is_measured.then(|| vm.measurement.try_lock().ok_or(Status::Busy)).transpose()?;
             transitions.force_reclaim(&vm.guest.memory, range)
         });
         // The page was the guest's a moment ago.
