@@ -270,47 +270,23 @@ impl<P: TablePool> Inner<'_, P> {
 }
 
 impl Guest {
-    /// Calls `f` in ascending order with parts of `range`, guest addresses, and what is there, until `f` breaks. Pages that
-    /// follow each other in both spaces go together, until they are [`MAX_STEPS`] or more.
+    /// Calls `f` in ascending order with parts of `range`, guest addresses, and what is there, until `f` breaks.
     pub(super) fn visit<M: Machine, B>(
         &self,
         machine: &M,
         range: IpaRange,
         f: &mut dyn FnMut(IpaRange, Place) -> ControlFlow<B>,
     ) -> ControlFlow<B> {
-        let mut run: Option<(IpaRange, PhysRange)> = None;
         self.tables.visit(machine, range, &mut |part, found| {
-            let (place, by_page) = match found {
-                Found::Poisoned => (Place::Poisoned, None),
-                Found::Absent | Found::Leaf { mapping: None, .. } => (Place::Absent, None),
-                Found::Leaf { mapping: Some(mapping), level } => {
-                    let Ok(pages) = PhysRange::new(mapping.to.raw(), part.pages()) else {
-                        return ControlFlow::Continue(());
-                    };
-                    (Place::Pages { pages, by_page: false }, (level == Level::L3).then_some(pages))
-                }
+            let place = match found {
+                Found::Poisoned => Place::Poisoned,
+                Found::Absent | Found::Leaf { mapping: None, .. } => Place::Absent,
+                Found::Leaf { mapping: Some(mapping), level } => match PhysRange::new(mapping.to.raw(), part.pages()) {
+                    Ok(pages) => Place::Pages { pages, by_page: level == Level::L3 },
+                    Err(_) => return ControlFlow::Continue(()),
+                },
             };
-            if let (Some((at, pages)), Some(more)) = (run, by_page)
-                && at.pages() < MAX_STEPS
-                && pages.end() == more.base().raw()
-                && let Ok(at) = IpaRange::from_bounds(at.base().raw(), part.end())
-                && let Ok(pages) = PhysRange::from_bounds(pages.base().raw(), more.end())
-            {
-                run = Some((at, pages));
-                return ControlFlow::Continue(());
-            }
-            if let Some((at, pages)) = run.take() {
-                f(at, Place::Pages { pages, by_page: true })?;
-            }
-            match by_page {
-                Some(pages) => run = Some((part, pages)),
-                None => f(part, place)?,
-            }
-            ControlFlow::Continue(())
-        })?;
-        match run {
-            Some((at, pages)) => f(at, Place::Pages { pages, by_page: true }),
-            None => ControlFlow::Continue(()),
-        }
+            f(part, place)
+        })
     }
 }
