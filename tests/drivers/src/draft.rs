@@ -16,6 +16,10 @@ use ravelin_model::state::{Frame, Page, Stage, Vm};
 use ravelin_world::{Action, Door, Layout, vm_sizes};
 
 use crate::{
+    calls::{
+        CPU_OFF, CPU_ON, HOST_CALL, IPA_STATE_GET, IPA_STATE_SET, MEM_RELINQUISH, MEM_SHARE, MEM_UNSHARE, REALM_CONFIG,
+        SYSTEM_OFF,
+    },
     op::{Op, REGISTERS, RunAnswer, Value},
     sequence::Sequence,
 };
@@ -369,20 +373,12 @@ const REALM_CALLS: [u64; 16] = [
     IPA_STATE_GET,
     0xc400_0190,
     0xc400_0192,
-    0xc400_0196,
-    0xc400_0199,
+    REALM_CONFIG,
+    HOST_CALL,
     CPU_ON,
     CPU_ON,
     CPU_ON,
 ];
-const MEM_SHARE: u64 = 0xc600_0003;
-const MEM_UNSHARE: u64 = 0xc600_0004;
-const MEM_RELINQUISH: u64 = 0xc600_0009;
-const IPA_STATE_SET: u64 = 0xc400_0197;
-const IPA_STATE_GET: u64 = 0xc400_0198;
-const CPU_ON: u64 = 0xc400_0003;
-const CPU_OFF: u64 = 0x8400_0002;
-const SYSTEM_OFF: u64 = 0x8400_0008;
 
 /// Makes what a guest does.
 fn action(guest: GuestDraft, sequence: &Sequence<'_, '_>, slot: u8) -> Action {

@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+mod calls;
 pub mod coverage;
 pub mod draft;
 pub mod op;

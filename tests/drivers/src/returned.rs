@@ -5,6 +5,8 @@ use ravelin_abi::{Answer, ExitReason, VmKind};
 use ravelin_model::Difference;
 use ravelin_world::{CALL_REGISTERS, Door};
 
+use crate::calls::{HOST_CALL, IPA_STATE_SET, MEM_RELINQUISH, MEM_SHARE, MEM_UNSHARE, REALM_CONFIG};
+
 /// The first registers of a guest.
 pub(crate) type Registers = [u64; CALL_REGISTERS];
 
@@ -24,16 +26,6 @@ pub(crate) struct Returned {
     /// What the host was told that the guest waits for, if it was, and what it has answered.
     pub(crate) answered: Option<(ExitReason, Answer)>,
 }
-
-// pKVM's calls that may wait for the host.
-const MEM_SHARE: u64 = 0xc600_0003;
-const MEM_UNSHARE: u64 = 0xc600_0004;
-const MEM_RELINQUISH: u64 = 0xc600_0009;
-
-// Those of RSI.
-pub(crate) const REALM_CONFIG: u64 = 0xc400_0196;
-const IPA_STATE_SET: u64 = 0xc400_0197;
-pub(crate) const HOST_CALL: u64 = 0xc400_0199;
 
 /// INVALID_PARAMETER of SMCCC.
 const INVALID: u64 = (-3_i64).cast_unsigned();

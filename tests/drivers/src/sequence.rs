@@ -11,10 +11,11 @@ use ravelin_model::{
 use ravelin_world::{Action, Door, Happened, Layout, Outcome, World, vm_sizes};
 
 use crate::{
+    calls::{CPU_OFF, HOST_CALL, REALM_CONFIG},
     coverage::{ACCESS, Coverage},
     op::{Op, REGISTERS, RunAnswer, Value},
     real::RealWorld,
-    returned::{HOST_CALL, REALM_CONFIG, Registers, Returned},
+    returned::{Registers, Returned},
 };
 
 /// How often everything is compared, in steps: all of memory, all VMs, all contents. Each step compares what it is about.
@@ -23,9 +24,6 @@ const THOROUGH: u64 = 256;
 /// Why a vCPU is left at an instruction.
 const WAITS: [ExitReason; 5] =
     [ExitReason::Mmio, ExitReason::PageFault, ExitReason::Unshare, ExitReason::NeedsTables, ExitReason::HostCall];
-
-/// The call of PSCI that a guest does not come back from.
-const CPU_OFF: u64 = 0x8400_0002;
 
 /// What is known of a vCPU.
 #[derive(Clone, Copy, Debug, Default)]
