@@ -7,7 +7,6 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use sha2::{Digest, Sha256};
 
 use crate::setup::packages::Manifest;
 use crate::setup::{self, KERNEL_TOOLS, Needs, SOURCE};
@@ -49,7 +48,7 @@ fn dir() -> Result<PathBuf> {
     let config = config()?;
     let manifest = Manifest::load()?;
     let version = manifest.version(SOURCE)?;
-    let sum: String = Sha256::digest(&config).iter().take(6).map(|byte| format!("{byte:02x}")).collect();
+    let sum = workspace::digest(config, 6);
     Ok(workspace::cache_dir()?.join(format!("guest-kernel_{version}_{sum}")))
 }
 

@@ -4,6 +4,7 @@ use std::env;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use sha2::{Digest, Sha256};
 
 /// Root of the checkout.
 pub(crate) fn root() -> PathBuf {
@@ -56,6 +57,11 @@ pub(crate) fn files_below(dir: &Path) -> Result<Vec<PathBuf>> {
     }
     files.sort();
     Ok(files)
+}
+
+/// The first `bytes` bytes of the SHA-256 of some data, in hexadecimal: a name for it.
+pub(crate) fn digest(data: impl AsRef<[u8]>, bytes: usize) -> String {
+    Sha256::digest(data).iter().take(bytes).map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Path of a program in `$PATH`.

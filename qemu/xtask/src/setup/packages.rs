@@ -176,9 +176,8 @@ impl Pin {
 
     /// File that says that a package is in a tree, with these members.
     fn stamp(&self, tree: &Path, package: &str, version: &str) -> PathBuf {
-        let members: Vec<_> =
-            Sha256::digest(self.members.join(" ")).iter().take(4).map(|b| format!("{b:02x}")).collect();
-        tree.join(format!(".{}-{}", directory(package, version), members.concat()))
+        let members = workspace::digest(self.members.join(" "), 4);
+        tree.join(format!(".{}-{members}", directory(package, version)))
     }
 
     fn same_package(&self, other: &Self) -> bool {

@@ -13,7 +13,6 @@ use std::{env, fs};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
-use sha2::{Digest, Sha256};
 
 use super::Report;
 use crate::setup::rust;
@@ -137,13 +136,12 @@ fn results_dir(dir: &Path, name: &str) -> Result<PathBuf> {
     let root = workspace::root();
     let mut files = workspace::files_below(&root.join("hyp").join(name))?;
     files.push(root.join(".cargo/mutants.toml"));
-    let mut hash = Sha256::new();
+    let mut all = String::new();
     for file in files {
         let contents = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
-        hash.update(file.strip_prefix(&root)?.as_os_str().as_encoded_bytes());
-        hash.update(Sha256::digest(contents));
+        all += &format!("{} {}\n", file.strip_prefix(&root)?.display(), workspace::digest(contents, 32));
     }
-    let current = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect::<String>();
+    let current = workspace::digest(all, 8);
     for entry in fs::read_dir(dir).into_iter().flatten() {
         let entry = entry?;
         if entry.file_name() != *current {

@@ -136,19 +136,17 @@ fn write_changed(path: &Path, content: &[u8]) -> Result<()> {
     fs::write(path, content).with_context(|| path.display().to_string())
 }
 
-/// Removes the files below a directory that are not among those to keep, other than in `skipped`: what has been moved would
-/// be there twice.
+/// Removes the files below a directory that are not among those to keep, other than in `skipped`, one of its folders: what has
+/// been moved would be there twice.
 fn remove_others(dir: &Path, keep: &BTreeSet<PathBuf>, skipped: &Path) -> Result<()> {
     for entry in fs::read_dir(dir).with_context(|| dir.display().to_string())? {
-        let entry = entry?;
-        let path = entry.path();
-        if path == skipped || keep.contains(&path) {
+        let path = entry?.path();
+        if path == skipped {
             continue;
         }
-        if entry.file_type()?.is_dir() {
-            remove_others(&path, keep, skipped)?;
-        } else {
-            fs::remove_file(&path).with_context(|| path.display().to_string())?;
+        let files = if path.is_dir() { workspace::files_below(&path)? } else { vec![path] };
+        for file in files.iter().filter(|file| !keep.contains(*file)) {
+            fs::remove_file(file).with_context(|| file.display().to_string())?;
         }
     }
     Ok(())
