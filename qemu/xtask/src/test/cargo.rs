@@ -60,11 +60,15 @@ pub(super) fn clippy(_full: bool, report: &mut Report) -> Result<()> {
     report.check("this machine", process::run(&mut here));
 
     setup::ensure(&Needs { bare_metal: true, ..Needs::default() })?;
-    for features in [&[][..], &["--features", "ravelin/checked"]] {
+    let variants = [
+        ("bare metal", &[][..]),
+        ("bare metal, checking build", &["--features", "ravelin/checked"]),
+        ("bare metal, build with a trace", &["--features", "ravelin/trace"]),
+    ];
+    for (name, features) in variants {
         let mut bare = rust::cargo("clippy")?;
         bare.arg("--quiet").args(BARE_METAL.iter().flat_map(|package| ["--package", package]));
         bare.args(features).args(deny);
-        let name = if features.is_empty() { "bare metal" } else { "bare metal, checking build" };
         report.check(name, process::run(&mut bare));
     }
 
