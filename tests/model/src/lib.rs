@@ -16,9 +16,10 @@
 //!
 //! Calls happen one after the other. Where the outcome depends on what no map of pages can know, a set of outcomes is
 //! allowed, each of which the model follows exactly: that tables are missing (NO_MEMORY, NEEDS_TABLES), that a vCPU runs
-//! (BUSY, unless [`Model::is_sequential`]), and how much of a long range one call does. What registers of vCPUs hold, what the host is told in a run page (which range it is
-//! asked to release, at which address a guest lacks a page), SMCs, and interrupts are not its subject, nor is EL2's stage 1 where
-//! nothing is the host's or a guest's; the checking build sees that it stays there as it was.
+//! (BUSY, unless [`Model::is_sequential`]), and how much of a long range one call does. What registers of vCPUs hold, what the
+//! host is told in a run page (which range it is asked to release, at which address a guest lacks a page), SMCs, and interrupts
+//! are not its subject, nor is EL2's stage 1 where nothing is the host's or a guest's; the checking build sees that it stays there
+//! as it was.
 //!
 //! # What it does not know by itself
 //!

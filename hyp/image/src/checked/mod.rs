@@ -44,8 +44,8 @@ const WINDOW: u64 = 3 << 46;
 /// Exits between two comparisons of all of memory.
 const THOROUGH: u64 = 256;
 
-/// Whether a CPU has its turn. No data depend on a turn: they have locks of their own. Turns come in no order: in QEMU, the thread of
-/// the CPU whose turn it would be may wait for a processor.
+/// Whether a CPU has its turn. No data depend on a turn: they have locks of their own. Turns come in no order: in QEMU, the
+/// thread of the CPU whose turn it would be may wait for a processor.
 static TAKEN: AtomicBool = AtomicBool::new(false);
 
 static START: Once<Start> = Once::new();
@@ -170,7 +170,8 @@ fn is_zero(page: PhysAddr) -> bool {
     assert!(start().is_ram(page), "{page} is not RAM");
     let start = core::ptr::with_exposed_provenance::<u64>((WINDOW + page.raw()) as usize);
     (0..PAGE_SIZE as usize / size_of::<u64>()).all(|index| {
-        // SAFETY: The window maps all of RAM, where the page is, and the index stays in the page. Whoever else has the page may write to it.
+        // SAFETY: The window maps all of RAM, where the page is, and the index stays in the page. Whoever else has the page may
+        // write to it.
         let word = unsafe { start.wrapping_add(index).read_volatile() };
         word == 0
     })
