@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
-use std::{env, fs};
+use std::{env, fs, thread};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
@@ -29,6 +29,9 @@ const VERSION: &str = "27.1.0";
 
 /// Mutants that no test catches, each with the reason.
 const SURVIVORS: &str = "tests/mutants/survivors.toml";
+
+/// Mutants that are tested at a time. Each takes some hundred megabytes.
+const MOST_JOBS: usize = 8;
 
 /// What a crate may take.
 const LIMIT: Duration = Duration::from_secs(24 * 3600);
@@ -115,8 +118,8 @@ fn mutate(tool: &Path, name: &str, shard: Option<&str>) -> Result<BTreeMap<Strin
     if let Some(shard) = shard {
         cargo.args(["--sharding", "round-robin", "--shard", shard]);
     }
-    // Each run copies the sources elsewhere; what the crates depend on need not be built again.
-    cargo.arg(format!("--cargo-arg=--target-dir={}", dir.join("build").display()));
+    // A mutant keeps one CPU busy. Each job has a copy of the sources, and builds what the crate depends on once.
+    cargo.args(["--jobs", &thread::available_parallelism().map_or(1, usize::from).min(MOST_JOBS).to_string()]);
     // Built more often than run; what it depends on stays optimized.
     cargo.arg(format!("--cargo-arg=--config=profile.quick.package.ravelin-{name}.opt-level=0"));
     let mut child = cargo.spawn().with_context(|| format!("cannot start {}", process::line(&cargo)))?;
