@@ -331,7 +331,10 @@ fn an_ordinary_vm_borrows() {
         world.map(handle, GUEST, pages(PAYLOAD, 512)).unwrap();
         world.map(handle, GUEST + BLOCK, pages(PAYLOAD + BLOCK, 4)).unwrap();
         world.seal(handle);
-        vms.unmap(memory, handle, frames(GUEST + BLOCK, 2)).unwrap();
+        let returned = frames(GUEST + BLOCK, 2);
+        vms.unmap(memory, handle, returned).unwrap();
+        assert_eq!(vms.unmap(memory, handle, returned).unwrap_err().status, Status::Absent, "twice");
+        assert_eq!(world.counts().host_lent, 514);
         assert_eq!(world.call(handle, [0xc600_0003, GUEST, 0, 0]).0, None);
         world.end(handle, VmKind::Ordinary);
     });
