@@ -557,7 +557,9 @@ fn boots_again() -> Result<()> {
     let reached = sink.reached();
     let console = String::from_utf8_lossy(&console);
     ensure!(reached, "{:?}; the console is\n{console}", end.map_err(|error| error.to_string()));
-    ensure!(console.matches("ravelin: version").count() == BOOTS, "the hypervisor did not start again");
+    // What came with the last answer may be of the next start already.
+    let starts = console.matches("ravelin: version").count();
+    ensure!(starts >= BOOTS, "the hypervisor started {starts} times; the console is\n{console}");
     Ok(())
 }
 
