@@ -236,6 +236,9 @@ mod tests {
         assert_eq!(context.pstate, 0b0101 | 0xf << 6);
         // M, A, C, SA, I, EE and E0E.
         assert_eq!(context.sctlr_el1 & (1 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 12 | 1 << 25 | 1 << 24), 0);
+        // EOS, EIS, TSCXT, SPAN, nTLSMD and LSMAOE.
+        let res1 = 1 << 11 | 1 << 22 | 1 << 20 | 1 << 23 | 1 << 28 | 1 << 29;
+        assert_eq!(context.sctlr_el1, res1);
         let rest = Context { pc: 0, x: [0; 31], vmpidr_el2: 0, pstate: 0, sctlr_el1: 0, ..context };
         assert_eq!(rest, Context::default());
         assert_eq!(context.next_timer(0), None);

@@ -224,7 +224,14 @@ mod tests {
     #[test]
     fn other_aborts_keep_their_status() {
         for status in [0x10, 0x21, 0x30, 0x35] {
-            assert_eq!(trapped(DATA | status, EL0).abort(NONE).esr & 0x3f, status);
+            let abort = |esr| trapped(esr | status, EL0).abort(NONE).esr;
+            assert_eq!(abort(DATA), DATA | 1 << 25 | status);
+            assert_eq!(
+                abort(DATA | 0x1f << 16 | 1 << 24 | 1 << 7),
+                DATA | 1 << 25 | status,
+                "the rest is for EL2 only"
+            );
+            assert_eq!(abort(DATA | 1 << 10), DATA | 1 << 25 | 1 << 10 | status, "that the address is not there");
         }
     }
 
@@ -282,6 +289,7 @@ mod tests {
 
         let dit = PstateFeatures { dit: true, ..NONE };
         assert_eq!(pstate(dit, quiet, 1 << 24), 1 << 24);
+        assert_eq!(pstate(dit, quiet, 1 << 22), 0);
         assert_eq!(pstate(NONE, quiet, 1 << 24), 0);
 
         let ssbs = PstateFeatures { ssbs: true, ..NONE };
