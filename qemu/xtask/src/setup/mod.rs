@@ -156,7 +156,7 @@ fn has_qemu() -> bool {
 }
 
 /// Major and minor version of qemu-system-aarch64, if there is one.
-fn qemu_version() -> Option<(u32, u32)> {
+pub(crate) fn qemu_version() -> Option<(u32, u32)> {
     let output = Command::new("qemu-system-aarch64").arg("--version").output().ok()?;
     parse_qemu_version(&String::from_utf8_lossy(&output.stdout))
 }

@@ -1,5 +1,6 @@
 //! `cargo xtask test`: every test, in suites, with a summary.
 
+mod bench;
 mod boots;
 mod cargo;
 mod conformance;
@@ -55,6 +56,11 @@ const SUITES: &[Suite] = &[
     Suite { name: "guests", about: "the payload as the host of guests in QEMU", run: conformance::guests },
     Suite { name: "seeded", about: "the checking build stops at bugs that are put into it", run: seeded::run },
     Suite { name: "trace", about: "what the payload makes of translation tables breaks no rule", run: trace::run },
+    Suite {
+        name: "bench",
+        about: "counts of instructions and invalidations, beside the committed ones",
+        run: bench::run,
+    },
     Suite { name: "linux", about: "a stock Linux as the host in QEMU", run: linux::run },
     Suite { name: "kvm", about: "the kernel module's /dev/kvm and guest_memfd, from the host", run: kvm::run },
     Suite { name: "demo", about: "guests on that host from start to end, and an attack on them", run: demo::run },

@@ -1,0 +1,257 @@
+//! `cargo xtask bench`: counts what the hypervisor costs and prints it beside the targets. docs/benchmarks.md describes
+//! the method.
+
+mod baseline;
+mod event;
+mod linux;
+mod profile;
+mod report;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use clap::Args;
+
+use crate::image::{self, BUDGET, Variant};
+use crate::qemu::Outcome;
+use crate::run::{self, Ready};
+use crate::{process, workspace};
+use event::Event;
+use report::Report;
+
+/// Sizes of RAM in MiB, and what pKVM reserves in them, in MiB.
+const MEMORY: [(u64, Option<f64>); 6] =
+    [(512, Some(8.0)), (1024, Some(12.0)), (2048, Some(18.0)), (4096, Some(30.0)), (8192, Some(54.0)), (16384, None)];
+
+/// Size of RAM in MiB for everything that is measured once.
+const USUAL_MEMORY: u64 = 2048;
+
+/// The payload's tests that measure.
+const CALLS: &str = "bench.calls";
+const GUESTS: &str = "bench.guests";
+
+/// The most memory that a CPU should take: 12 KiB.
+const CPU_BUDGET: f64 = 12288.0;
+
+/// How long a machine may run; counting makes it several times slower.
+const TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Options of `bench`.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Options {
+    /// Also write the numbers to FILE, as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Compare what is counted quickly with tests/bench/baseline.json, and fail if a count has grown by more than 5 %
+    #[arg(long)]
+    check: bool,
+    /// Print instead in which functions of the hypervisor the instructions are executed
+    #[arg(long, conflicts_with_all = ["json", "check"])]
+    profile: bool,
+}
+
+/// `cargo xtask bench`.
+pub(crate) fn bench(options: &Options) -> Result<ExitCode> {
+    let bench = Bench::new()?;
+    if options.profile {
+        bench.profile()?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let report = if options.check { bench.measure(&[USUAL_MEMORY])? } else { bench.measure_all()? };
+    print!("{}", report.text);
+    if let Some(path) = &options.json {
+        fs::write(path, report.json()?).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    if options.check {
+        println!("\n{}", compare(&report)?);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Compares what is counted quickly with the baseline, and says how many counts there are.
+pub(crate) fn check() -> Result<String> {
+    compare(&Bench::new()?.measure(&[USUAL_MEMORY])?)
+}
+
+fn compare(report: &Report) -> Result<String> {
+    baseline::compare(&baseline::load(&workspace::root().join(baseline::FILE))?, &report.rows())
+}
+
+/// 2.25 MiB per GiB and 2 MiB.
+fn carve_out_budget(memory: u64) -> f64 {
+    memory as f64 / 1024.0 * 2.25 + 2.0
+}
+
+/// What is built once.
+struct Bench {
+    plugin: PathBuf,
+    payload: PathBuf,
+    guest: PathBuf,
+}
+
+/// What a run of the payload shows.
+struct PayloadRun {
+    /// Counts until the first instruction at EL1.
+    start: Event,
+    /// Size of the carve-out in bytes, if the payload says it.
+    carve_out: Option<u64>,
+    /// For VMs of so many vCPUs, how many pages a VM takes and how many each vCPU.
+    sizes: Vec<[u64; 3]>,
+    calls: Vec<Call>,
+}
+
+/// A measurement of the payload.
+#[derive(Clone, Debug, PartialEq)]
+struct Call {
+    name: String,
+    /// Pages of the range; 0 for calls without one.
+    pages: u64,
+    /// Whether the call met memory that was used before.
+    again: bool,
+    counts: Event,
+}
+
+impl Bench {
+    fn new() -> Result<Self> {
+        Ok(Self { plugin: build_plugin()?, payload: image::payload()?, guest: image::guest()? })
+    }
+
+    /// Counts everything.
+    fn measure_all(&self) -> Result<Report> {
+        let mut report = self.measure(&MEMORY.map(|(size, _)| size))?;
+        report.section("Linux as the host, 2 CPUs: entries into EL2 without PSCI idle calls");
+        self.host(&mut report)?;
+        report.end();
+        Ok(report)
+    }
+
+    /// Counts what the payload shows, in RAM of these sizes in MiB, in ascending order.
+    fn measure(&self, sizes_of_memory: &[u64]) -> Result<Report> {
+        let mut report = Report::default();
+        let sizes = image::build(Variant::default())?.sizes;
+        report.section("Image, bytes");
+        report.add("image.text", sizes.text as f64);
+        report.add("image.rodata", sizes.rodata as f64);
+        report.add("image.data", sizes.data as f64);
+        report.add("image.total", sizes.total() as f64).target(BUDGET as f64).pkvm(151_552.0);
+        report.add("image.bss", sizes.bss as f64);
+        let per_cpu = ravelin_platform::CPU_BLOCK_SIZE as f64;
+        report.add("image.per-cpu", per_cpu).target(CPU_BUDGET).pkvm(14512.0 + 4096.0);
+
+        let calls = self.twice(CALLS)?;
+        let guests = self.twice(GUESTS)?;
+        let mut starts = Vec::new();
+        for &memory in sizes_of_memory {
+            let other = if memory == USUAL_MEMORY { None } else { Some(self.payload(memory, CALLS)?) };
+            let run = other.as_ref().unwrap_or(&calls);
+            let carve_out = run.carve_out.context("the payload has found no carve-out")?;
+            starts.push((memory, run.start.get("el2.instructions") as f64, carve_out as f64 / f64::from(1 << 20)));
+        }
+        report.section("Carve-out, MiB");
+        for (memory, _, carve_out) in &starts {
+            let pkvm = MEMORY.iter().find(|(size, _)| size == memory).and_then(|(_, pkvm)| *pkvm);
+            report.add(format!("carve-out.{memory}M"), *carve_out).target(carve_out_budget(*memory)).pkvm = pkvm;
+        }
+        report.section("Start-up of the first CPU, EL2 instructions until the host's first");
+        for (memory, start, _) in &starts {
+            report.add(format!("start.{memory}M"), *start);
+        }
+        // From 1 GiB on.
+        if let [_, (one, of_one, _), .., (most, of_most, _)] = starts[..] {
+            report.add("start.growth-per-GiB", (of_most - of_one) / ((most - one) as f64 / 1024.0));
+        }
+        report.calls("EL2 instructions", &calls.calls)?;
+
+        report.section("Memory of EL2 for guests, bytes");
+        for [vcpus, vm, vcpu] in &guests.sizes {
+            report.add(format!("guests.vm-of-{vcpus}"), (vm * 4096) as f64);
+            report.add(format!("guests.vcpu-of-{vcpus}"), (vcpu * 4096) as f64);
+        }
+        report.calls("Guests, EL2 instructions", &guests.calls)?;
+        report.blocks(&guests.calls)?;
+        Ok(report)
+    }
+
+    /// Runs a test of the payload twice, in the usual RAM.
+    fn twice(&self, test: &str) -> Result<PayloadRun> {
+        let (first, second) = (self.payload(USUAL_MEMORY, test)?, self.payload(USUAL_MEMORY, test)?);
+        ensure!(first.calls == second.calls, "two runs of {test} have different counts");
+        Ok(first)
+    }
+
+    fn payload_options(&self, memory: u64, test: &str) -> run::Options {
+        run::Options {
+            cpu: Some("cortex-a72".into()),
+            smp: Some(1),
+            memory: Some(format!("{memory}M")),
+            host_image: Some(self.payload.display().to_string()),
+            host_initrd: Some(self.guest.clone()),
+            append: Some(format!("test={test}")),
+            ..run::Options::default()
+        }
+    }
+
+    /// Runs a test of the payload in that many MiB of RAM.
+    fn payload(&self, memory: u64, test: &str) -> Result<PayloadRun> {
+        let (console, events) = self.run(&self.payload_options(memory, test), "", Outcome::Ended(0))?;
+        let words = |line: &str, first: &str| -> Option<Vec<String>> {
+            Some(line.trim().strip_prefix(first)?.strip_prefix(' ')?.split(' ').map(str::to_owned).collect())
+        };
+        let carve_out = console.lines().find_map(|line| words(line, "bench-carve-out")?.first()?.parse().ok());
+        let sizes = console.lines().filter_map(|line| words(line, "bench-vm")).map(|words| {
+            let numbers = words.iter().map(|word| word.parse()).collect::<Result<Vec<u64>, _>>()?;
+            numbers.try_into().map_err(|words| anyhow!("the payload says {words:?} of the size of VMs"))
+        });
+        let labels: Vec<_> = console.lines().filter_map(|line| words(line, "bench")).collect();
+        // Each measurement lies between a mark 0 and a mark 1.
+        let counts: Vec<_> = events.iter().filter(|event| event.kind == "mark" && event.get("number") == 1).collect();
+        ensure!(labels.len() == counts.len(), "{} labels for {} measurements", labels.len(), counts.len());
+        let calls = labels.iter().zip(counts).map(|(label, counts)| {
+            let [name, pages, round] = &label[..] else { bail!("the payload says {label:?}") };
+            let mut counts = counts.clone();
+            counts.fields.remove("nanoseconds"); // the only field that differs from run to run
+            Ok(Call { name: name.clone(), pages: pages.parse()?, again: round != "0", counts })
+        });
+        Ok(PayloadRun {
+            start: events.iter().find(|event| event.kind == "first-el1").context("EL1 was never reached")?.clone(),
+            carve_out,
+            sizes: sizes.collect::<Result<_>>()?,
+            calls: calls.collect::<Result<_>>()?,
+        })
+    }
+
+    /// Runs a machine with the counter and returns its console and the counter's report.
+    fn run(&self, options: &run::Options, plugin_option: &str, expected: Outcome) -> Result<(String, Vec<Event>)> {
+        let mut options = options.clone();
+        let counts = workspace::output_dir()?.join("counts.txt");
+        let comma = |path: &Path| path.display().to_string().replace(',', ",,");
+        options.qemu_arg.push("-plugin".into());
+        options.qemu_arg.push(format!("file={},out={}{plugin_option}", comma(&self.plugin), comma(&counts)));
+        let mut console = Vec::new();
+        let outcome = Ready::new(&options)?.run(&mut console, Some(TIMEOUT))?;
+        let console = String::from_utf8_lossy(&console).into_owned();
+        ensure!(outcome == expected, "{outcome:?} instead of {expected:?}; the console:\n{console}");
+        let report = fs::read_to_string(&counts).with_context(|| format!("no counts in {}", counts.display()))?;
+        Ok((console, report.lines().map(Event::parse).collect::<Result<_>>()?))
+    }
+}
+
+/// The plugin, built for this machine.
+fn build_plugin() -> Result<PathBuf> {
+    process::run(process::cargo().args(["build", "--release", "--package", "ravelin-counter"]))?;
+    Ok(workspace::target_dir()?.join("release/libravelin_counter.so"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_budget_of_the_carve_out_grows_with_ram() {
+        assert_eq!(carve_out_budget(512), 3.125);
+        assert_eq!(carve_out_budget(8192), 20.0);
+    }
+}
