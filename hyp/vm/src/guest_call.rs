@@ -53,10 +53,10 @@ pub fn call<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: &
         UID => context.set_results(KVM_UID),
         FEATURES => context.set_results([features, 0, 0, 0]),
         _ if features == ORDINARY_FEATURES => return None,
-        HYP_MEMINFO if [address, second, third] == [0; 3] => context.set_results([PAGE_SIZE, HAS_RANGE, 0, 0]),
+        HYP_MEMINFO if address | second | third == 0 => context.set_results([PAGE_SIZE, HAS_RANGE, 0, 0]),
         HYP_MEMINFO => refuse(context),
         MMIO_GUARD => {
-            let guarded = [second, third] == [0; 2] && guard(transitions, guest, address);
+            let guarded = second | third == 0 && guard(transitions, guest, address);
             context.set_results([if guarded { SUCCESS } else { INVALID_PARAMETER }, 0, 0, 0]);
         }
         MEM_SHARE => {

@@ -33,6 +33,8 @@ pub(crate) struct Boot {
     pub(crate) machine: Machine,
     /// The hypervisor and its command line; none starts the host at EL1.
     pub(crate) hypervisor: Option<(Image, String)>,
+    /// Whether the host starts at EL2 in that case.
+    pub(crate) el2: bool,
     /// The host's image.
     pub(crate) kernel: PathBuf,
     /// Where the user wants it.
@@ -96,7 +98,7 @@ pub(crate) struct Prepared {
 pub(crate) fn prepare(boot: &Boot, scratch: &Scratch) -> Result<Prepared> {
     let machine = &boot.machine;
     let mut qemu = program();
-    let virtualization = if boot.hypervisor.is_some() { ",virtualization=on" } else { "" };
+    let virtualization = if boot.hypervisor.is_some() || boot.el2 { ",virtualization=on" } else { "" };
     qemu.arg("-machine").arg(format!("{}{virtualization}", machine.machine));
     qemu.args(["-cpu", &machine.cpu, "-smp", &machine.smp.to_string()]);
     qemu.args(["-m", &format!("{}M", machine.memory_bytes()? >> 20)]);

@@ -89,6 +89,9 @@ pub(crate) struct Options {
     /// Leave the kernel module, the VMM and the guests out of the host's initramfs
     #[arg(long)]
     pub(crate) bare: bool,
+    /// Whether a host without the hypervisor starts at EL2.
+    #[arg(skip)]
+    pub(crate) el2: bool,
     /// Whether the host gets the kernel module, the VMM and guests.
     #[arg(skip)]
     pub(crate) guests: bool,
@@ -183,10 +186,10 @@ impl Ready {
             let image = image::build(Variant { checked: options.checked, trace, dev: options.dev })?;
             Some((image, hypervisor_arguments(options)))
         };
-        let Options { semihosting, icount, .. } = *options;
+        let Options { semihosting, icount, el2, .. } = *options;
         let (trace, arguments) = (options.trace.clone(), options.qemu_arg.clone());
         let boot =
-            Boot { machine, hypervisor, kernel, address, initrd, bootargs, semihosting, trace, icount, arguments };
+            Boot { machine, hypervisor, el2, kernel, address, initrd, bootargs, semihosting, trace, icount, arguments };
         Ok(Self { boot, scratch, marker })
     }
 

@@ -6,6 +6,7 @@ mod event;
 mod linux;
 mod profile;
 mod report;
+mod side_by_side;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -124,6 +125,7 @@ impl Bench {
         let mut report = self.measure(&MEMORY.map(|(size, _)| size))?;
         report.section("Linux as the host, 2 CPUs: entries into EL2 without PSCI idle calls");
         self.host(&mut report)?;
+        self.side_by_side(&mut report)?;
         report.end();
         Ok(report)
     }

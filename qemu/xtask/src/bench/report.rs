@@ -44,7 +44,7 @@ pub(super) struct Report {
 }
 
 impl Report {
-    fn line(&mut self, line: std::fmt::Arguments<'_>) {
+    pub(super) fn line(&mut self, line: std::fmt::Arguments<'_>) {
         // Writing to a string cannot fail.
         let _ = writeln!(self.text, "{line}");
     }
@@ -130,8 +130,13 @@ impl Report {
                 self.add(format!("{name}.entries"), call.counts.sum("entry.") as f64);
             }
         }
-        self.printed = self.numbers.len();
+        self.printed_already();
         Ok(())
+    }
+
+    /// The numbers that have been added are in a table that has been printed.
+    pub(super) fn printed_already(&mut self) {
+        self.printed = self.numbers.len();
     }
 
     /// Compares 512 pages as a block with 8 single pages.

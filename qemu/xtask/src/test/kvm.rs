@@ -95,7 +95,7 @@ fn file(path: &str, contents: Vec<u8>) -> ExtraFile {
 }
 
 /// What the host of that kernel gets.
-fn files(kernel: Kernel) -> Result<Vec<ExtraFile>> {
+pub(crate) fn files(kernel: Kernel) -> Result<Vec<ExtraFile>> {
     let read = |path: &std::path::Path| fs::read(path).with_context(|| path.display().to_string());
     Ok(vec![
         file("lib/ravelin/ravelin.ko", read(&module::build(kernel)?.module)?),

@@ -9,7 +9,7 @@ mod demo;
 mod drivers;
 mod fuzz;
 mod gates;
-mod kvm;
+pub(crate) mod kvm;
 mod linux;
 mod module;
 mod mutants;

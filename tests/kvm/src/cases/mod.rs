@@ -4,6 +4,7 @@ use crate::runner::Case;
 
 mod attack;
 mod attributes;
+mod bench;
 mod convert;
 mod ioctls;
 mod irq;
@@ -25,6 +26,7 @@ pub(crate) const GROUPS: &[(&str, &[Case])] = &[
     ("attack", attack::CASES),
     ("irq", irq::CASES),
     ("life", life::CASES),
+    ("bench", bench::CASES),
 ];
 
 /// A table of cases: functions, the kinds of VMs that they run for, and what else there is to say about them.
