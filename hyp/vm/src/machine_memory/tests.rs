@@ -217,6 +217,9 @@ impl World<'_, '_> {
     fn end(&self, handle: Handle, kind: VmKind) {
         let Self { memory, vms } = self;
         vms.teardown(memory, handle).unwrap();
+        if !vms.with_guest(handle, |guest| guest.memory().is_empty()).unwrap() {
+            assert_eq!(vms.destroy(memory, handle), Err(Status::Busy.into()));
+        }
         let mut base = 0;
         let end = if kind == VmKind::Realm { 1 << 39 } else { 1 << 40 };
         while base < end {
@@ -236,6 +239,8 @@ fn a_pkvm_guest_from_the_cradle_to_the_grave() {
         let handle = world.create(VmKind::Pkvm, 8);
         world.map(handle, GUEST, pages(PAYLOAD, 512)).unwrap();
         world.map(handle, GUEST + BLOCK, pages(PAYLOAD + BLOCK, 3)).unwrap();
+        let owner = |at| memory.owner(PhysAddr::new(at).unwrap());
+        assert_eq!([PAYLOAD, PAYLOAD + 2 * BLOCK].map(owner), [Some(handle.slot()), None]);
         world.seal(handle);
         world.log();
 
@@ -444,6 +449,12 @@ fn vms_are_small_enough_for_the_stack() {
 }
 
 #[test]
+fn roots_are_as_large_as_the_addresses_ask() {
+    let pages = |ipa_bits| TestMemory::root_pages(VmAttributes { ipa_bits, ..attributes(VmKind::Pkvm) });
+    assert_eq!([36, 39, 40].map(pages), [1, 1, 2]);
+}
+
+#[test]
 fn each_reason_has_its_status() {
     let told = |status, detail| Refusal { status, detail };
     for (reason, expected) in [
@@ -461,6 +472,10 @@ fn each_reason_has_its_status() {
     ] {
         assert_eq!(refusal(reason, 7), expected);
     }
+    let page = PhysAddr::new(PAYLOAD).unwrap();
+    let hosts = |reason| Refusal::from(Failure { reason, page });
+    assert_eq!(hosts(Reason::PinLimit), told(Status::Limit, PAYLOAD));
+    assert_eq!(hosts(Reason::NotRam), told(Status::NotRam, PAYLOAD));
     let ipa = Ipa::new(GUEST + 5).unwrap();
     let guest = |reason| GuestFailure::from(MemoryFailure { reason, ipa });
     assert_eq!(guest(GuestReason::Absent), GuestFailure::Absent(ipa.page()));
