@@ -307,6 +307,21 @@ fn what_is_disabled_leaves_its_list_register() {
 }
 
 #[test]
+fn a_vcpu_that_is_reset_is_not_waited_for() {
+    let mut world = World::new(2, 4);
+    world.enable(0, 40, 0x80);
+    world.route(0, 40, affinity(1).into());
+    world.lazy = true;
+    world.raise(40, true);
+    world.flush();
+    world.write_bit(0, ICENABLER, 40);
+    assert_eq!(world.read(0, GICD, 0) >> 31, 1);
+    let _ = world.gic().reset_vcpu(1);
+    assert_eq!(world.read(0, GICD, 0) >> 31, 0);
+    assert_eq!(world.read(0, rd(1), 0), 0);
+}
+
+#[test]
 fn pending_interrupts_follow_their_route() {
     let mut world = World::new(3, 4);
     world.enable(0, 40, 0x80);
