@@ -74,7 +74,7 @@ pub use mmio::{Access, Frame, Outcome, RedistributorFrame, Unsupported};
 pub use schedule::ListRegisters;
 pub use sgi::SgiRegister;
 pub use vcpu::VcpuGic;
-pub use vcpu_set::{VcpuSet, affinity};
+pub use vcpu_set::{VcpuSet, affinity, vcpu_of_affinity};
 
 /// Most vCPUs that one VM can have.
 pub const MAX_VCPUS: usize = 128;

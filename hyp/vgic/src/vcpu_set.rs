@@ -80,7 +80,8 @@ pub fn affinity(vcpu: usize) -> u32 {
 }
 
 /// Returns which vCPU has an affinity, in the layout of [`affinity`], if any VM can have such a vCPU.
-pub(crate) fn vcpu_of_affinity(raw: u32) -> Option<usize> {
+#[must_use]
+pub fn vcpu_of_affinity(raw: u32) -> Option<usize> {
     let vcpu = usize::try_from((raw >> 8).checked_mul(CLUSTER)?.checked_add(raw & 0xff)?).ok()?;
     (vcpu < MAX_VCPUS && affinity(vcpu) == raw).then_some(vcpu)
 }

@@ -22,7 +22,7 @@ use ravelin_sync::atomic::{
     AtomicU8, AtomicU64,
     Ordering::{Acquire, Relaxed, Release},
 };
-use ravelin_vgic::{MAX_VCPUS, affinity};
+use ravelin_vgic::{affinity, vcpu_of_affinity};
 
 use crate::guest::NOT_SUPPORTED;
 
@@ -231,10 +231,8 @@ fn psci<'a>(
     ipa_bits: u64,
 ) -> Result<FirmwareCall, ErrorCode> {
     let find = |mpidr: Mpidr| {
-        let vcpu = usize::from(mpidr.aff1).saturating_mul(16).saturating_add(mpidr.aff0.into());
-        let exists = vcpu < MAX_VCPUS && u64::from(mpidr) == u64::from(affinity(vcpu));
-        let power = if exists { vcpus(vcpu) } else { None };
-        power.map(|power| (vcpu, power)).ok_or(ErrorCode::InvalidParameters)
+        let vcpu = u32::try_from(u64::from(mpidr)).ok().and_then(vcpu_of_affinity);
+        vcpu.and_then(|vcpu| Some((vcpu, vcpus(vcpu)?))).ok_or(ErrorCode::InvalidParameters)
     };
 
     let [x0, ..] = registers;
@@ -290,6 +288,8 @@ mod tests {
     mod models;
 
     use std::sync::Barrier;
+
+    use ravelin_vgic::MAX_VCPUS;
 
     use super::*;
 
