@@ -169,7 +169,8 @@ impl<P: TablePool> Inner<'_, P> {
         plan: &Plan,
         change: &Change,
     ) {
-        let takes_from_host = change.from.contains(&State::GUEST_CLAIMED) && !change.to.host_access();
+        // Of guests' pages the host has none but claimed ones in its tables.
+        let takes_from_host = plan.claimed && !change.to.host_access();
         let mut flush = Flush::new();
         let mut set = |at: Ipa, pages: PhysRange| {
             let mut owed = core::mem::take(&mut flush);
