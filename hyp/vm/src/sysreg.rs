@@ -292,6 +292,11 @@ mod tests {
     }
 
     #[test]
+    fn there_is_an_os_lock() {
+        assert_eq!(read([2, 0, 1, 1, 4]), SysregAction::Read(1 << 3));
+    }
+
+    #[test]
     fn one_direction_only() {
         // ID_AA64PFR0_EL1, OSLSR_EL1, ERRIDR_EL1, MDRAR_EL1.
         for encoding in [[3, 0, 0, 4, 0], [2, 0, 1, 1, 4], [3, 0, 5, 3, 0], [2, 0, 1, 0, 0]] {

@@ -1314,6 +1314,27 @@ fn the_virtual_timer_comes_once() {
 }
 
 #[test]
+fn a_timer_is_not_held_any_longer_than_to_the_next_exit() {
+    const ID_AA64PFR0_EL1: [u64; 5] = [3, 0, 0, 4, 0];
+    let world = World::new(VmKind::Pkvm);
+    world.enable(0, &[27]);
+    world.open_interface();
+    virtual_timer_fires(&world, 100);
+    // An exit that is handled at once otherwise.
+    world.cpu.then(|cpu, guest| {
+        assert!(cpu.state().timer_held);
+        guest.context.cntv_cval_el0 = cpu.state().now + 50;
+        sysreg(ID_AA64PFR0_EL1, 7, false)
+    });
+    world.cpu.then(|cpu, _| {
+        assert!(!cpu.state().timer_held);
+        load(DISTRIBUTOR, 7)
+    });
+    world.goes_on();
+    assert_eq!(world.cpu.left_to_do(), 0);
+}
+
+#[test]
 fn a_timer_that_is_edge_triggered_comes_once_for_each_edge() {
     let world = World::new(VmKind::Pkvm);
     world.enable(0, &[27]);
