@@ -108,8 +108,8 @@ impl GuestMemory {
     }
 
     /// Returns whether the guest has no pages, apart from those for its tables.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
+    #[cfg(test)]
+    pub(crate) fn is_empty(&self) -> bool {
         self.inner.lock().pages == 0
     }
 

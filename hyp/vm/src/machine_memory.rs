@@ -127,10 +127,6 @@ impl<P: TablePool, M: Machine + PageAccess> Transitions for MachineMemory<'_, '_
         Ok(self.memory.reclaim(self.machine, guest, range)?)
     }
 
-    fn is_empty(&self, guest: &GuestMemory) -> bool {
-        guest.is_empty()
-    }
-
     fn return_tables(&self, guest: &GuestMemory, most: u64) -> Result<u64, Refusal> {
         self.memory.release_guest_tables(self.machine, guest, most).map_err(|reason| refusal(reason, 0))
     }

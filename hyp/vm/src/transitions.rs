@@ -110,15 +110,12 @@ pub trait Transitions {
     /// Those of the host call VM_RECLAIM.
     fn reclaim(&self, guest: &Self::Guest, range: IpaRange) -> Result<u64, Refusal>;
 
-    /// Returns whether a guest has no pages, apart from those for its tables.
-    fn is_empty(&self, guest: &Self::Guest) -> bool;
-
-    /// Returns up to `most` pages for tables of an empty guest that never runs again to the host, scrubbed, and then how many
-    /// are left. With the last of them, nothing that hardware has cached of the guest is left either. The root stays.
+    /// Returns up to `most` pages for tables of a guest that never runs again to the host, scrubbed, and then how many are left.
+    /// With the last of them, nothing that hardware has cached of the guest is left either. The root stays.
     ///
     /// # Errors
     ///
-    /// NO_MEMORY.
+    /// BUSY if it has other pages; NO_MEMORY.
     fn return_tables(&self, guest: &Self::Guest, most: u64) -> Result<u64, Refusal>;
 
     /// Calls `read` with the contents of private pages, the first ones of `range`, in order and in pieces that divide a page.

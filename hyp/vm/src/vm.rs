@@ -607,16 +607,12 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     ///
     /// # Errors
     ///
-    /// WRONG_STATE unless it is dying; BUSY while it has memory, or anything else is done with it; those of
-    /// [`Transitions::return_tables`].
+    /// WRONG_STATE unless it is dying; BUSY while anything else is done with it; those of [`Transitions::return_tables`].
     #[inline(never)]
     pub fn destroy<T: Transitions<Guest = G>>(&self, transitions: &T, handle: Handle) -> Result<u64, Refusal> {
         self.table.alone(handle, |entry| {
             let vm = entry.as_mut().ok_or(Status::BadHandle)?;
             vm.demand(&[Stage::Dying])?;
-            if !transitions.is_empty(&vm.guest.memory) {
-                return Err(Status::Busy.into());
-            }
             let metadata = vm.metadata;
             let room = MAX_TAKE_BACK_PAGES.saturating_sub(metadata.pages());
             let (mut most, mut left) = (room, 0_u64);
