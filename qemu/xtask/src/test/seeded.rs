@@ -50,6 +50,8 @@ pub(super) fn run(full: bool, report: &mut Report) -> Result<()> {
     setup::ensure(&Needs { qemu: true, bare_metal: true, ..Needs::default() })?;
     let bugs = read()?;
     let copy = Copy::new()?;
+    // Also of those that are not run now: the code goes on.
+    report.check("each bug has its place", bugs.iter().try_for_each(|bug| copy.bad(bug).map(drop)));
     let selected = || bugs.iter().filter(|bug| full || bug.quick);
     // What is reported has to come from the bug.
     let all: Vec<_> = selected().map(|bug| bug.tests.as_str()).collect();
@@ -93,11 +95,17 @@ impl Copy {
         Ok(Self { root, xtask, payload: image::payload()?, guest: image::guest()? })
     }
 
-    /// Demands that a bug is reported.
-    fn stops(&self, bug: &Bug) -> Result<()> {
+    /// Returns the file that a bug is in, its contents, and what they become.
+    fn bad(&self, bug: &Bug) -> Result<(PathBuf, String, String)> {
         let file = self.root.join(&bug.file);
         let good = fs::read_to_string(&file).with_context(|| file.display().to_string())?;
-        let bad = seed(&good, bug)?;
+        let bad = seed(&good, bug).with_context(|| bug.name.clone())?;
+        Ok((file, good, bad))
+    }
+
+    /// Demands that a bug is reported.
+    fn stops(&self, bug: &Bug) -> Result<()> {
+        let (file, good, bad) = self.bad(bug)?;
         fs::write(&file, bad)?;
         let result = self.payload(&bug.tests);
         fs::write(&file, good)?;
