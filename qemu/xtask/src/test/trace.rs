@@ -88,7 +88,8 @@ fn passed(console: &str) -> Result<()> {
     let summary =
         console.lines().find_map(|line| line.strip_prefix("payload: ").filter(|line| line.contains("passed")));
     let summary = summary.with_context(|| format!("no summary; the console ends in {:?}", console.lines().last()))?;
-    ensure!(summary.contains(" 0 failed") && !summary.starts_with("0 passed"), "{summary}");
+    let failed: Vec<_> = console.lines().filter(|line| line.contains("FAILED")).collect();
+    ensure!(summary.contains(" 0 failed") && !summary.starts_with("0 passed"), "{summary}: {}", failed.join("; "));
     Ok(())
 }
 
