@@ -22,8 +22,9 @@ pub(crate) const REPRESENTATIVE: &str = "test=ownership.every_call_from_every_st
     guests.life_cycle,guests.conversion_*,guests.unshare_of_claimed_pages,guests.relinquish,guests.relinquish_of_poison,\
     guests.force_reclaim_poisons,guests.reclaim_at_the_end,guests.ordinary_vm_borrows,guests.stale_*";
 
-/// All tests of the payload.
-pub(crate) const ALL: &str = "test=all";
+/// All tests of the payload but the one for which somebody has to look into memory from outside. `checked` lets the carve-out have
+/// room for the model.
+pub(crate) const ALL: &str = "test=all skip=contents.kept_when_donated checked=yes";
 
 /// Violations that are shown.
 const SHOWN: usize = 20;

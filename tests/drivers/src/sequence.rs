@@ -217,15 +217,17 @@ impl<'w, 'a> Sequence<'w, 'a> {
 
     /// Judges which pages the hypervisor has written to: what the host sees of that is not among the contents.
     fn judge_written(&self, reached: &Reached, [_, x1, x2, ..]: [u64; REGISTERS]) -> Result<(), Difference> {
-        let run_page = || Some(self.model.state.vms.get(&x1)?.vcpus.get(&x2)?.run_page);
-        let its = match reached.call {
-            _ if reached.result != Status::Success.name() => None,
-            "STATISTICS" => Some(x1 / PAGE_SIZE),
-            "VCPU_RUN" | "VCPU_GET_REGISTER" => run_page(),
-            _ => None,
+        let vcpu = self.model.state.vms.get(&x1).and_then(|vm| vm.vcpus.get(&x2));
+        let its = |page: u64| match (reached.call, vcpu) {
+            _ if reached.result != Status::Success.name() => false,
+            ("STATISTICS", _) => page == x1 / PAGE_SIZE,
+            ("VCPU_RUN" | "VCPU_GET_REGISTER", Some(vcpu)) => page == vcpu.run_page,
+            // Where its vector registers are.
+            ("VCPU_SET_REGISTER", Some(vcpu)) => (vcpu.metadata.0..vcpu.metadata.1).contains(&page),
+            _ => false,
         };
         let mut written = self.world.machine.take_written().into_iter().map(|page| page / PAGE_SIZE);
-        match written.find(|page| its != Some(*page) && !self.named.contains(page)) {
+        match written.find(|page| !its(*page) && !self.named.contains(page)) {
             Some(page) => differs!("{} has written to page {page:#x}", reached.call),
             None => Ok(()),
         }
@@ -492,6 +494,20 @@ mod tests {
             sequence.step(&Op::call("FEATURES", &[])).unwrap();
             world.machine.write_bytes(PhysAddr::new(PAGE).unwrap(), &[1]);
             assert!(sequence.step(&Op::call("FEATURES", &[])).unwrap_err().0.contains("has written to page 0x40000"));
+        });
+    }
+
+    #[test]
+    fn a_vector_register_is_written_in_pages_of_its_vcpu() {
+        in_world(&Layout::FOUR_BLOCKS, |world| {
+            let mut sequence = Sequence::new(world);
+            let steps = [
+                "call 0 c6001010 22000 40100000 8 0 0 0",
+                "call 0 c6001012 vm0 1 4014c000 3 40165000 0",
+                "call 0 c600100f vm0 1 7e 0 0 0",
+            ];
+            steps.iter().for_each(|step| sequence.step(&step.parse().unwrap()).unwrap());
+            assert!(sequence.take_coverage().to_string().contains("reached Created VCPU_SET_REGISTER SUCCESS 1\n"));
         });
     }
 
