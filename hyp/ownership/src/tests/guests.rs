@@ -871,6 +871,30 @@ fn a_realm_needs_tables_for_the_alias() {
 }
 
 #[test]
+fn as_many_pages_as_a_block_has_are_no_block() {
+    with_rig(|rig| {
+        let guest = rig.guest(0, GuestKind::Realm, 3);
+        rig.give(&guest, GIB + PAGE, 512, RAM).unwrap();
+        let before = rig.everything();
+        assert_eq!(rig.change(GuestShare, &guest, RAM, 512), refused(GuestReason::NeedsTables(1), RAM));
+        assert!(rig.everything() == before);
+        rig.add_tables(&guest, 5, 1);
+        assert_eq!(rig.change(GuestShare, &guest, RAM, 512), Ok(512));
+        assert_eq!(rig.guest_reaches(&guest, (RAM | 1 << 39) + 511 * PAGE), Some(GIB + 512 * PAGE));
+        rig.check_guest(&guest);
+        assert_eq!(rig.change(GuestUnshare, &guest, RAM, 512), Ok(512));
+        rig.check_guest(&guest);
+        // One by one, they become one where they go.
+        let other = rig.guest(1, GuestKind::Realm, 3);
+        for page in 0..512 {
+            rig.give(&other, GIB + 8 * MIB + page * PAGE, 1, RAM + page * PAGE).unwrap();
+        }
+        assert_eq!(rig.change(GuestShare, &other, RAM, 512), Ok(512));
+        rig.check_guest(&other);
+    });
+}
+
+#[test]
 fn the_host_keeps_access_to_what_it_lends() {
     with_page(GuestKind::Ordinary, |rig, guest| {
         assert_eq!((rig.at(guest, RAM), rig.state(GIB)), (GuestPage::Lent, (HostState::SharedOwned, 0)));

@@ -190,7 +190,8 @@ impl Guest {
     fn tables_to_move<M: Machine>(&mut self, machine: &M, from: IpaRange, to: IpaRange) -> usize {
         let (mut by_leaf, mut blocks) = (0_usize, None::<IpaRange>);
         self.for_each_part_moved(machine, from, to, &mut |guest, part, pages| {
-            if part.size() == BLOCK_SIZE {
+            // Pages that fill a table make a block if they lie as one.
+            if part.size() == BLOCK_SIZE && pages.base().is_aligned(BLOCK_SIZE) {
                 // Blocks in a row have tables in common.
                 let row = blocks.filter(|row| row.end() == part.base().raw());
                 let longer = row.and_then(|row| IpaRange::from_bounds(row.base().raw(), part.end()).ok());
