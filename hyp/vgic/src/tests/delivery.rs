@@ -283,8 +283,8 @@ fn a_timer_is_private() {
     assert_eq!(world.drain(1), []);
 }
 
-#[test]
-fn what_is_disabled_leaves_its_list_register() {
+/// SPI 40 has been disabled while it is in a list register of vCPU 1, which runs.
+fn disabled_in_a_list_register() -> World {
     let mut world = World::new(2, 4);
     world.enable(0, 40, 0x80);
     world.route(0, 40, affinity(1).into());
@@ -294,6 +294,12 @@ fn what_is_disabled_leaves_its_list_register() {
     assert_eq!(world.cpu(1).0.used, 1);
     world.write_bit(0, ICENABLER, 40);
     assert_eq!(world.read(0, GICD, 0) >> 31, 1, "RWP until vCPU 1 has exited");
+    world
+}
+
+#[test]
+fn what_is_disabled_leaves_its_list_register() {
+    let mut world = disabled_in_a_list_register();
     assert_eq!(world.read(0, rd(1), 0), 1 << 3);
     assert_eq!(world.read(0, rd(0), 0), 0);
     world.flush();
@@ -308,14 +314,7 @@ fn what_is_disabled_leaves_its_list_register() {
 
 #[test]
 fn a_vcpu_that_is_reset_is_not_waited_for() {
-    let mut world = World::new(2, 4);
-    world.enable(0, 40, 0x80);
-    world.route(0, 40, affinity(1).into());
-    world.lazy = true;
-    world.raise(40, true);
-    world.flush();
-    world.write_bit(0, ICENABLER, 40);
-    assert_eq!(world.read(0, GICD, 0) >> 31, 1);
+    let mut world = disabled_in_a_list_register();
     let _ = world.gic().reset_vcpu(1);
     assert_eq!(world.read(0, GICD, 0) >> 31, 0);
     assert_eq!(world.read(0, rd(1), 0), 0);
