@@ -68,6 +68,7 @@ pub(crate) enum Direction {
 
 type ExecutionCallback = extern "C" fn(c_uint, *mut c_void);
 
+// As qemu-plugin.h has them, interface version 4.
 unsafe extern "C" {
     fn qemu_plugin_register_vcpu_init_cb(id: PluginId, callback: extern "C" fn(PluginId, c_uint));
     fn qemu_plugin_register_vcpu_tb_trans_cb(id: PluginId, callback: extern "C" fn(PluginId, *mut c_void));

@@ -82,8 +82,7 @@ fn build(source: &Path, work: &Path) -> Result<PathBuf> {
     let lacking = lacking(&fragment, &fs::read_to_string(&configuration)?);
     ensure!(lacking.is_empty(), "{CONFIG}: not in the kernel's configuration: {}", lacking.join(", "));
 
-    let jobs = std::thread::available_parallelism().map_or(1, usize::from);
-    process::run_for(make("Image").arg(format!("-j{jobs}")), LIMIT)?;
+    process::run_for(make("Image").arg(format!("-j{}", process::cpus())), LIMIT)?;
     let dir = dir()?;
     fs::create_dir_all(&dir)?;
     // On the cache's file system first, so that no other program sees a half of it.

@@ -113,6 +113,11 @@ fn kill(processes: &[u32]) {
     }
 }
 
+/// How many CPUs of this machine can be kept busy.
+pub(crate) fn cpus() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
+}
+
 /// The cargo that runs this program, in the root of the checkout.
 pub(crate) fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo")));

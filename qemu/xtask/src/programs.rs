@@ -1,20 +1,32 @@
 //! Programs of the host that are built here.
 
+use std::fs;
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
+use crate::initramfs::ExtraFile;
+use crate::module::{self, Kernel};
 use crate::setup::rust;
-use crate::{process, workspace};
+use crate::{image, process, workspace};
 
 /// Builds the VMM, a static program.
 pub(crate) fn vmm() -> Result<PathBuf> {
     with_library("ravelin-vmm", "ravelin-vmm")
 }
 
-/// Builds the program of `tests/kvm`, a static one.
-pub(crate) fn kvm_tests() -> Result<PathBuf> {
-    with_library("ravelin-kvm-tests", "kvm-tests")
+/// Builds what a host with that kernel gets for the tests of `tests/kvm`: the kernel module, the program, and its guest.
+pub(crate) fn kvm_test_files(kernel: Kernel) -> Result<Vec<ExtraFile>> {
+    let files = [
+        ("lib/ravelin/ravelin.ko", module::build(kernel)?.module),
+        ("bin/kvm-tests", with_library("ravelin-kvm-tests", "kvm-tests")?),
+        ("root/guest.bin", image::guest()?),
+    ];
+    let read = |(to, from): (&str, PathBuf)| {
+        let contents = fs::read(&from).with_context(|| from.display().to_string())?;
+        Ok(ExtraFile { path: to.into(), contents })
+    };
+    files.into_iter().map(read).collect()
 }
 
 /// Builds a static program of the host that uses the standard library.

@@ -207,15 +207,13 @@ impl Bench {
             let numbers = words.iter().map(|word| word.parse()).collect::<Result<Vec<u64>, _>>()?;
             numbers.try_into().map_err(|words| anyhow!("the payload says {words:?} of the size of VMs"))
         });
-        let labels: Vec<_> = console.lines().filter_map(|line| words(line, "bench")).collect();
-        // Each measurement lies between a mark 0 and a mark 1.
-        let counts: Vec<_> = events.iter().filter(|event| event.kind == "mark" && event.get("number") == 1).collect();
-        ensure!(labels.len() == counts.len(), "{} labels for {} measurements", labels.len(), counts.len());
-        let calls = labels.iter().zip(counts).map(|(label, counts)| {
-            let [name, pages, round] = &label[..] else { bail!("the payload says {label:?}") };
+        let calls = measurements(&console, &events)?.into_iter().map(|(label, counts)| {
+            let [name, pages, round] = label.split(' ').collect::<Vec<_>>()[..] else {
+                bail!("the payload says {label:?}")
+            };
             let mut counts = counts.clone();
             counts.fields.remove("nanoseconds"); // the only field that differs from run to run
-            Ok(Call { name: name.clone(), pages: pages.parse()?, again: round != "0", counts })
+            Ok(Call { name: name.into(), pages: pages.parse()?, again: round != "0", counts })
         });
         Ok(PayloadRun {
             start: events.iter().find(|event| event.kind == "first-el1").context("EL1 was never reached")?.clone(),
@@ -239,6 +237,19 @@ impl Bench {
         let report = fs::read_to_string(&counts).with_context(|| format!("no counts in {}", counts.display()))?;
         Ok((console, report.lines().map(Event::parse).collect::<Result<_>>()?))
     }
+}
+
+/// What has been measured, between a mark 0 and a mark 1 each, with the names that the console has in lines `bench NAME`.
+fn measurements<'a>(console: &'a str, events: &'a [Event]) -> Result<Vec<(&'a str, &'a Event)>> {
+    let names: Vec<_> = console.lines().filter_map(|line| line.trim().strip_prefix("bench ")).collect();
+    let counts: Vec<_> = events.iter().filter(|event| event.kind == "mark" && event.get("number") == 1).collect();
+    ensure!(
+        names.len() == counts.len(),
+        "{} names, {} measurements; the console:\n{console}",
+        names.len(),
+        counts.len()
+    );
+    Ok(names.into_iter().zip(counts).collect())
 }
 
 /// The plugin, built for this machine.

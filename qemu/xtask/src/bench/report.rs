@@ -10,8 +10,8 @@ use super::baseline::Rows;
 /// A number of the report.
 #[derive(Clone, Debug)]
 pub(super) struct Number {
-    pub(super) name: String,
-    pub(super) value: f64,
+    name: String,
+    value: f64,
     /// The most it should be.
     target: Option<f64>,
     /// pKVM's number.
@@ -37,7 +37,7 @@ impl Number {
 /// The numbers, and what is printed of them.
 #[derive(Debug, Default)]
 pub(super) struct Report {
-    pub(super) numbers: Vec<Number>,
+    numbers: Vec<Number>,
     pub(super) text: String,
     /// Numbers that have been printed.
     printed: usize,
@@ -71,7 +71,7 @@ impl Report {
             let verdict = if number.missed() { "  MISSED" } else { "" };
             self.line(format_args!("  {:<46}{value:>16}{target:>12}{pkvm:>12}{verdict}", number.name));
         }
-        self.printed = self.numbers.len();
+        self.printed_already();
     }
 
     /// Adds a table of calls.

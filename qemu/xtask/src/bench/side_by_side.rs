@@ -3,15 +3,14 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
 use super::event::Event;
 use super::report::{Report, digits};
-use super::{Bench, USUAL_MEMORY};
+use super::{Bench, USUAL_MEMORY, measurements};
 use crate::module::Kernel;
 use crate::qemu::Outcome;
-use crate::test::kvm;
-use crate::{run, setup};
+use crate::{programs, run, setup};
 
 /// The kernel of both hosts: pKVM runs protected guests since Linux 7.3.
 const KERNEL: Kernel = Kernel::LinuxNew;
@@ -117,22 +116,14 @@ impl Bench {
             el2: true,
             append: Some(side.append.into()),
             exec: Some(format!("{}\nkvm-tests bench.pkvm.costs", side.script)),
-            extra_files: kvm::files(KERNEL)?,
+            extra_files: programs::kvm_test_files(KERNEL)?,
             ..run::Options::default()
         };
         let (console, events) = self.run(&options, "", Outcome::Status(0))?;
-        let labels: Vec<_> = console.lines().filter_map(|line| line.trim().strip_prefix("bench ")).collect();
-        let marks: Vec<_> = events.iter().filter(|event| event.kind == "mark" && event.get("number") == 1).collect();
-        ensure!(
-            !labels.is_empty() && labels.len() == marks.len(),
-            "{} labels, {} measurements; the console:\n{console}",
-            labels.len(),
-            marks.len()
-        );
         let start = events.iter().find(|event| event.kind == "mark").context("there are no marks")?;
         let mut counts = Counts::from([("boot 0".to_owned(), start.clone())]);
-        for (label, mark) in labels.into_iter().zip(marks) {
-            let least = counts.entry(label.to_owned()).or_insert_with(|| mark.clone());
+        for (name, mark) in measurements(&console, &events)? {
+            let least = counts.entry(name.to_owned()).or_insert_with(|| mark.clone());
             if mark.get("el2.instructions") < least.get("el2.instructions") {
                 *least = mark.clone();
             }

@@ -6,17 +6,17 @@
 use std::fs;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
 use super::Report;
 use super::linux::transcript::{Check, Transcript};
 use super::linux::{self, Config};
 use crate::initramfs::{self, ExtraFile, Task};
-use crate::module::{self, Kernel};
+use crate::module::Kernel;
 use crate::qemu::Outcome;
 use crate::setup::packages::Manifest;
 use crate::setup::{self, BUSYBOX, Needs};
-use crate::{guests, image, programs};
+use crate::{guests, programs};
 
 /// Drivers of the manifest that only these tests use; they are the default kernel's.
 const DRIVERS: &str = "linux-test-modules";
@@ -69,7 +69,7 @@ pub(super) fn run(full: bool, report: &mut Report) -> Result<()> {
         ..Needs::default()
     })?;
     let drivers = guests::drivers(&Manifest::load()?.ensure(DRIVERS)?)?;
-    let mut with_drivers = files(Kernel::Linux)?;
+    let mut with_drivers = programs::kvm_test_files(Kernel::Linux)?;
     with_drivers.extend(drivers.into_iter().map(|(name, contents)| file(&format!("lib/tests/{name}"), contents)));
     for (config, arguments, cases) in ROWS {
         row(&config, arguments, cases, full, &with_drivers, report);
@@ -79,7 +79,7 @@ pub(super) fn run(full: bool, report: &mut Report) -> Result<()> {
             row(&config.checked(), arguments, cases, false, &with_drivers, report);
         }
         // Cases that need the drivers are skipped.
-        let files = files(Kernel::LinuxNew)?;
+        let files = programs::kvm_test_files(Kernel::LinuxNew)?;
         for (config, arguments, cases) in ROWS {
             row(&config.with_kernel(Kernel::LinuxNew.name()), arguments, cases, false, &files, report);
         }
@@ -92,16 +92,6 @@ pub(super) fn run(full: bool, report: &mut Report) -> Result<()> {
 
 fn file(path: &str, contents: Vec<u8>) -> ExtraFile {
     ExtraFile { path: path.into(), contents }
-}
-
-/// What the host of that kernel gets.
-pub(crate) fn files(kernel: Kernel) -> Result<Vec<ExtraFile>> {
-    let read = |path: &std::path::Path| fs::read(path).with_context(|| path.display().to_string());
-    Ok(vec![
-        file("lib/ravelin/ravelin.ko", read(&module::build(kernel)?.module)?),
-        file("bin/kvm-tests", read(&programs::kvm_tests()?)?),
-        file("root/guest.bin", read(&image::guest()?)?),
-    ])
 }
 
 /// By kexec another kernel gets the machine while a guest has a part of its memory: it has to get that, too.

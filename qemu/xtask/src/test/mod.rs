@@ -9,7 +9,7 @@ mod demo;
 mod drivers;
 mod fuzz;
 mod gates;
-pub(crate) mod kvm;
+mod kvm;
 mod linux;
 mod module;
 mod mutants;

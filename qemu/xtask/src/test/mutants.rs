@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
-use std::{env, fs, thread};
+use std::{env, fs};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
@@ -119,7 +119,7 @@ fn mutate(tool: &Path, name: &str, shard: Option<&str>) -> Result<BTreeMap<Strin
         cargo.args(["--sharding", "round-robin", "--shard", shard]);
     }
     // A mutant keeps one CPU busy. Each job has a copy of the sources, and builds what the crate depends on once.
-    cargo.args(["--jobs", &thread::available_parallelism().map_or(1, usize::from).min(MOST_JOBS).to_string()]);
+    cargo.args(["--jobs", &process::cpus().min(MOST_JOBS).to_string()]);
     // Built more often than run; what it depends on stays optimized.
     cargo.arg(format!("--cargo-arg=--config=profile.quick.package.ravelin-{name}.opt-level=0"));
     let mut child = cargo.spawn().with_context(|| format!("cannot start {}", process::line(&cargo)))?;
