@@ -175,8 +175,8 @@ impl Abort {
         context.take(&context.trapped(self.esr, self.far).external_abort(features));
     }
 
-    /// Decides what becomes of it, given what is at the address, and what [`Abort::access`] says of it. `None` if the guest goes on, with an external abort where
-    /// nobody can help. Otherwise the host is to do something, and the exit leaves something open.
+    /// Decides what becomes of it, given what is at the address, and what [`Abort::access`] says of it. `None` if the guest goes
+    /// on, with an external abort where nobody can help. Otherwise the host is to do something, and the exit leaves something open.
     #[must_use]
     pub fn handle(
         self,

@@ -2,8 +2,8 @@
 //!
 //! A world has two pages that everybody wants, one or two VMs with one or two vCPUs each, and places of their own for what the VMs
 //! are made of. A state is the model's, with slots in place of handles, which are never the same twice, and with the instructions
-//! that vCPUs wait at. From each state all steps of the alphabet are taken: those that succeed and those that are refused. Where a step changes
-//! the state, a new world takes the steps that lead to the state again.
+//! that vCPUs wait at. From each state all steps of the alphabet are taken: those that succeed and those that are refused. Where a
+//! step changes the state, a new world takes the steps that lead to the state again.
 //!
 //! What bounds it beside that: a page is pinned at most twice, guests have the frames that the [`Bounds`] say, a VM gets all its
 //! tables when it is made, and no guest ends its VM or turns a vCPU off. Worlds with two VMs of two vCPUs are looked at up to a number
