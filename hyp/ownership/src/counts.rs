@@ -78,7 +78,7 @@ impl Counts {
             State::HYP_DONATED => Some(&mut self.hyp_donated),
             State::HYP_KEPT => Some(&mut self.hyp_kept),
             State::HOST_LENT => Some(&mut self.host_lent),
-            State::GUEST_OWNED => Some(&mut self.guest_owned),
+            State::GUEST_OWNED | State::GUEST_PINNED => Some(&mut self.guest_owned),
             State::GUEST_OFFERED => Some(&mut self.guest_offered),
             State::GUEST_CLAIMED => Some(&mut self.guest_claimed),
             _ => None,

@@ -50,6 +50,8 @@ impl State {
     pub const HOST_LENT: Self = Self(0b1001);
     /// A guest owns the page, and nobody else has access.
     pub const GUEST_OWNED: Self = Self(0b0011);
+    /// A guest owns the page and has given the hypervisor access to it, which alone the guest ends.
+    pub const GUEST_PINNED: Self = Self(0b1011);
     /// A guest owns the page and offers it to the host, which has no access yet.
     pub const GUEST_OFFERED: Self = Self(0b0111);
     /// A guest owns the page and the host, which has claimed it, may access it.
@@ -88,6 +90,7 @@ impl fmt::Debug for State {
             Self::HYP_KEPT => "HypKept",
             Self::HOST_LENT => "HostLent",
             Self::GUEST_OWNED => "GuestOwned",
+            Self::GUEST_PINNED => "GuestPinned",
             Self::GUEST_OFFERED => "GuestOffered",
             Self::GUEST_CLAIMED => "GuestClaimed",
             _ => "?",
@@ -153,7 +156,8 @@ impl Entry {
 
     /// Returns whether the EL2 stage 1 maps the page by this entry.
     pub(crate) const fn in_el2(self) -> bool {
-        matches!(self.state(), State::HYP_DONATED | State::HYP_KEPT | State::HOST_BORROWED) || self.pins() != 0
+        matches!(self.state(), State::HYP_DONATED | State::HYP_KEPT | State::HOST_BORROWED | State::GUEST_PINNED)
+            || self.pins() != 0
     }
 }
 
@@ -217,7 +221,7 @@ mod tests {
         let names: Vec<_> = (0..16).map(|bits| format!("{:?}", State(bits))).filter(|name| name != "?").collect();
         assert_eq!(
             names.join(" "),
-            "Nobody HostOwned HypOwned GuestOwned HostShared HypKept GuestOffered HostLent HypDonated HostBorrowed GuestClaimed"
+            "Nobody HostOwned HypOwned GuestOwned HostShared HypKept GuestOffered HostLent HypDonated GuestPinned HostBorrowed GuestClaimed"
         );
     }
 
@@ -239,6 +243,7 @@ mod tests {
         assert!(!Entry::new(State::HYP_OWNED, 0).in_el2());
         assert!(Entry::new(State::HYP_KEPT, 0).in_el2());
         assert!(Entry::new(State::HOST_BORROWED, 0).in_el2());
+        assert!(Entry::of_guest(State::GUEST_PINNED, 255, 0).in_el2());
         assert!(!Entry::of_guest(State::GUEST_CLAIMED, 255, 0).in_el2());
     }
 
@@ -259,7 +264,9 @@ mod tests {
         assert_eq!(Block::uniform(entry).primed().as_uniform(), Some(entry));
         let host = Entry::new(State::HOST_SHARED, 7);
         assert_eq!((host.guest(), host.following(3)), (None, host));
-        for state in [State::GUEST_OWNED, State::GUEST_OFFERED, State::GUEST_CLAIMED, State::HOST_LENT] {
+        for state in
+            [State::GUEST_OWNED, State::GUEST_PINNED, State::GUEST_OFFERED, State::GUEST_CLAIMED, State::HOST_LENT]
+        {
             assert_eq!(Entry::of_guest(state, 3, 4).guest(), Some((3, 4)), "{state:?}");
         }
     }

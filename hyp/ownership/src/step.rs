@@ -158,7 +158,7 @@ mod tests {
         Step::PIN,
         Step::UNPIN,
     ];
-    const STATES: [State; 11] = [
+    const STATES: [State; 12] = [
         State::NOBODY,
         State::HOST_OWNED,
         State::HOST_SHARED,
@@ -168,6 +168,7 @@ mod tests {
         State::HYP_KEPT,
         State::HOST_LENT,
         State::GUEST_OWNED,
+        State::GUEST_PINNED,
         State::GUEST_OFFERED,
         State::GUEST_CLAIMED,
     ];

@@ -6,6 +6,7 @@
 mod give;
 mod look;
 mod reclaim;
+mod ring;
 mod share;
 mod tables;
 
@@ -23,6 +24,7 @@ use crate::{
 use look::{Content, Place};
 
 pub use look::GuestPage;
+pub use ring::{Batch, Conversion, MAX_BATCH, MAX_CONVERSION_PAGES};
 pub use share::Unshare;
 
 /// What one call does at most. A step is a page, or a block of 2 MiB where the call covers one as a whole. Where pages are
@@ -53,6 +55,8 @@ struct Plan {
     row: Option<PhysRange>,
     /// Whether the host has claimed one of the pages.
     claimed: bool,
+    /// Steps that it takes.
+    steps: u64,
 }
 
 impl<P: TablePool> Inner<'_, P> {
@@ -114,7 +118,7 @@ impl<P: TablePool> Inner<'_, P> {
         }
         let frames = first_pages(range, pages).ok_or(failure(GuestReason::Absent, range))?;
         let row = first.filter(|_| is_row).and_then(|first| PhysRange::new(first.raw(), pages).ok());
-        Ok(Plan { frames, row, claimed })
+        Ok(Plan { frames, row, claimed, steps: MAX_STEPS.saturating_sub(left) })
     }
 
     /// As [`Inner::plan`], for all of `range` or nothing.
@@ -169,9 +173,22 @@ impl<P: TablePool> Inner<'_, P> {
         plan: &Plan,
         change: &Change,
     ) {
+        let flush = self.change_state(machine, guest, tables, plan, change, Flush::new());
+        self.flush_host(machine, flush);
+    }
+
+    /// As [`Inner::set_state`], but for the invalidation. Adds what that owes to `flush`, of the host.
+    fn change_state<M: Machine>(
+        &mut self,
+        machine: &M,
+        guest: &GuestMemory,
+        tables: &Guest,
+        plan: &Plan,
+        change: &Change,
+        mut flush: Flush<Stage2>,
+    ) -> Flush<Stage2> {
         // Of guests' pages the host has none but claimed ones in its tables.
         let takes_from_host = plan.claimed && !change.to.host_access();
-        let mut flush = Flush::new();
         let mut set = |at: Ipa, pages: PhysRange| {
             let mut owed = core::mem::take(&mut flush);
             if takes_from_host {
@@ -196,7 +213,7 @@ impl<P: TablePool> Inner<'_, P> {
                 ControlFlow::Continue(())
             });
         }
-        self.flush_host(machine, flush);
+        flush
     }
 
     /// Takes `range`, guest addresses, out of the guest's stage 2.

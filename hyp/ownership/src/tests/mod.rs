@@ -13,6 +13,8 @@ mod guests_model;
 mod limits;
 #[cfg(not(miri))]
 mod model;
+#[cfg(not(miri))]
+mod ring;
 mod setup;
 mod threads;
 #[cfg(not(miri))]

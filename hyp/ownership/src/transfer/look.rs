@@ -35,7 +35,7 @@ impl GuestPage {
     /// Returns what a page in this state is that a guest has mapped.
     const fn of(state: State) -> Self {
         match state {
-            State::GUEST_OWNED => Self::Private,
+            State::GUEST_OWNED | State::GUEST_PINNED => Self::Private,
             State::GUEST_OFFERED => Self::Offered,
             State::GUEST_CLAIMED => Self::Claimed,
             _ => Self::Lent,
@@ -69,6 +69,8 @@ pub(super) enum Place {
 pub(super) struct Run {
     pub(super) pages: PhysRange,
     pub(super) scrub: bool,
+    /// Whether EL2 maps them, too.
+    pub(super) pinned: bool,
 }
 
 /// What one call scrubs. On the stack of a CPU, which is short.
@@ -245,15 +247,17 @@ impl<P: TablePool> Inner<'_, P> {
                     if pages.pages() > left {
                         return ControlFlow::Break(());
                     }
-                    let scrub = entry.state() == State::GUEST_OWNED;
-                    let last =
-                        runs.last_mut().filter(|last| last.pages.end() == pages.base().raw() && last.scrub == scrub);
+                    let pinned = entry.state() == State::GUEST_PINNED;
+                    let scrub = pinned || entry.state() == State::GUEST_OWNED;
+                    let last = runs.last_mut().filter(|last| {
+                        last.pages.end() == pages.base().raw() && (last.scrub, last.pinned) == (scrub, pinned)
+                    });
                     match last {
                         Some(last) => {
                             last.pages = PhysRange::from_bounds(last.pages.base().raw(), pages.end()).unwrap_or(pages);
                         }
                         None => {
-                            if runs.try_push(Run { pages, scrub }).is_err() {
+                            if runs.try_push(Run { pages, scrub, pinned }).is_err() {
                                 return ControlFlow::Break(());
                             }
                         }

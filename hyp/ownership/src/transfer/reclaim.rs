@@ -134,6 +134,7 @@ impl<P: TablePool> Inner<'_, P> {
             return Err(GuestFailure { reason: GuestReason::NoMemory, ipa: frames.base() });
         }
         self.unmap_guest(machine, tables, mapped);
+        self.unmap_pinned(machine, runs.iter().filter(|run| run.pinned).map(|run| run.pages));
         let mut scrub = runs.iter().map(|run| run.scrub);
         self.with_mapped(machine, runs.iter().map(|run| run.pages), &mut |pages| match scrub.next() {
             Some(false) => machine.clean(pages),

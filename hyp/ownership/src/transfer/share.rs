@@ -24,14 +24,14 @@ pub enum Unshare {
     NeedsRelease(IpaRange),
 }
 
-const SHARE: Change = Change {
+pub(super) const SHARE: Change = Change {
     view: View::Private,
     from: &[State::GUEST_OWNED],
     to: State::GUEST_OFFERED,
     by_page: false,
     poison: false,
 };
-const UNSHARE: Change = Change {
+pub(super) const UNSHARE: Change = Change {
     view: View::Shared,
     from: &[State::GUEST_OFFERED, State::GUEST_CLAIMED],
     to: State::GUEST_OWNED,
