@@ -13,7 +13,7 @@
 #define RAVELIN_UID_2 0x617c529d
 #define RAVELIN_UID_3 0x50a3b9e8
 #define RAVELIN_VERSION_MAJOR 1
-#define RAVELIN_VERSION_MINOR 3
+#define RAVELIN_VERSION_MINOR 4
 #define RAVELIN_PAGE_SIZE 4096
 
 /* Calls: function identifiers. */
@@ -188,6 +188,7 @@
 #define RAVELIN_EXIT_HOST_CALL 14 /* The guest calls its host, with `value` as the immediate and registers in `call`. Answers: COMPLETE, with `results`; RETRY. */
 #define RAVELIN_EXIT_FAILED 15 /* The vCPU cannot go on, and cannot be run again. */
 #define RAVELIN_EXIT_WAKE 16 /* Other vCPUs have something to do, those that `wake_low` and `wake_high` name. Nothing else happened. */
+#define RAVELIN_EXIT_CONVERTED 17 /* The guest has had conversions done: see `conversions`. Nothing else happened. */
 #define RAVELIN_RUN_FLAG_WRITE 0x1
 #define RAVELIN_RUN_FLAG_EXECUTE 0x2
 #define RAVELIN_RUN_NO_DEADLINE 0xffffffffffffffff
@@ -201,9 +202,16 @@
 /* Offsets in the run page. */
 #define RAVELIN_RUN_EXIT 0
 #define RAVELIN_RUN_CALL 1024
+#define RAVELIN_RUN_CONVERSIONS 1536
 #define RAVELIN_RUN_ENTRY 2048
 #define RAVELIN_RUN_RESULTS 3072
 #define RAVELIN_RUN_CALL_REGISTERS 31
+
+/* Conversions: words in the run page at RAVELIN_RUN_CONVERSIONS. */
+#define RAVELIN_MAX_CONVERSIONS 64
+#define RAVELIN_CONVERSION_UNSHARE 0x200
+#define RAVELIN_CONVERSION_PAGES 0x1ff /* less one */
+#define RAVELIN_CONVERSION_ADDRESS 0xfffffffffffff000
 
 #ifndef __ASSEMBLER__
 
@@ -253,12 +261,14 @@ struct ravelin_run_exit {
 	uint64_t deadline; /* Value of the physical counter at which a timer fires, or RUN_NO_DEADLINE. */
 	uint64_t wake_low; /* With any reason: bit n says that vCPU n, 0 to 63, has something to do. The host runs it if it waits, and interrupts the CPU that it runs on. */
 	uint64_t wake_high; /* The same for vCPUs 64 to 127. */
+	uint64_t conversions; /* With any reason: how many conversions there are in the list `conversions`, 0 to 64. Of those that share, the host takes note. Those that unshare have not happened: the host drops its references to the pages, and consents by a bit of `released` when it runs the vCPU again. */
 };
 
 /* What the host writes at RAVELIN_RUN_ENTRY. */
 struct ravelin_run_entry {
 	uint64_t answer; /* Answer, below, to an exit that has answers; after others it does not matter. VCPU_RUN fails and changes nothing if it is none of those of the last exit. */
 	uint64_t value; /* Value that is loaded, in its low `size` bytes. The others do not matter. */
+	uint64_t released; /* Bit n: the host gives up the pages of the conversion n in `conversions`, which unshares: they are released and the guest's alone again. Other conversions that unshare are refused if the host has not released their pages; other bits do not matter. */
 };
 
 #endif /* __ASSEMBLER__ */

@@ -4,7 +4,7 @@ use core::fmt::{self, Display, Formatter};
 
 use crate::{
     ADDRESS_END, CALL_COUNTERS, CALLS, Kind, MAX_IPA_BITS, MAX_VCPUS, MIN_IPA_BITS, PAGE_SIZE, PageStateCode,
-    Statistics, Status, VENDOR_UID, VERSION_MAJOR, VERSION_MINOR, VmAttributes, VmKind, registers, run,
+    Statistics, Status, VENDOR_UID, VERSION_MAJOR, VERSION_MINOR, VmAttributes, VmKind, conversion, registers, run,
     statistics::{FIELDS, LATER_FIELDS},
 };
 
@@ -68,6 +68,7 @@ impl Display for CHeader {
         writeln!(f, "#define RAVELIN_STATISTICS_SIZE {}", Statistics::SIZE)?;
         writeln!(f, "#define RAVELIN_CALL_COUNTERS {CALL_COUNTERS}")?;
         run::header_constants(f)?;
+        conversion::header_constants(f)?;
         f.write_str(
             "\n#ifndef __ASSEMBLER__\n\n\
              #ifdef __KERNEL__\n\

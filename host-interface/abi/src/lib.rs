@@ -23,6 +23,7 @@
 
 mod calls;
 mod codes;
+mod conversion;
 mod generate;
 mod registers;
 mod request;
@@ -36,6 +37,10 @@ pub use calls::{
     counter_index,
 };
 pub use codes::{PageStateCode, Status, VmKind};
+pub use conversion::{
+    CONVERSION_ADDRESS, CONVERSION_PAGES, CONVERSION_UNSHARE, ConversionRequest, MAX_CONVERSION_PAGES, MAX_CONVERSIONS,
+    RING_DONE, RING_ENTRIES, RING_POSTED, RING_RESULTS,
+};
 pub use generate::{CHeader, Reference};
 pub use registers::{
     REGISTER_ELR_EL1, REGISTER_FPCR, REGISTER_FPSR, REGISTER_LAST, REGISTER_PC, REGISTER_POWER, REGISTER_PSTATE,
@@ -57,7 +62,7 @@ pub const VENDOR_UID: [u32; 4] = [0x6e4c_1d2f, 0x0e4b_a783, 0x617c_529d, 0x50a3_
 pub const VERSION_MAJOR: u32 = 1;
 
 /// Minor part of the interface's version. It changes when calls or fields are added.
-pub const VERSION_MINOR: u32 = 3;
+pub const VERSION_MINOR: u32 = 4;
 
 /// Size of the pages that the calls count, in bytes.
 pub const PAGE_SIZE: u64 = 4096;

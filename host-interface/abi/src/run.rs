@@ -8,11 +8,11 @@ use core::{
     mem::offset_of,
 };
 
-use crate::{PAGE_SIZE, codes::codes};
+use crate::{PAGE_SIZE, codes::codes, conversion::MAX_CONVERSIONS};
 
 codes! {
     /// Why a vCPU left the guest. The fields of [`RunExit`] that a reason does not mention are zero,
-    /// but for `wake_low` and `wake_high`, which go with any.
+    /// but for `wake_low`, `wake_high` and `conversions`, which go with any.
     ExitReason: u64 {
         /// Something for the host, such as a physical interrupt. Nothing happened in the guest.
         Interrupted = 1, "INTERRUPTED";
@@ -51,6 +51,8 @@ codes! {
         Failed = 15, "FAILED";
         /// Other vCPUs have something to do, those that `wake_low` and `wake_high` name. Nothing else happened.
         Wake = 16, "WAKE";
+        /// The guest has had conversions done: see `conversions`. Nothing else happened.
+        Converted = 17, "CONVERTED";
     }
 }
 
@@ -162,6 +164,10 @@ words! {
         wake_low,
         /// The same for vCPUs 64 to 127.
         wake_high,
+        /// With any reason: how many conversions there are in the list `conversions`, 0 to 64. Of those that share, the host takes
+        /// note. Those that unshare have not happened: the host drops its references to the pages, and consents by a bit of
+        /// `released` when it runs the vCPU again.
+        conversions,
     }
 }
 
@@ -173,6 +179,10 @@ words! {
         answer,
         /// Value that is loaded, in its low `size` bytes. The others do not matter.
         value,
+        /// Bit n: the host gives up the pages of the conversion n in `conversions`, which unshares: they are released and the guest's
+        /// alone again. Other conversions that unshare are refused if the host has not released their pages; other bits do not
+        /// matter.
+        released,
     }
 }
 
@@ -185,7 +195,9 @@ pub struct RunPage {
     reserved_0: [u64; 128 - size_of::<RunExit>() / 8],
     /// From the hypervisor, with HOST_CALL only: what the guest sends.
     pub call: [u64; RUN_CALL_REGISTERS],
-    reserved_1: [u64; 128 - RUN_CALL_REGISTERS],
+    reserved_1: [u64; 64 - RUN_CALL_REGISTERS],
+    /// From the hypervisor: words of conversions.
+    pub conversions: [u64; MAX_CONVERSIONS],
     /// From the host.
     pub entry: RunEntry,
     reserved_2: [u64; 128 - size_of::<RunEntry>() / 8],
@@ -199,6 +211,8 @@ impl RunPage {
     pub const EXIT: usize = offset_of!(Self, exit);
     /// Offset of [`RunPage::call`].
     pub const CALL: usize = offset_of!(Self, call);
+    /// Offset of [`RunPage::conversions`].
+    pub const CONVERSIONS: usize = offset_of!(Self, conversions);
     /// Offset of [`RunPage::entry`].
     pub const ENTRY: usize = offset_of!(Self, entry);
     /// Offset of [`RunPage::results`].
@@ -206,9 +220,14 @@ impl RunPage {
 }
 
 /// Names and descriptions of the parts of the page, and where they are.
-const PARTS: [(&str, usize, &str); 4] = [
+const PARTS: [(&str, usize, &str); 5] = [
     ("exit", RunPage::EXIT, "from the hypervisor: why the vCPU has left the guest"),
     ("call", RunPage::CALL, "from the hypervisor with HOST_CALL: registers that the guest sends"),
+    (
+        "conversions",
+        RunPage::CONVERSIONS,
+        "from the hypervisor: conversions, 64 bits each: guest address of the first page; bit 9: unshares; bits 8:0: pages less one",
+    ),
     ("entry", RunPage::ENTRY, "from the host: the answer to the last exit"),
     ("results", RunPage::RESULTS, "from the host when a HOST_CALL is complete: registers that the guest receives"),
 ];
@@ -232,6 +251,7 @@ pub(crate) fn header_constants(f: &mut Formatter<'_>) -> fmt::Result {
     writeln!(f, "\n/* Offsets in the run page. */")?;
     writeln!(f, "#define RAVELIN_RUN_EXIT {}", RunPage::EXIT)?;
     writeln!(f, "#define RAVELIN_RUN_CALL {}", RunPage::CALL)?;
+    writeln!(f, "#define RAVELIN_RUN_CONVERSIONS {}", RunPage::CONVERSIONS)?;
     writeln!(f, "#define RAVELIN_RUN_ENTRY {}", RunPage::ENTRY)?;
     writeln!(f, "#define RAVELIN_RUN_RESULTS {}", RunPage::RESULTS)?;
     writeln!(f, "#define RAVELIN_RUN_CALL_REGISTERS {RUN_CALL_REGISTERS}")
@@ -273,7 +293,7 @@ pub(crate) fn reference(f: &mut Formatter<'_>) -> fmt::Result {
     }
     writeln!(
         f,
-        "\n| code | reason | meaning; fields that it does not mention are zero, but for `wake_low` and `wake_high` |\n|---|---|---|"
+        "\n| code | reason | meaning; fields that it does not mention are zero, but for `wake_low`, `wake_high` and `conversions` |\n|---|---|---|"
     )?;
     for reason in ExitReason::ALL {
         writeln!(f, "| {} | `{}` | {} |", reason.code(), reason.name(), reason.doc())?;
@@ -297,15 +317,16 @@ mod tests {
         assert_eq!(bytes[offset_of!(RunExit, deadline)..offset_of!(RunExit, wake_low)], [0xff; 8]);
         assert_eq!(RunExit::from_bytes(&bytes), exit);
 
-        let entry = RunEntry { answer: 1, value: 0x8877_6655_4433_2211 };
-        assert_eq!(entry.to_bytes(), [1, 0, 0, 0, 0, 0, 0, 0, 0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88]);
+        let entry = RunEntry { answer: 1, value: 0x8877_6655_4433_2211, ..RunEntry::default() };
+        assert_eq!(entry.to_bytes()[..16], [1, 0, 0, 0, 0, 0, 0, 0, 0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88]);
         assert_eq!(RunEntry::from_bytes(&entry.to_bytes()), entry);
     }
 
     #[test]
     fn the_layout_is_part_of_the_interface() {
-        assert_eq!([RunPage::EXIT, RunPage::CALL, RunPage::ENTRY, RunPage::RESULTS], [0, 1024, 2048, 3072]);
-        assert_eq!([RunExit::SIZE, RunEntry::SIZE], [80, 16]);
+        let offsets = [RunPage::EXIT, RunPage::CALL, RunPage::CONVERSIONS, RunPage::ENTRY, RunPage::RESULTS];
+        assert_eq!(offsets, [0, 1024, 1536, 2048, 3072]);
+        assert_eq!([RunExit::SIZE, RunEntry::SIZE], [88, 24]);
     }
 
     #[test]

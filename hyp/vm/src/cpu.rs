@@ -1,7 +1,8 @@
 //! What running a vCPU asks of the CPU.
 
 use ravelin_abi::Status;
-use ravelin_memory::{PhysAddr, PhysRange};
+use ravelin_memory::{Ipa, PhysAddr, PhysRange};
+use ravelin_ownership::Conversion;
 use ravelin_pgtable::{Geometry, Vttbr};
 use ravelin_vgic::ListRegisters;
 
@@ -69,6 +70,12 @@ pub trait GuestCpu: EntropySource + PageAccess {
 
     /// Returns how many list registers there are, 1 to 16.
     fn list_registers(&self) -> usize;
+
+    /// Is told of conversions that have been made for the guest that has these tables, or have not: its ring's, not its calls'.
+    fn note_conversions(&self, _tree: Vttbr, _conversions: impl Iterator<Item = (Conversion, bool)>) {}
+
+    /// Is told that a page has been unpinned without a call of the guest.
+    fn note_unpinned(&self, _tree: Vttbr, _page: Ipa) {}
 
     /// Returns the features that have a part in what PSTATE is after an exception.
     fn pstate_features(&self) -> PstateFeatures;

@@ -269,6 +269,8 @@ pub enum Report {
     Failed,
     /// Nothing happened but that other vCPUs have something to do.
     Wake,
+    /// Nothing happened but conversions.
+    Converted,
 }
 
 impl Report {
@@ -320,6 +322,7 @@ impl Report {
             Self::HostCall { immediate } => RunExit { value: immediate.into(), ..exit(ExitReason::HostCall) },
             Self::Failed => exit(ExitReason::Failed),
             Self::Wake => exit(ExitReason::Wake),
+            Self::Converted => exit(ExitReason::Converted),
         }
     }
 }

@@ -10,7 +10,7 @@ use std::{
 
 use ravelin_abi::{Status, VmAttributes, VmKind};
 use ravelin_memory::{Ipa, IpaRange, PAGE_SIZE, PhysAddr, PhysRange};
-use ravelin_ownership::GuestPage;
+use ravelin_ownership::{Batch, Conversion, GuestPage};
 use ravelin_pgtable::{Geometry, PageTable, Stage2, Vmid, Vttbr};
 
 use crate::{GuestFailure, ObjectMemory, Refusal, Transitions};
@@ -51,6 +51,7 @@ pub(crate) enum Owner {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum GuestState {
     Private,
+    Pinned,
     Offered,
     Claimed,
     Lent,
@@ -169,7 +170,7 @@ impl World {
         match self.frame(slot, frame) {
             _ if self.poisoned.contains(&(slot, frame)) => GuestPage::Poisoned,
             None => GuestPage::Absent,
-            Some((_, GuestState::Private)) => GuestPage::Private,
+            Some((_, GuestState::Private | GuestState::Pinned)) => GuestPage::Private,
             Some((_, GuestState::Lent)) => GuestPage::Lent,
             Some((_, GuestState::Offered)) => GuestPage::Offered,
             Some((_, GuestState::Claimed)) => GuestPage::Claimed,
@@ -333,7 +334,7 @@ impl Transitions for Fake {
         let mut world = self.lock();
         for frame in range.iter().map(Ipa::page_number) {
             match world.frame(guest.slot, frame) {
-                Some((page, GuestState::Private)) => world.scrub(page),
+                Some((page, GuestState::Private | GuestState::Pinned)) => world.scrub(page),
                 Some((page, _)) => world.set(page, Owner::Host),
                 None => {}
             }
@@ -428,6 +429,53 @@ impl Transitions for Fake {
             }
         }
         Ok(range.pages())
+    }
+
+    fn convert(&self, guest: &FakeGuest, conversions: &mut dyn Iterator<Item = Option<Conversion>>) -> Batch {
+        let mut batch = Batch::default();
+        let mut left = AT_ONCE;
+        for (index, conversion) in conversions.enumerate() {
+            if let Some(Conversion { range, share, released }) = conversion {
+                if range.pages() > left && index != 0 {
+                    break;
+                }
+                left -= range.pages();
+                let mut world = self.lock();
+                let (from, to) = if share {
+                    (GuestState::Private, GuestState::Offered)
+                } else {
+                    (GuestState::Offered, GuestState::Private)
+                };
+                let claimed = range.iter().any(|frame| {
+                    matches!(world.frame(guest.slot, frame.page_number()), Some((_, GuestState::Claimed)))
+                });
+                if !share && claimed && !released {
+                    batch.claimed |= 1 << index;
+                } else {
+                    let from = if claimed && !share { GuestState::Claimed } else { from };
+                    let done = world.change(guest.slot, range, from, Some(to), Status::Denied);
+                    batch.done |= u64::from(done.is_ok()) << index;
+                }
+            }
+            batch.seen += 1;
+        }
+        batch
+    }
+
+    fn pin_page(&self, guest: &FakeGuest, page: Ipa) -> Result<PhysAddr, GuestFailure> {
+        let mut world = self.lock();
+        let Some((number, _)) = world.frame(guest.slot, page.page_number()) else {
+            return Err(GuestFailure::Absent(page));
+        };
+        let (from, to) = (GuestState::Private, Some(GuestState::Pinned));
+        let pinned = world.change(guest.slot, IpaRange::single(page), from, to, Status::Denied);
+        pinned.map_err(|_| GuestFailure::Refused)?;
+        Ok(PhysAddr::new(number << 12).unwrap())
+    }
+
+    fn unpin_page(&self, guest: &FakeGuest, page: Ipa) {
+        let (from, to) = (GuestState::Pinned, Some(GuestState::Private));
+        self.lock().change(guest.slot, IpaRange::single(page), from, to, Status::Denied).unwrap();
     }
 
     fn look(&self, guest: &FakeGuest, range: IpaRange) -> (GuestPage, u64) {

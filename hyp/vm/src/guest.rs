@@ -5,7 +5,7 @@ use ravelin_memory::{Ipa, IpaRange};
 use ravelin_ownership::GuestPage;
 use ravelin_sync::Mutex;
 
-use crate::{Backing, Context, measurement::Measurements, ranges::Ranges, transitions::Transitions};
+use crate::{Backing, Context, RingCall, measurement::Measurements, ranges::Ranges, transitions::Transitions};
 
 /// What a guest's calls work on.
 pub struct Guest<G> {
@@ -18,7 +18,7 @@ pub struct Guest<G> {
 
 /// What becomes of a guest's call.
 ///
-/// After the first three, results are in the registers, and the guest goes on behind the instruction. After the others, the
+/// After the first three, results are in the registers, and the guest goes on behind the instruction. After others, the
 /// registers are as they were, and the guest has not passed the instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -28,6 +28,10 @@ pub enum Outcome {
     Shared(IpaRange),
     /// It is done: the guest has given up these pages.
     Relinquished(IpaRange),
+    /// It is done: conversions were made that the host has to know of.
+    Converted,
+    /// It is about the ring of the vCPU, and yet to be done.
+    Ring(RingCall),
     /// The host must release what it has claimed in this range and let the guest try again, or have the guest told that it
     /// refuses.
     Unshare(IpaRange),

@@ -6,7 +6,7 @@ use ravelin_memory::{IpaRange, PAGE_SIZE};
 use ravelin_ownership::GuestPage;
 
 use crate::{
-    Context,
+    Context, RingCall,
     guest::{self, Guest, Outcome},
     transitions::{GuestFailure, Transitions},
 };
@@ -18,6 +18,8 @@ const MEM_SHARE: u32 = 0xc600_0003;
 const MEM_UNSHARE: u32 = 0xc600_0004;
 const MMIO_GUARD: u32 = 0xc600_0007;
 const MEM_RELINQUISH: u32 = 0xc600_0009;
+const MEM_RING: u32 = 0xc600_0038;
+const MEM_RING_SYNC: u32 = 0xc600_0039;
 
 /// UUID 28b46fb6-2ec5-11e9-a9ca-4b564d003a74, by which guests know KVM's interface.
 const KVM_UID: [u64; 4] = [0xb66f_b428, 0xe911_c52e, 0x564b_caa9, 0x743a_004d];
@@ -25,16 +27,16 @@ const KVM_UID: [u64; 4] = [0xb66f_b428, 0xe911_c52e, 0x564b_caa9, 0x743a_004d];
 /// Bit n stands for function n: FEATURES alone.
 const ORDINARY_FEATURES: u64 = 1;
 
-/// FEATURES, HYP_MEMINFO, MEM_SHARE, MEM_UNSHARE, MMIO_GUARD, MEM_RELINQUISH.
-const PROTECTED_FEATURES: u64 = 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 7 | 1 << 9;
+/// FEATURES, HYP_MEMINFO, MEM_SHARE, MEM_UNSHARE, MMIO_GUARD, MEM_RELINQUISH, MEM_RING, MEM_RING_SYNC.
+const PROTECTED_FEATURES: u64 = 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 7 | 1 << 9 | 1 << 56 | 1 << 57;
 
 /// In x1 after HYP_MEMINFO: the calls take a number of pages in x2, and return in x1 how many are done.
 const HAS_RANGE: u64 = 1;
 
-const SUCCESS: u64 = 0;
+pub(crate) const SUCCESS: u64 = 0;
 
 /// SMCCC_RET_INVALID_PARAMETER, -3.
-const INVALID_PARAMETER: u64 = u64::MAX - 2;
+pub(crate) const INVALID_PARAMETER: u64 = u64::MAX - 2;
 
 /// Performs a guest's call, if it is one of those that its kind of VM has. `None` if not: then it is another interface's, or
 /// not supported.
@@ -51,7 +53,8 @@ pub fn call<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: &
     let [_, address, second, third, ..] = context.x;
     match guest::function(context) {
         UID => context.set_results(KVM_UID),
-        FEATURES => context.set_results([features, 0, 0, 0]),
+        // 32 bits in each register.
+        FEATURES => context.set_results([features & u64::from(u32::MAX), features >> 32, 0, 0]),
         _ if features == ORDINARY_FEATURES => return None,
         // Arrays would be compared byte by byte, which takes longer than the call.
         HYP_MEMINFO if address | second | third == 0 => context.set_results([PAGE_SIZE, HAS_RANGE, 0, 0]),
@@ -71,6 +74,13 @@ pub fn call<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: &
             let relinquish = |range| transitions.relinquish(&guest.memory, range);
             return Some(perform(guest, context, Outcome::Relinquished, relinquish));
         }
+        MEM_RING => match (guest.range(address, 1), second, third) {
+            (Some(page), 1, 0) => return Some(Outcome::Ring(RingCall::Attach(page.base()))),
+            (Some(page), 0, 0) => return Some(Outcome::Ring(RingCall::Detach(page.base()))),
+            _ => refuse(context),
+        },
+        MEM_RING_SYNC if address | second | third == 0 => return Some(Outcome::Ring(RingCall::Sync)),
+        MEM_RING_SYNC => refuse(context),
         _ => return None,
     }
     Some(Outcome::Done)
@@ -79,6 +89,11 @@ pub fn call<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: &
 /// Tells the guest that the host does not release what it wants back, or that another call of this interface has failed.
 pub fn refuse(context: &mut Context) {
     context.set_results([INVALID_PARAMETER, 0, 0, 0]);
+}
+
+/// Tells the guest that it is done, if nothing else is to be told.
+pub(crate) fn accept(context: &mut Context) {
+    context.set_results([SUCCESS, 0, 0, 0]);
 }
 
 /// Takes a step that the registers ask for.

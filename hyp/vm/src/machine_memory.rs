@@ -3,8 +3,8 @@
 use ravelin_abi::{Status, VmAttributes, VmKind};
 use ravelin_memory::{Ipa, IpaRange, PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_ownership::{
-    Failure, GuestFailure as MemoryFailure, GuestKind, GuestMemory, GuestPage, GuestReason, HostFailure, Memory,
-    Reason, Unshare,
+    Batch, Conversion, Failure, GuestFailure as MemoryFailure, GuestKind, GuestMemory, GuestPage, GuestReason,
+    HostFailure, Memory, Reason, Unshare,
 };
 use ravelin_pgtable::{Geometry, Machine, TablePool, Vttbr};
 
@@ -173,6 +173,19 @@ impl<P: TablePool, M: Machine + PageAccess> Transitions for MachineMemory<'_, '_
             GuestReason::Absent => GuestFailure::Refused,
             _ => failure.into(),
         })
+    }
+
+    fn convert(&self, guest: &GuestMemory, conversions: &mut dyn Iterator<Item = Option<Conversion>>) -> Batch {
+        self.memory.guest_convert(self.machine, guest, conversions)
+    }
+
+    fn pin_page(&self, guest: &GuestMemory, page: Ipa) -> Result<PhysAddr, GuestFailure> {
+        Ok(self.memory.guest_pin(self.machine, guest, page)?)
+    }
+
+    fn unpin_page(&self, guest: &GuestMemory, page: Ipa) {
+        let unpinned = self.memory.guest_unpin(self.machine, guest, page);
+        debug_assert_eq!(unpinned, Ok(()), "pinned, and only this unpins it");
     }
 
     fn look(&self, guest: &GuestMemory, range: IpaRange) -> (GuestPage, u64) {

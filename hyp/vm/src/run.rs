@@ -10,10 +10,10 @@ use ravelin_memory::{PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_vgic::{Access, Frame, Gic, ListRegisters, VcpuSet, Vcpus};
 
 use crate::{
-    Abort, Context, Entry, FirmwareCall, FirstInstruction, GuestCpu, GuestExit, GuestFeatures, Handle, IdRegisters,
-    Left, MmioAccess, ObjectMemory, Outcome, Pending, Power, PstateFeatures, Readiness, Refusal, Report, Syndrome,
-    SysregAccess, SysregAction, Transitions, Vectors, Vm, Vms, entropy_call, firmware_call, gic::VcpuGics,
-    guest::NOT_SUPPORTED, guest_call, mpidr, rsi, vm::VmEnd,
+    Abort, Context, Entry, FirmwareCall, FirstInstruction, GuestCpu, GuestExit, GuestFailure, GuestFeatures, Handle,
+    IdRegisters, Left, MmioAccess, ObjectMemory, Outcome, Pending, Power, PstateFeatures, Readiness, Refusal, Report,
+    RingCall, Syndrome, SysregAccess, SysregAction, Transitions, Vectors, Vm, Vms, entropy_call, firmware_call,
+    gic::VcpuGics, guest::NOT_SUPPORTED, guest_call, mpidr, ring::Ring, rsi, vm::VmEnd,
 };
 
 /// INTID of the virtual timer, as Arm's Base System Architecture has it.
@@ -30,6 +30,7 @@ pub struct VcpuState {
     open: Open,
     /// What its interrupt controller knows of them, so that it is told of changes only.
     timers: Timers,
+    ring: Ring,
     /// Pages for the vector registers.
     area: PhysRange,
 }
@@ -94,12 +95,14 @@ impl VcpuState {
         let features = GuestFeatures { ipa_bits, sve: true, pointer_authentication: true };
         let ids = cpu.id_registers().for_guest(features);
         cpu.clear_vectors(area);
-        Self { context: Context::reset(0, 0, mpidr(index)), ids, open: Open::Nothing, timers: Timers::default(), area }
+        let context = Context::reset(0, 0, mpidr(index));
+        Self { context, ids, open: Open::Nothing, timers: Timers::default(), ring: Ring::default(), area }
     }
 
     /// Sets the registers of a vCPU that has been turned on as PSCI has it, and those of the one that boots as the seal has it.
-    fn start(&mut self, cpu: &impl GuestCpu, index: usize, power: &Power) {
-        let Some(FirstInstruction { pc, x0, reset }) = power.take_start() else { return };
+    /// Returns whether it is reset.
+    fn start(&mut self, cpu: &impl GuestCpu, index: usize, power: &Power) -> bool {
+        let Some(FirstInstruction { pc, x0, reset }) = power.take_start() else { return false };
         if reset {
             self.context = Context::reset(pc, x0, mpidr(index));
             self.open = Open::Nothing;
@@ -108,6 +111,7 @@ impl VcpuState {
             self.context.pc = pc;
             self.context.set_register(0, x0);
         }
+        reset
     }
 }
 
@@ -139,6 +143,7 @@ impl<O: ObjectMemory, G: Send + Sync> Vms<O, G, VcpuState> {
             let [wake_low, wake_high] = wake.words();
             let mut exit = report?.run_exit();
             (exit.wake_low, exit.wake_high) = (wake_low, wake_high);
+            exit.conversions = vcpu.state.ring.apply(transitions, cpu, vm.guest(), run_page);
             if let Some(at) = part(run_page, RunPage::EXIT) {
                 cpu.write_words(at, &exit.to_words());
             }
@@ -190,7 +195,9 @@ where
             state.open = Open::Ended;
             return Ok(Report::of_end(end));
         }
-        state.start(self.cpu, self.index, self.power);
+        if state.start(self.cpu, self.index, self.power) {
+            self.reset_ring(&mut state.ring);
+        }
         state.context.cntvoff_el2 = self.vm.counter_offset();
         match self.power.run() {
             Readiness::Off => return Err(Status::WrongState.into()),
@@ -200,7 +207,9 @@ where
             }
             Readiness::On => {}
         }
-        if let Some(report) = self.answer(state)? {
+        let report = self.answer(state)?;
+        state.ring.resume(self.transitions, self.cpu, self.vm.guest(), || self.host_entry().released);
+        if let Some(report) = report {
             return Ok(report);
         }
         let mut loan = Loan { vectors: Vectors::None, timer_held: false };
@@ -237,11 +246,7 @@ where
             // Whatever the host says.
             return Ok(None);
         }
-        let mut words = [0; RunEntry::WORDS];
-        if let Some(at) = part(self.run_page, RunPage::ENTRY) {
-            self.cpu.read_words(at, &mut words);
-        }
-        let entry = RunEntry::from_words(&words);
+        let entry = self.host_entry();
         let features = self.cpu.pstate_features();
         match state.open {
             Open::Access(mut pending) => {
@@ -267,6 +272,48 @@ where
         }
         state.open = Open::Nothing;
         Ok(None)
+    }
+
+    /// Reads what the host says.
+    fn host_entry(&self) -> RunEntry {
+        let mut words = [0; RunEntry::WORDS];
+        if let Some(at) = part(self.run_page, RunPage::ENTRY) {
+            self.cpu.read_words(at, &mut words);
+        }
+        RunEntry::from_words(&words)
+    }
+
+    /// Takes the ring from a vCPU that is turned on anew.
+    fn reset_ring(&self, ring: &mut Ring) {
+        let guest = self.vm.guest();
+        if let Some(page) = ring.detach(self.transitions, guest, None) {
+            let (tree, _) = self.transitions.tree(guest.memory());
+            self.cpu.note_unpinned(tree, page);
+        }
+    }
+
+    /// Performs a call that is about the ring. Returns what becomes of it; its results are in the registers if it is done.
+    #[inline(never)]
+    fn ring_call(&self, ring: &mut Ring, context: &mut Context, call: RingCall) -> Outcome {
+        let (transitions, guest) = (self.transitions, self.vm.guest());
+        let done = match call {
+            RingCall::Attach(page) => match ring.attach(transitions, self.cpu, guest, page) {
+                Err(GuestFailure::Absent(page)) => return Outcome::PageFault(page),
+                attached => attached.is_ok(),
+            },
+            RingCall::Detach(page) => ring.detach(transitions, guest, Some(page)).is_some(),
+            RingCall::Sync => {
+                guest_call::accept(context);
+                let told = ring.apply(transitions, self.cpu, guest, self.run_page);
+                return if told == 0 { Outcome::Done } else { Outcome::Converted };
+            }
+        };
+        if done {
+            guest_call::accept(context)
+        } else {
+            guest_call::refuse(context)
+        }
+        Outcome::Done
     }
 
     #[inline(never)]
@@ -304,10 +351,10 @@ where
             vectors: loan.vectors,
             deadline,
         };
-        let (open, ids, timer_held) = (&mut state.open, &state.ids, loan.timer_held);
+        let (open, ring, ids, timer_held) = (&mut state.open, &mut state.ring, &state.ids, loan.timer_held);
         let mut handled = None;
         let left = self.cpu.enter(self.host, &mut entry, |syndrome, context| {
-            let Some(report) = self.handle_at_once(open, context, ids, syndrome) else { return false };
+            let Some(report) = self.handle_at_once(open, ring, context, ids, syndrome) else { return false };
             // A timer's interrupt that is held has to be looked after.
             let goes_on = report.is_none() && !timer_held && self.vm.end().is_none();
             if !goes_on {
@@ -324,6 +371,7 @@ where
     fn handle_at_once(
         &self,
         open: &mut Open,
+        ring: &mut Ring,
         context: &mut Context,
         ids: &IdRegisters,
         syndrome: &Syndrome,
@@ -343,7 +391,10 @@ where
             _ => return None,
         };
         let outcome = match conduit {
-            Conduit::Hvc => guest_call::call(self.transitions, self.vm.guest(), context)?,
+            Conduit::Hvc => match guest_call::call(self.transitions, self.vm.guest(), context)? {
+                Outcome::Ring(call) => self.ring_call(ring, context, call),
+                outcome => outcome,
+            },
             Conduit::Smc => {
                 let send = |registers: &rsi::HostCallRegisters| {
                     if let Some(at) = part(self.run_page, RunPage::CALL) {
@@ -485,9 +536,10 @@ where
     fn conclude(&self, open: &mut Open, context: &mut Context, conduit: Conduit, outcome: Outcome) -> Option<Report> {
         let mut open = |missing| *open = Open::Call(conduit, missing);
         let done = match outcome {
-            Outcome::Done => None,
+            Outcome::Done | Outcome::Ring(_) => None,
             Outcome::Shared(range) => Some(Report::Shared(range)),
             Outcome::Relinquished(range) => Some(Report::Relinquished(range)),
+            Outcome::Converted => Some(Report::Converted),
             Outcome::Unshare(range) => {
                 open(Missing::Release);
                 return Some(Report::Unshare(range));

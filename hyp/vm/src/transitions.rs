@@ -3,7 +3,7 @@
 use ravelin_abi::VmAttributes;
 use ravelin_memory::{Ipa, IpaRange, PhysAddr, PhysRange};
 
-use ravelin_ownership::GuestPage;
+use ravelin_ownership::{Batch, Conversion, GuestPage};
 use ravelin_pgtable::{Geometry, Vttbr};
 
 use crate::Refusal;
@@ -148,6 +148,21 @@ pub trait Transitions {
     ///
     /// See [`GuestFailure`]; nothing has changed.
     fn relinquish(&self, guest: &Self::Guest, range: IpaRange) -> Result<u64, GuestFailure>;
+
+    /// Makes the first of these conversions of a pKVM guest's pages, each as a whole, as far as one call goes: at least one. `None`
+    /// stands for one that is refused. `conversions` calls nothing here.
+    fn convert(&self, guest: &Self::Guest, conversions: &mut dyn Iterator<Item = Option<Conversion>>) -> Batch;
+
+    /// Gives the hypervisor access to a private page of a guest, which can do nothing else with it meanwhile. Returns where it is
+    /// mapped writable in the hypervisor's stage 1.
+    ///
+    /// # Errors
+    ///
+    /// See [`GuestFailure`]; nothing has changed.
+    fn pin_page(&self, guest: &Self::Guest, page: Ipa) -> Result<PhysAddr, GuestFailure>;
+
+    /// Undoes a [`Transitions::pin_page`] of a guest that is not dying. Of one that is, [`Transitions::reclaim`] does.
+    fn unpin_page(&self, guest: &Self::Guest, page: Ipa);
 
     /// Returns what the first frame of a range is to the guest, and how many frames from there on are known to be the same;
     /// at least one.

@@ -109,7 +109,7 @@ fn stores_to_devices() {
         RunExit { reason: 4, flags: 1, address: PAGE | 0xffe, size: 2, value: 0x7788, ..RunExit::default() }
     );
     assert_eq!(registers, before);
-    assert_eq!(pending.resume(&mut registers, &RunEntry { answer: 1, value: 99 }, NONE), Ok(()));
+    assert_eq!(pending.resume(&mut registers, &RunEntry { answer: 1, value: 99, ..RunEntry::default() }, NONE), Ok(()));
     assert_eq!(registers, Context { pc: before.pc + 4, ..before });
     assert_eq!(pending, Pending::Nothing);
 }
@@ -121,7 +121,10 @@ fn loads_from_devices() {
     let (report, mut pending) =
         handled(abort(transfer(2, 30, false), 8), &mut registers, Backing::Device, VmKind::Pkvm, NONE).unwrap();
     assert_eq!(report.run_exit(), RunExit { reason: 4, address: PAGE | 8, size: 4, ..RunExit::default() });
-    assert_eq!(pending.resume(&mut registers, &RunEntry { answer: 1, value: u64::MAX }, NONE), Ok(()));
+    assert_eq!(
+        pending.resume(&mut registers, &RunEntry { answer: 1, value: u64::MAX, ..RunEntry::default() }, NONE),
+        Ok(())
+    );
     let mut model = Context { pc: before.pc + 4, ..before };
     model.x[30] = 0xffff_ffff;
     assert_eq!(registers, model);
@@ -192,7 +195,7 @@ fn answers_that_belong_to_an_exit() {
     let fault = Pending::PageFault(abort(transfer(0, 1, false), 0));
     let outcome = |pending: Pending, answer| {
         let (mut pending, mut registers) = (pending, context());
-        let result = pending.resume(&mut registers, &RunEntry { answer, value: 0 }, NONE);
+        let result = pending.resume(&mut registers, &RunEntry { answer, ..RunEntry::default() }, NONE);
         result.map(|()| {
             assert_eq!(pending, Pending::Nothing);
             registers.pc
@@ -218,7 +221,10 @@ fn answers_that_belong_to_an_exit() {
 fn a_wrong_answer_changes_nothing() {
     let mut pending = Pending::PageFault(abort(transfer(0, 1, false), 0));
     let (before, mut registers) = (pending, context());
-    assert_eq!(pending.resume(&mut registers, &RunEntry { answer: 1, value: 7 }, NONE), Err(WrongAnswer));
+    assert_eq!(
+        pending.resume(&mut registers, &RunEntry { answer: 1, value: 7, ..RunEntry::default() }, NONE),
+        Err(WrongAnswer)
+    );
     assert_eq!((pending, registers), (before, context()));
 }
 
@@ -446,7 +452,7 @@ proptest! {
         if let Some((report, mut pending)) = run_loop(&mut registers, &syndrome, backing, kind) {
             let before = registers;
             let open = pending;
-            let result = pending.resume(&mut registers, &RunEntry { answer, value }, NONE);
+            let result = pending.resume(&mut registers, &RunEntry { answer, value, ..RunEntry::default() }, NONE);
             let mut model = before;
             match (result, answer, report) {
                 (Ok(()), 0, _) | (Err(WrongAnswer), _, _) => {}

@@ -18,6 +18,7 @@ use crate::{
 #[cfg(loom)]
 mod models;
 mod registers;
+mod ring;
 
 /// Bytes of the registers of a call to the host.
 const CALL_SIZE: usize = 8 * RUN_CALL_REGISTERS;
@@ -134,7 +135,9 @@ impl World {
         if !called {
             same(RunPage::CALL, RunPage::CALL + CALL_SIZE);
         }
-        same(RunPage::CALL + CALL_SIZE, 4096);
+        let told = exit.map_or(0, |exit| exit.conversions as usize);
+        same(RunPage::CALL + CALL_SIZE, RunPage::CONVERSIONS);
+        same(RunPage::CONVERSIONS + 8 * told, 4096);
         if usize::try_from(index).is_ok_and(|index| index < EXISTING as usize) {
             self.gic(|gic| {
                 let entry = prepare(gic, index as usize).expect("it does not run");
@@ -170,7 +173,7 @@ impl World {
     }
 
     fn answer(&self, answer: u64, value: u64) {
-        let entry = RunEntry { answer, value };
+        let entry = RunEntry { answer, value, ..RunEntry::default() };
         self.cpu.set_page(run_page(0) + RunPage::ENTRY as u64, &entry.to_bytes());
     }
 
