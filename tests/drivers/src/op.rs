@@ -61,7 +61,7 @@ pub struct RunAnswer {
 
 impl From<RunAnswer> for RunEntry {
     fn from(RunAnswer { answer, value }: RunAnswer) -> Self {
-        Self { answer, value }
+        Self { answer, value, ..Self::default() }
     }
 }
 

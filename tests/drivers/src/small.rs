@@ -243,6 +243,7 @@ fn key(sequence: &Sequence<'_, '_>, bounds: &Bounds) -> Key {
             Page::Private(Place { vm, frame }) => (7, slot_of(vm) << 32 | frame),
             Page::Offered(Place { vm, frame }) => (8, slot_of(vm) << 32 | frame),
             Page::Claimed(Place { vm, frame }) => (9, slot_of(vm) << 32 | frame),
+            Page::Pinned(Place { vm, frame }) => (10, slot_of(vm) << 32 | frame),
         };
         key.extend([kind, detail]);
     };

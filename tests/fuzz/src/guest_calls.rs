@@ -263,7 +263,7 @@ impl<'w, 'm> Vm<'w, 'm> {
     fn run(&mut self, actions: impl IntoIterator<Item = Action>, answer: u64) -> (Option<RunExit>, Vec<Happened>) {
         let world = self.world;
         world.machine.set_actions(actions);
-        world.answer(RUN_PAGE, &RunEntry { answer, value: 0 });
+        world.answer(RUN_PAGE, &RunEntry { answer, ..RunEntry::default() });
         let [status, ..] = world.hvc([number("VCPU_RUN"), self.handle, 0]);
         let happened = world.machine.take_happened();
         for it in &happened {

@@ -200,7 +200,7 @@ fn check_abort(input: &Input, syndrome: &Syndrome, abort: Abort, before: Context
     let mut context = before;
     let handled = abort.handle(&mut context, access, backing, kind, features);
     let values = [input.value, !input.value].into_iter();
-    let entries = values.flat_map(|value| (0..6).map(move |answer| RunEntry { answer, value }));
+    let entries = values.flat_map(|value| (0..6).map(move |answer| RunEntry { answer, value, ..RunEntry::default() }));
     match (page, backing, expected) {
         (Some(page), Backing::Memory, _) => {
             let (report, pending) = handled.expect("the host is to provide the page");

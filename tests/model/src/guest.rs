@@ -41,6 +41,7 @@ const MEM_SHARE: u64 = 0xc600_0003;
 const MEM_UNSHARE: u64 = 0xc600_0004;
 const MMIO_GUARD: u64 = 0xc600_0007;
 const MEM_RELINQUISH: u64 = 0xc600_0009;
+const MEM_RING: u64 = 0xc600_0038;
 
 // Calls of RSI.
 const IPA_STATE_SET: u64 = 0xc400_0197;
@@ -62,7 +63,7 @@ const DEVICES: u64 = 32;
 
 /// What a call may come to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum May {
+pub(crate) enum May {
     /// The first pages are done: so many at least, and so many at most.
     Do(u64, u64),
     /// It fails, and nothing has changed.
@@ -73,14 +74,14 @@ enum May {
 
 /// What a call has come to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Became {
+pub(crate) enum Became {
     Done(u64),
     Failed,
     Exit,
 }
 
 impl Became {
-    const fn name(self) -> &'static str {
+    pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Done(_) => "DONE",
             Self::Failed => "FAILED",
@@ -88,7 +89,7 @@ impl Became {
         }
     }
 
-    fn is_one_of(self, allowed: &[May]) -> bool {
+    pub(crate) fn is_one_of(self, allowed: &[May]) -> bool {
         allowed.iter().any(|&may| match (may, self) {
             (May::Do(least, most), Self::Done(done)) => (least..=most).contains(&done),
             (May::Fail, Self::Failed) | (May::Exit, Self::Exit) => true,
@@ -99,9 +100,14 @@ impl Became {
 
 /// A change that a guest makes to its pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Change {
+pub(crate) enum Change {
     Share,
     Unshare,
+    /// Also of what the host has claimed, because it consents.
+    UnshareReleased,
+    /// For a ring, and back.
+    Pin,
+    Unpin,
     Relinquish,
     /// Nothing: the frames are as the guest wants them.
     Nothing,
@@ -115,10 +121,7 @@ impl Model {
     /// What is wrong. The model is of no use then.
     pub fn guest_call(&mut self, call: &GuestCall) -> Result<Reached, Difference> {
         self.touched = Touched::default();
-        let Some((&handle, vm)) = self.state.vms.iter().find(|(_, vm)| vm.metadata.0 == call.root) else {
-            return differs!("a guest runs whose tables are at page {:#x}, where no VM is", call.root);
-        };
-        let vm = vm.clone();
+        let (handle, vm) = self.by_root(call.root)?;
         let [x0, ..] = call.before;
         let function = x0 & 0xffff_ffff;
         match (call.door, vm.kind(), function) {
@@ -128,11 +131,45 @@ impl Model {
                 self.pkvm(handle, &vm, call, "MEM_RELINQUISH", Change::Relinquish)
             }
             (Door::Hvc, VmKind::Pkvm, MMIO_GUARD) => self.guard(handle, &vm, call),
+            (Door::Hvc, VmKind::Pkvm, MEM_RING) => self.ring_call(handle, &vm, call),
             (Door::Smc, VmKind::Realm, IPA_STATE_SET) => self.set_state(handle, &vm, call),
             (Door::Smc, VmKind::Realm, IPA_STATE_GET) => self.get_state(handle, &vm, call),
             // What else guests call has nothing to do with who has which page.
             _ => Ok(Reached { state: NO_STATE, call: "GUEST_CALL", result: "ANY" }),
         }
+    }
+
+    /// Returns handle and state of the VM whose root of stage 2 is at this page.
+    pub(crate) fn by_root(&self, root: u64) -> Result<(u64, Vm), Difference> {
+        let found = self.state.vms.iter().find(|(_, vm)| vm.metadata.0 == root);
+        let Some((&handle, vm)) = found else {
+            return differs!("a guest runs whose tables are at page {root:#x}, where no VM is");
+        };
+        Ok((handle, vm.clone()))
+    }
+
+    /// MEM_RING: address, 1 to make the page the vCPU's ring or 0 to end that, 0. Which vCPU has which ring is not known.
+    fn ring_call(&mut self, handle: u64, vm: &Vm, call: &GuestCall) -> Result<Reached, Difference> {
+        let [_, base, attach, reserved] = call.before;
+        let frames = memory_range(vm, base, 1).filter(|_| reserved == 0 && attach <= 1);
+        let frame = frames.clone().and_then(|frames| self.state.look(vm, frames).next());
+        let state = frame.as_ref().map_or(NO_STATE, |(_, frame)| frame.name());
+        let became = match call.after {
+            after if after == call.before => Became::Exit,
+            [0, 0, 0, 0] => Became::Done(1),
+            [INVALID, 0, 0, 0] => Became::Failed,
+            after => return differs!("MEM_RING {:x?} left {after:x?}", call.before),
+        };
+        let (allowed, change): (&[May], _) = match (attach, frame) {
+            // It has one, or tables are missing.
+            (1, Some((_, Frame::Page(_, Page::Private(_))))) => (&[May::Do(1, 1), May::Fail], Change::Pin),
+            (1, Some((_, Frame::Absent))) => (&[May::Exit, May::Fail], Change::Nothing),
+            // It is another vCPU's.
+            (0, Some((_, Frame::Page(_, Page::Pinned(_))))) => (&[May::Do(1, 1), May::Fail], Change::Unpin),
+            _ => (&[May::Fail], Change::Nothing),
+        };
+        let reached = Reached { state, call: "MEM_RING", result: became.name() };
+        self.conclude(handle, frames, call, reached, became, allowed, change)
     }
 
     /// MEM_SHARE, MEM_UNSHARE, MEM_RELINQUISH: address, number of pages (0 for one), 0.
@@ -173,7 +210,7 @@ impl Model {
     }
 
     /// Returns what a change of frames may come to, and the state of the frame that decides.
-    fn allowed(&self, vm: &Vm, frames: &Range<u64>, change: Change) -> (Vec<May>, &'static str) {
+    pub(crate) fn allowed(&self, vm: &Vm, frames: &Range<u64>, change: Change) -> (Vec<May>, &'static str) {
         let length = frames.end - frames.start;
         let (mut first, mut claimed, mut wrong) = (None, None, None);
         for (part, frame) in self.state.look(vm, frames.clone()) {
@@ -181,14 +218,15 @@ impl Model {
             let at = part.start - frames.start;
             let refused = match (change, frame) {
                 (Change::Share, Frame::Page(_, Page::Private(_)))
-                | (Change::Unshare, Frame::Page(_, Page::Offered(_)))
+                | (Change::Unshare | Change::UnshareReleased, Frame::Page(_, Page::Offered(_)))
+                | (Change::UnshareReleased, Frame::Page(_, Page::Claimed(_)))
                 | (Change::Relinquish, Frame::Poisoned | Frame::Page(_, Page::Private(_))) => continue,
                 (Change::Unshare, Frame::Page(_, Page::Claimed(_))) => {
                     claimed = claimed.or(Some((at, frame.name())));
                     continue;
                 }
                 // The host may put a page there.
-                (Change::Share | Change::Unshare, Frame::Absent) => May::Exit,
+                (Change::Share | Change::Unshare | Change::UnshareReleased, Frame::Absent) => May::Exit,
                 _ => May::Fail,
             };
             wrong = Some((at, refused, frame.name()));
@@ -252,12 +290,13 @@ impl Model {
     }
 
     /// Changes frames, all of which can be.
-    fn change(&mut self, handle: u64, frames: Range<u64>, change: Change) {
+    pub(crate) fn change(&mut self, handle: u64, frames: Range<u64>, change: Change) {
         for (part, pages) in self.parts_with_pages(handle, frames.clone()) {
             let place = Place { vm: handle, frame: part.start };
             match change {
                 Change::Share => self.set(pages, Page::Offered(place)),
-                Change::Unshare => self.set(pages, Page::Private(place)),
+                Change::Unshare | Change::UnshareReleased | Change::Unpin => self.set(pages, Page::Private(place)),
+                Change::Pin => self.set(pages, Page::Pinned(place)),
                 Change::Relinquish => {
                     self.vm(handle).frames.clear(part);
                     self.scrub(pages);

@@ -7,7 +7,7 @@
 //!
 //! # Use
 //!
-//! [`Model::host_call`], [`Model::guest_call`] and [`Model::host_fault`] are told of something that has just happened, judge
+//! [`Model::host_call`], [`Model::guest_call`], [`Model::ring`] and [`Model::host_fault`] are told of something that has just happened, judge
 //! whether it is what had to happen, and go on to the next state. [`Model::compare`] compares that with the real tables.
 //! The checking build of the hypervisor and the tests on the build machine do so after each hypercall and each stage 2 fault, for
 //! what lies around, and now and then for everything ([`Model::compare_all`]).
@@ -38,6 +38,7 @@ mod arguments;
 pub mod guest;
 pub mod memory;
 mod real;
+mod ring;
 mod runs;
 pub mod state;
 mod verdict;
@@ -54,6 +55,7 @@ use ravelin_abi::VmAttributes;
 
 pub use guest::{Door, GuestCall};
 pub use real::{Counts, Found, Real};
+pub use ring::RingConversion;
 pub use runs::{Follow, Runs};
 use state::{Page, State};
 pub use watch::Watch;

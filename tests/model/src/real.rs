@@ -148,7 +148,7 @@ impl Model {
                 Page::Hypervisor => &mut counts.hypervisor,
                 Page::Donated => &mut counts.donated,
                 Page::Kept => &mut counts.kept,
-                Page::Private(_) => &mut counts.private,
+                Page::Private(_) | Page::Pinned(_) => &mut counts.private,
                 Page::Offered(_) => &mut counts.offered,
                 Page::Claimed(_) => &mut counts.claimed,
             };
@@ -284,6 +284,7 @@ fn as_real(real: &dyn Real, page: Page) -> Page {
     match page {
         Page::Lent(place) => Page::Lent(named(place)),
         Page::Private(place) => Page::Private(named(place)),
+        Page::Pinned(place) => Page::Pinned(named(place)),
         Page::Offered(place) => Page::Offered(named(place)),
         Page::Claimed(place) => Page::Claimed(named(place)),
         other => other,

@@ -29,6 +29,8 @@ pub enum Page {
     Kept,
     /// A guest's alone.
     Private(Place),
+    /// A guest's, which the hypervisor has mapped, too: the ring of a vCPU.
+    Pinned(Place),
     /// A guest's, offered to the host, which has not taken it up.
     Offered(Place),
     /// A guest's, and the host has access.
@@ -57,14 +59,18 @@ impl Page {
     /// Returns whether the hypervisor has the page mapped, of those that it has not had from the start.
     #[must_use]
     pub const fn hypervisor_has(self) -> bool {
-        matches!(self, Self::Shared { pins: 1.. } | Self::Run | Self::Donated | Self::Kept)
+        matches!(self, Self::Shared { pins: 1.. } | Self::Run | Self::Donated | Self::Kept | Self::Pinned(_))
     }
 
     /// Returns where the guest has the page mapped that may access it, if one may.
     #[must_use]
     pub const fn guest(self) -> Option<Place> {
         match self {
-            Self::Lent(place) | Self::Private(place) | Self::Offered(place) | Self::Claimed(place) => Some(place),
+            Self::Lent(place)
+            | Self::Private(place)
+            | Self::Pinned(place)
+            | Self::Offered(place)
+            | Self::Claimed(place) => Some(place),
             _ => None,
         }
     }
@@ -72,7 +78,7 @@ impl Page {
     /// Returns whether more than one of host, hypervisor and guests may access the page because its owner has said so.
     #[must_use]
     pub const fn is_shared(self) -> bool {
-        matches!(self, Self::Shared { .. } | Self::Run | Self::Lent(_) | Self::Claimed(_))
+        matches!(self, Self::Shared { .. } | Self::Run | Self::Lent(_) | Self::Pinned(_) | Self::Claimed(_))
     }
 
     /// Returns the name of the state, as coverage has it.
@@ -89,6 +95,7 @@ impl Page {
             Self::Donated => "Donated",
             Self::Kept => "Kept",
             Self::Private(_) => "Private",
+            Self::Pinned(_) => "Pinned",
             Self::Offered(_) => "Offered",
             Self::Claimed(_) => "Claimed",
         }
@@ -101,6 +108,7 @@ impl Follow for Page {
         match self {
             Self::Lent(place) => Self::Lent(behind(place)),
             Self::Private(place) => Self::Private(behind(place)),
+            Self::Pinned(place) => Self::Pinned(behind(place)),
             Self::Offered(place) => Self::Offered(behind(place)),
             Self::Claimed(place) => Self::Claimed(behind(place)),
             _ => self,
@@ -266,6 +274,7 @@ mod tests {
             Page::Donated,
             Page::Kept,
             Page::Private(place),
+            Page::Pinned(place),
             Page::Offered(place),
             Page::Claimed(place),
         ];

@@ -53,6 +53,7 @@ impl Real for Mirror {
                 let named = match found {
                     Page::Lent(place) => Page::Lent(slot(place)),
                     Page::Private(place) => Page::Private(slot(place)),
+                    Page::Pinned(place) => Page::Pinned(slot(place)),
                     Page::Offered(place) => Page::Offered(slot(place)),
                     Page::Claimed(place) => Page::Claimed(slot(place)),
                     other => other,

@@ -448,7 +448,7 @@ impl Model {
                 let parts: Vec<_> = model.state.pages.parts(pages).collect();
                 for (pages, page) in parts {
                     match page {
-                        Some(Page::Private(_)) => model.scrub(pages),
+                        Some(Page::Private(_) | Page::Pinned(_)) => model.scrub(pages),
                         _ => model.set(pages, Page::Host),
                     }
                 }

@@ -2,7 +2,7 @@
 
 use alloc::collections::BTreeMap;
 
-use crate::{Difference, GuestCall, Model, Reached, Real};
+use crate::{Difference, GuestCall, Model, Reached, Real, RingConversion};
 
 /// A model that is told of each hypercall and each stage 2 fault of the host, and each call of a guest, when that has been
 /// handled, and compares.
@@ -35,7 +35,7 @@ impl Watch {
         after: [u64; 4],
     ) -> Result<(), Difference> {
         let reached = self.model.host_call(real, immediate, before, after)?;
-        self.compare(real, reached)
+        self.compare(real, [reached])
     }
 
     /// Judges a call of a guest; see [`Model::guest_call`].
@@ -45,7 +45,7 @@ impl Watch {
     /// As [`Watch::host_call`].
     pub fn guest_call(&mut self, real: &dyn Real, call: &GuestCall) -> Result<(), Difference> {
         let reached = self.model.guest_call(call)?;
-        self.compare(real, reached)
+        self.compare(real, [reached])
     }
 
     /// Judges a fault of the host; see [`Model::host_fault`].
@@ -55,11 +55,38 @@ impl Watch {
     /// As [`Watch::host_call`].
     pub fn host_fault(&mut self, real: &dyn Real, address: u64, given: bool) -> Result<(), Difference> {
         let reached = self.model.host_fault(address, given)?;
+        self.compare(real, [reached])
+    }
+
+    /// Judges a batch of conversions; see [`Model::ring`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Watch::host_call`].
+    pub fn ring(
+        &mut self,
+        real: &dyn Real,
+        root: u64,
+        conversions: impl Iterator<Item = RingConversion>,
+    ) -> Result<(), Difference> {
+        let reached = self.model.ring(root, conversions)?;
         self.compare(real, reached)
     }
 
-    fn compare(&mut self, real: &dyn Real, reached: Reached) -> Result<(), Difference> {
-        *self.reached.entry(reached).or_default() += 1;
+    /// Judges the end of a ring; see [`Model::ring_lost`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Watch::host_call`].
+    pub fn ring_lost(&mut self, real: &dyn Real, root: u64, frame: u64) -> Result<(), Difference> {
+        let reached = self.model.ring_lost(root, frame)?;
+        self.compare(real, [reached])
+    }
+
+    fn compare(&mut self, real: &dyn Real, reached: impl IntoIterator<Item = Reached>) -> Result<(), Difference> {
+        for reached in reached {
+            *self.reached.entry(reached).or_default() += 1;
+        }
         self.exits += 1;
         if self.exits.is_multiple_of(self.thorough) {
             self.model.compare_all(real)?;

@@ -118,6 +118,7 @@ fn page(Entries { state, pins, guest }: Entries) -> Page {
         State::HYP_DONATED => Page::Donated,
         State::HYP_KEPT => Page::Kept,
         State::GUEST_OWNED => Page::Private(place()),
+        State::GUEST_PINNED => Page::Pinned(place()),
         State::GUEST_OFFERED => Page::Offered(place()),
         State::GUEST_CLAIMED => Page::Claimed(place()),
         State::HOST_OWNED if pins == 0 => Page::Host,

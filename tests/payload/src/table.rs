@@ -233,6 +233,11 @@ tests! {
     guests.guest_converts_what_it_may_not("a guest converts devices, nothing, foreign and overflowing ranges, and twice", memory: 4 * MIB);
     guests.guest_maintains_caches_and_tlbs("maintenance by set and way, of other address spaces and of EL2", memory: 8 * MIB);
     guests.guest_touches_what_is_not_its_own("a guest reaches for memory of others", memory: 4 * MIB);
+    guests.ring_in_place("buffers that a guest's ring shares and takes back, with one exit and one invalidation for all", calls: [VCPU_RUN, CLAIM], memory: 8 * MIB);
+    guests.ring_refused("the host keeps some of what a ring wants back", calls: [VCPU_RUN, CLAIM, RELEASE], memory: 4 * MIB);
+    guests.ring_of_nonsense("words without sense in a ring, numbers that cannot be, and pages that are no rings", calls: [VCPU_RUN, FORCE_RECLAIM, CLAIM], memory: 4 * MIB);
+    guests.ring_of_a_vcpu_that_is_off("a vCPU that is turned on anew has no ring", calls: [VCPU_RUN], memory: 4 * MIB);
+    guests.rings_race("the host claims and releases while a ring shares and takes back", calls: [CLAIM, RELEASE], cpus: 2, memory: 4 * MIB);
     guests.conversions_race("the host claims and releases while the guest shares and takes back", calls: [CLAIM, RELEASE], cpus: 2, memory: 4 * MIB);
     guests.lives_race("CPUs end a VM and use it at once", calls: [VM_TEARDOWN], memory: 4 * MIB);
     guests.flood_of_spis("SPIs without end, and those that are not the host's", calls: [SPI], memory: 4 * MIB);

@@ -2,8 +2,9 @@
 
 use ravelin_abi::Status;
 use ravelin_arch::Hardware;
-use ravelin_memory::{HypRange, IpaRange, PhysAddr, PhysRange};
-use ravelin_model::{Door, GuestCall};
+use ravelin_memory::{HypRange, Ipa, IpaRange, PAGE_SIZE, PhysAddr, PhysRange};
+use ravelin_model::{Door, GuestCall, RingConversion};
+use ravelin_ownership::Conversion;
 use ravelin_pgtable::{Hint, Machine, Vttbr};
 use ravelin_vm::{
     Context, EntropySource, Entry, GuestCpu, IdRegisters, Left, PageAccess, PstateFeatures, Syndrome, VectorPlaces,
@@ -97,6 +98,19 @@ impl GuestCpu for Checked {
 
     fn list_registers(&self) -> usize {
         self.0.list_registers()
+    }
+
+    fn note_conversions(&self, tree: Vttbr, conversions: impl Iterator<Item = (Conversion, bool)>) {
+        let number = |address| address / PAGE_SIZE;
+        let told = conversions.map(|(Conversion { range, share, released }, done)| {
+            let frames = number(range.base().raw())..number(range.end());
+            RingConversion { frames, share, released, done }
+        });
+        judge(|watch, real| watch.ring(real, tree.root.page_number(), told));
+    }
+
+    fn note_unpinned(&self, tree: Vttbr, page: Ipa) {
+        judge(|watch, real| watch.ring_lost(real, tree.root.page_number(), page.page_number()));
     }
 
     fn pstate_features(&self) -> PstateFeatures {

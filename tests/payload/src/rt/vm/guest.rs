@@ -1,7 +1,7 @@
 //! Telling a vCPU what to do.
 
 use arrayvec::ArrayVec;
-use ravelin_abi::{Answer, ExitReason, RUN_FLAG_WRITE, RunExit, RunPage, VmKind};
+use ravelin_abi::{Answer, ExitReason, MAX_CONVERSIONS, RUN_FLAG_WRITE, RunExit, RunPage, VmKind};
 use ravelin_guest::{
     COMMAND, Command, DEVICE, EXCEPTION, INTERRUPT, MAX_OPERANDS, MAX_RESULTS, OPERANDS, RESULTS, TALLY, UNEXPECTED,
 };
@@ -95,6 +95,10 @@ pub(crate) struct Guest<'a> {
     pub(crate) told: ArrayVec<RunExit, 16>,
     /// SPIs that it has handled.
     pub(crate) spis: ArrayVec<u64, 16>,
+    /// Conversions of its ring that the host was told of last.
+    pub(crate) conversions: ArrayVec<u64, MAX_CONVERSIONS>,
+    /// To which of such the host consents: bit n for the nth one.
+    pub(crate) consent: u64,
 }
 
 impl<'a> Guest<'a> {
@@ -110,6 +114,8 @@ impl<'a> Guest<'a> {
             unexpected: [0; 4],
             told: ArrayVec::new(),
             spis: ArrayVec::new(),
+            conversions: ArrayVec::new(),
+            consent: 0,
         }
     }
 
@@ -123,6 +129,7 @@ impl<'a> Guest<'a> {
         let entry = self.run_page + RunPage::ENTRY as u64;
         memory::store(entry, answer.code());
         memory::store(entry + 8, value);
+        memory::store(entry + 16, self.consent);
     }
 
     /// Runs the vCPU once; returns what the run page says. The next run tries again, unless an answer says otherwise.
@@ -166,12 +173,17 @@ impl<'a> Guest<'a> {
     /// Runs the vCPU once. Returns why it does not run any more, if it shall not just be run again.
     pub(crate) fn step(&mut self) -> Result<Option<Stop>, Failure> {
         let exit = self.run_once()?;
+        if exit.conversions != 0 {
+            let words = memory::words::<MAX_CONVERSIONS>(self.run_page + RunPage::CONVERSIONS as u64);
+            check!(exit.conversions <= words.len() as u64, "{} conversions", exit.conversions);
+            self.conversions = words.into_iter().take(exit.conversions as usize).collect();
+        }
         match ExitReason::from_code(exit.reason) {
             Some(ExitReason::Interrupted) => {
                 let _ = gic::take();
             }
             Some(ExitReason::Yield) => {}
-            Some(ExitReason::Wake | ExitReason::Shared | ExitReason::Relinquished) => {
+            Some(ExitReason::Wake | ExitReason::Shared | ExitReason::Relinquished | ExitReason::Converted) => {
                 let _ = self.told.try_push(exit);
             }
             Some(ExitReason::NeedsTables) => {

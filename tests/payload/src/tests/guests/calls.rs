@@ -182,7 +182,7 @@ pub(crate) fn pkvm_discovery() -> Outcome {
     let uid = [0xb66f_b428, 0xe911_c52e, 0x564b_caa9, 0x743a_004d];
     check_eq!(first(guest.call(&[0x8600_ff01])?), uid, "UID");
     let features = 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 7 | 1 << 9;
-    check_eq!(first(guest.call(&[0x8600_0000])?), [features, 0, 0, 0], "FEATURES");
+    check_eq!(first(guest.call(&[0x8600_0000])?), [features, 1 << 24 | 1 << 25, 0, 0], "FEATURES");
     check_eq!(first(guest.call(&[0xc600_0002, 0, 0, 0])?), [PAGE, 1], "HYP_MEMINFO");
     for arguments in [[1, 0, 0], [0, 1, 0], [0, 0, 1]] {
         let [x1, x2, x3] = arguments;
