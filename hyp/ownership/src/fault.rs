@@ -5,6 +5,10 @@ use ravelin_pgtable::{Machine, MapError, Stage2Usage, TablePool};
 
 use crate::memory::{Inner, Memory};
 
+/// Pages that are looked at around one that is missing in a last-level table, as a power of two: the others were mapped when
+/// the table was made, if they are the host's since then.
+const NEIGHBOURHOOD: u64 = 64;
+
 /// What to do after a translation fault of the host at stage 2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HostFault {
@@ -54,7 +58,8 @@ impl<P: TablePool> Inner<'_, P> {
     }
 
     /// Maps the largest block around `ipa` that is all of one usage and not larger than an entry of level `ended`, where
-    /// the walk came upon an invalid one; without such a block, every page of its last-level table.
+    /// the walk came upon an invalid one; without such a block, every page of its last-level table, or of the neighbourhood if
+    /// there is such a table.
     fn fill<M: Machine>(&mut self, machine: &M, ipa: Ipa, ended: Level, usage: Stage2Usage) -> Result<(), MapError> {
         let around = |level: Level| {
             let base = ipa.align_down(level.size()).raw();
@@ -69,10 +74,11 @@ impl<P: TablePool> Inner<'_, P> {
                 return self.host.map(machine, &mut self.pool, range.identity_ipa(), range.base(), usage);
             }
         }
-        let block = around(Level::L2)?;
+        let size = if ended == Level::L3 { NEIGHBOURHOOD * PAGE_SIZE } else { Level::L2.size() };
+        let range = PhysRange::new(ipa.align_down(size).raw(), size / PAGE_SIZE).map_err(|_| MapError::OutOfRange)?;
         let mut result = Ok(());
         let Self { table, host, pool, .. } = self;
-        table.host_runs(block, &mut |run, usage| {
+        table.host_runs(range, &mut |run, usage| {
             result = result.and_then(|()| host.map(machine, pool, run.identity_ipa(), run.base(), usage));
         });
         result

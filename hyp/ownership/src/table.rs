@@ -294,7 +294,8 @@ impl<'a> OwnershipTable<'a> {
         }
     }
 
-    /// Calls `f` in ascending order with each run of pages of `block`, one block, that the host may access in one way.
+    /// Calls `f` in ascending order with each run of pages of `block`, one block or a part of one, that the host may access in one
+    /// way.
     pub(crate) fn host_runs(&self, block: PhysRange, f: &mut dyn FnMut(PhysRange, Stage2Usage)) {
         let first = block.base().page_number();
         if let Some(ram) = self.ram_range(block).filter(|ram| ram.range == block) {

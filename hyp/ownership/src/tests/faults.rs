@@ -124,3 +124,21 @@ fn a_table_of_pages_is_filled_at_once() {
     assert!(rig.host_reaches(GIB + 5 * PAGE) && !rig.host_reaches(GIB + 7 * PAGE));
     rig.check();
 }
+
+#[test]
+fn in_a_table_that_is_there_a_neighbourhood_is_filled() {
+    let layout = small();
+    let mut store = Store::for_ram(&layout.ram);
+    let rig = Rig::new(&layout, &mut store);
+    // The first page stays away, so that the block is never one.
+    rig.call(Donate, range(GIB, 1)).unwrap();
+    let back = [70, 127, 128, 400];
+    back.iter().for_each(|page| rig.call(Donate, range(GIB + page * PAGE, 1)).unwrap());
+    rig.touch(GIB + PAGE);
+    back.iter().for_each(|page| rig.call(TakeBack, range(GIB + page * PAGE, 1)).unwrap());
+    rig.touch(GIB + 70 * PAGE);
+    assert_eq!(back.map(|page| rig.host_reaches(GIB + page * PAGE)), [true, true, false, false]);
+    rig.touch(GIB + 400 * PAGE);
+    assert_eq!(back.map(|page| rig.host_reaches(GIB + page * PAGE)), [true, true, false, true]);
+    rig.check();
+}
