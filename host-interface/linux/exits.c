@@ -168,6 +168,47 @@ static int rv_apply_to_slots(struct rv_vm *vm, u64 gpa, u64 pages, rv_slot_fn f)
 	return ret;
 }
 
+/*
+ * One conversion of a ring that takes pages back. Whether the hypervisor may end the claims on
+ * them.
+ */
+static bool rv_let_go(struct rv_vm *vm, u64 gpa, u64 pages)
+{
+	u64 end = gpa + (pages << PAGE_SHIFT);
+	struct rv_slot *slot;
+	bool done = false;
+
+	/* A VMM that wants to be asked is: the guest calls if its ring is refused. */
+	if (READ_ONCE(vm->hypercall_exits) & BIT(KVM_HC_MAP_GPA_RANGE))
+		return false;
+	down_read(&vm->slots_lock);
+	slot = rv_slot_find(vm, gpa);
+	if (slot && end <= slot->gpa + ((u64)rv_slot_pages(slot) << PAGE_SHIFT))
+		done = !rv_gmem_let_go(slot, gpa >> PAGE_SHIFT, pages);
+	up_read(&vm->slots_lock);
+	return done;
+}
+
+/*
+ * What the guest's ring has had done comes with any exit. A share needs nothing: the first access
+ * to a page claims it. What the guest takes back has not happened yet.
+ */
+static void rv_handle_conversions(struct rv_vcpu *vcpu)
+{
+	struct ravelin_run_entry *entry = vcpu->el2 + RAVELIN_RUN_ENTRY;
+	const u64 *words = vcpu->el2 + RAVELIN_RUN_CONVERSIONS;
+	u64 released = 0, n;
+
+	for (n = 0; n < rv_exit(vcpu)->conversions; n++) {
+		u64 gpa = words[n] & RAVELIN_CONVERSION_ADDRESS;
+		u64 pages = (words[n] & RAVELIN_CONVERSION_PAGES) + 1;
+
+		if (words[n] & RAVELIN_CONVERSION_UNSHARE && rv_let_go(vcpu->vm, gpa, pages))
+			released |= BIT_ULL(n);
+	}
+	entry->released = released;
+}
+
 static int rv_note_relinquished(struct rv_slot *slot, u64 gfn, u64 pages)
 {
 	rv_gmem_relinquished(slot, gfn, pages);
@@ -260,10 +301,12 @@ int rv_handle_exit(struct rv_vcpu *vcpu)
 
 	rv_vm_wake(vm, exit->wake_low, exit->wake_high);
 	rv_answer(vcpu, RAVELIN_ANSWER_RETRY, 0);
+	rv_handle_conversions(vcpu);
 
 	switch (exit->reason) {
 	case RAVELIN_EXIT_INTERRUPTED:
 	case RAVELIN_EXIT_WAKE:
+	case RAVELIN_EXIT_CONVERTED:
 		return 1;
 	case RAVELIN_EXIT_WAIT:
 		return rv_vcpu_wait(vcpu, exit->deadline);

@@ -25,6 +25,9 @@
 #define RV_GMEM_MAGIC 0x52764c6e
 #define RV_GMEM_FLAGS (GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED)
 
+/* How many pages a fault maps at most. */
+#define RV_GMEM_FAULT_AROUND 64
+
 /* Mounted while there are files. */
 static struct vfsmount *rv_gmem_mount;
 static int rv_gmem_mounts;
@@ -88,6 +91,26 @@ static struct page *rv_gmem_get_page(struct rv_gmem *gmem, pgoff_t index, bool h
 	return page;
 }
 
+/* Maps @page, and pages behind it that the guest has offered and we have claimed. */
+static int rv_gmem_map_around(struct rv_gmem *gmem, struct vm_fault *vmf, struct page *page)
+{
+	XA_STATE(xas, &gmem->pages, vmf->pgoff + 1);
+	struct page *pages[RV_GMEM_FAULT_AROUND];
+	unsigned long address = vmf->address & PAGE_MASK, most, nr = 1;
+
+	/* Within one page table, as the first. */
+	most = min3(PHYS_PFN(vmf->vma->vm_end - address), PTRS_PER_PTE - pte_index(address),
+		    ARRAY_SIZE(pages));
+	pages[0] = page;
+	rcu_read_lock();
+	for (page = xas_load(&xas); nr < most && xas_get_mark(&xas, RV_GMEM_CLAIMED);
+	     page = xas_next(&xas))
+		pages[nr++] = page;
+	rcu_read_unlock();
+	/* It ends at what is mapped already. */
+	return vm_insert_pages(vmf->vma, address, pages, &nr);
+}
+
 static vm_fault_t rv_gmem_vm_fault(struct vm_fault *vmf)
 {
 	struct rv_gmem *gmem = vmf->vma->vm_file->private_data;
@@ -100,10 +123,10 @@ static vm_fault_t rv_gmem_vm_fault(struct vm_fault *vmf)
 	if (IS_ERR(page))
 		err = PTR_ERR(page);
 	else
-		err = vm_insert_page(vmf->vma, vmf->address & PAGE_MASK, page);
+		err = rv_gmem_map_around(gmem, vmf, page);
 	up_read(&gmem->lock);
 
-	/* EBUSY: another thread was faster. */
+	/* EBUSY: another thread was faster, for one of them at least. */
 	return err && err != -EBUSY ? vmf_error(err) : VM_FAULT_NOPAGE;
 }
 

@@ -44,6 +44,7 @@ struct rv_gmem {
 	struct xarray pages;
 	struct maple_tree attributes;	/* where they are not as the flags say */
 	struct list_head slots;		/* by rv_slot.gmem_link */
+	unsigned long claim_ahead;	/* how many pages to claim with one that is touched */
 };
 
 /* Pages of the file that are contiguous memory. */
@@ -64,7 +65,7 @@ int rv_gmem_isolate(struct rv_gmem *gmem, pgoff_t first, pgoff_t last, xa_mark_t
 		    pgoff_t *busy);
 bool rv_gmem_wait(unsigned long deadline);
 void rv_gmem_given(struct rv_gmem *gmem, pgoff_t first, unsigned long nr);
-void rv_gmem_claimed(struct rv_gmem *gmem, pgoff_t index);
+void rv_gmem_claimed(struct rv_gmem *gmem, pgoff_t first, unsigned long nr);
 void rv_gmem_released(struct rv_gmem *gmem, pgoff_t first, unsigned long nr);
 void rv_gmem_returned(struct rv_gmem *gmem, pgoff_t first, unsigned long nr);
 

@@ -16,7 +16,8 @@
 
 bool rv_gmem_host_may(struct rv_gmem *gmem, pgoff_t index)
 {
-	void *attributes = mtree_load(&gmem->attributes, index);
+	void *attributes = mtree_empty(&gmem->attributes) ?
+				   NULL : mtree_load(&gmem->attributes, index);
 
 	if (!attributes)
 		return gmem->flags & GUEST_MEMFD_FLAG_INIT_SHARED;

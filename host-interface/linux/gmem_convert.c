@@ -40,18 +40,65 @@ static bool rv_gmem_range(const struct rv_slot *slot, u64 gfn, u64 pages, pgoff_
 	return true;
 }
 
+/* How many pages from @index on may be offered, and the host wants them: not more than @most. */
+static unsigned long rv_gmem_claimable(struct rv_gmem *gmem, pgoff_t index, unsigned long most)
+{
+	XA_STATE(xas, &gmem->pages, index + 1);
+	unsigned long nr = 1;
+
+	most = min(most, RV_BLOCK_PAGES - index % RV_BLOCK_PAGES);
+	rcu_read_lock();
+	for (xas_load(&xas); nr < most; nr++, xas_next(&xas)) {
+		if (!xas_get_mark(&xas, RV_GMEM_GIVEN) || xas_get_mark(&xas, RV_GMEM_CLAIMED) ||
+		    !rv_gmem_host_may(gmem, index + nr))
+			break;
+	}
+	rcu_read_unlock();
+	return nr;
+}
+
+/*
+ * Claims pages of a slot: the first is what matters, and some behind it, which the guest may have
+ * offered, too. How many is twice what it was the last time, or what it could have been.
+ */
+static int rv_gmem_claim_slot(struct rv_slot *slot, pgoff_t index)
+{
+	struct rv_gmem *gmem = slot->gmem;
+	u64 gpa = rv_gmem_gpa(slot, index);
+	struct rv_result result;
+	unsigned long nr;
+	long status;
+
+	nr = min(gmem->claim_ahead + 1, rv_gmem_slot_last(slot) - index + 1);
+	nr = rv_gmem_claimable(gmem, index, nr);
+	status = rv_vm_hyp(slot->vm, RAVELIN_CALL_CLAIM, &result, gpa, nr);
+	if (!status) {
+		gmem->claim_ahead = max(gmem->claim_ahead, min(2 * nr, RV_BLOCK_PAGES) - 1);
+	} else if (nr > 1) {
+		/* The address of the first page that is not offered, which it still may be. */
+		nr = status == RAVELIN_STATUS_NOT_OFFERED && result.x1 > gpa ?
+			     min_t(u64, nr - 1, (result.x1 - gpa) >> PAGE_SHIFT) : 1;
+		gmem->claim_ahead = nr - 1;
+		status = rv_vm_hyp(slot->vm, RAVELIN_CALL_CLAIM, NULL, gpa, nr);
+	}
+	if (status && nr > 1) {
+		nr = 1;
+		status = rv_vm_hyp(slot->vm, RAVELIN_CALL_CLAIM, NULL, gpa, nr);
+	}
+	if (status)
+		return -EFAULT;
+	rv_gmem_claimed(gmem, index, nr);
+	return 0;
+}
+
 /* Asks for access to a page that a guest has. */
 int rv_gmem_claim(struct rv_gmem *gmem, pgoff_t index)
 {
 	struct rv_slot *slot;
 
 	list_for_each_entry(slot, &gmem->slots, gmem_link) {
-		if (index < slot->gmem_index || index > rv_gmem_slot_last(slot))
-			continue;
-		if (rv_vm_hyp(gmem->vm, RAVELIN_CALL_CLAIM, NULL, rv_gmem_gpa(slot, index), 1))
-			return -EFAULT;
-		rv_gmem_claimed(gmem, index);
-		return 0;
+		if (index >= slot->gmem_index && index <= rv_gmem_slot_last(slot))
+			return rv_gmem_claim_slot(slot, index);
 	}
 	return -EFAULT;
 }
@@ -227,6 +274,30 @@ int rv_gmem_unshare(struct rv_slot *slot, u64 gfn, u64 pages)
 	return err == -EAGAIN ? -EBUSY : err;
 }
 
+/*
+ * Forgets claims that the hypervisor ends when the vCPU runs next, many at once. Until then the
+ * pages are claimed and we do not know it: who touches one gets SIGBUS, as ever after.
+ */
+int rv_gmem_let_go(struct rv_slot *slot, u64 gfn, u64 pages)
+{
+	unsigned long deadline = jiffies + RV_GMEM_PATIENCE;
+	struct rv_gmem *gmem = slot->gmem;
+	pgoff_t first, last, busy;
+	struct rv_run run;
+	int err;
+
+	if (!gmem || !rv_gmem_range(slot, gfn, pages, &first, &last))
+		return -EFAULT;
+	do {
+		down_write(&gmem->lock);
+		err = rv_gmem_isolate(gmem, first, last, RV_GMEM_CLAIMED, &busy);
+		while (!err && rv_gmem_next_run(gmem, first, last, RV_GMEM_CLAIMED, &run))
+			rv_gmem_released(gmem, run.first, run.nr);
+		up_write(&gmem->lock);
+	} while (err == -EAGAIN && rv_gmem_wait(deadline));
+	return err;
+}
+
 static bool rv_gmem_is_ours(struct page *page)
 {
 	struct rv_result result;
@@ -350,8 +421,12 @@ static int rv_gmem_force(struct rv_slot *slot, pgoff_t first, pgoff_t last)
 	while (rv_gmem_next_run(gmem, first, last, RV_GMEM_GIVEN, &run)) {
 		status = rv_gmem_force_run(slot->vm, &run);
 		if (status == RAVELIN_STATUS_DENIED) {
-			/* The guest may have relinquished some of them. */
+			/*
+			 * The guest may have relinquished some of them, or not run since we let go.
+			 */
 			run.nr = 1;
+			rv_vm_hyp(slot->vm, RAVELIN_CALL_RELEASE, NULL,
+				  rv_gmem_gpa(slot, run.first), run.nr);
 			status = rv_gmem_is_ours(run.page) ? RAVELIN_STATUS_SUCCESS :
 							     rv_gmem_force_run(slot->vm, &run);
 		}

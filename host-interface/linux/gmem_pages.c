@@ -198,11 +198,18 @@ void rv_gmem_given(struct rv_gmem *gmem, pgoff_t first, unsigned long nr)
 	xas_unlock(&xas);
 }
 
-/* A guest's page is one that we may touch. */
-void rv_gmem_claimed(struct rv_gmem *gmem, pgoff_t index)
+/* A guest's pages are such that we may touch. */
+void rv_gmem_claimed(struct rv_gmem *gmem, pgoff_t first, unsigned long nr)
 {
-	__ClearPageOffline((struct page *)xa_load(&gmem->pages, index));
-	xa_set_mark(&gmem->pages, index, RV_GMEM_CLAIMED);
+	XA_STATE(xas, &gmem->pages, first);
+	struct page *page;
+
+	xas_lock(&xas);
+	xas_for_each(&xas, page, first + nr - 1) {
+		__ClearPageOffline(page);
+		xas_set_mark(&xas, RV_GMEM_CLAIMED);
+	}
+	xas_unlock(&xas);
 }
 
 /* Pages that we had claimed are none of ours to touch. */

@@ -275,6 +275,7 @@ int rv_gmem_populate(struct rv_slot *slot);
 int rv_gmem_fault(struct rv_slot *slot, u64 gfn);
 /* The guest takes pages back. -EBUSY if one stays pinned. */
 int rv_gmem_unshare(struct rv_slot *slot, u64 gfn, u64 pages);
+int rv_gmem_let_go(struct rv_slot *slot, u64 gfn, u64 pages);
 void rv_gmem_relinquished(struct rv_slot *slot, u64 gfn, u64 pages);
 /* After the teardown of the VM: all pages of the slot are the host's. slots_lock is held. */
 void rv_gmem_reclaim(struct rv_slot *slot);
