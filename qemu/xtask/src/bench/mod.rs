@@ -6,6 +6,7 @@ mod event;
 mod linux;
 mod profile;
 mod report;
+mod schemes;
 mod side_by_side;
 
 use std::fs;
@@ -126,6 +127,7 @@ impl Bench {
         report.section("Linux as the host, 2 CPUs: entries into EL2 without PSCI idle calls");
         self.host(&mut report)?;
         self.side_by_side(&mut report)?;
+        self.schemes(&mut report)?;
         report.end();
         Ok(report)
     }

@@ -6,11 +6,13 @@ mod attack;
 mod attributes;
 mod bench;
 mod convert;
+mod io;
 mod ioctls;
 mod irq;
 mod life;
 mod memfd;
 mod pins;
+mod ring;
 mod run;
 mod slots;
 
@@ -22,10 +24,12 @@ pub(crate) const GROUPS: &[(&str, &[Case])] = &[
     ("run", run::CASES),
     ("convert", convert::CASES),
     ("pins", pins::CASES),
+    ("ring", ring::CASES),
     ("attributes", attributes::CASES),
     ("attack", attack::CASES),
     ("irq", irq::CASES),
     ("life", life::CASES),
+    ("io", io::CASES),
     ("bench", bench::CASES),
 ];
 
