@@ -20,6 +20,16 @@ pub(super) fn load(path: &Path) -> Result<Rows> {
     serde_json::from_str(&text).with_context(|| path.display().to_string())
 }
 
+/// Writes numbers as one JSON object, a row on each line.
+pub(super) fn save(path: &Path, rows: &Rows) -> Result<()> {
+    fs::write(path, json(rows)?).with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn json(rows: &Rows) -> Result<String> {
+    let lines = rows.iter().map(|(row, columns)| Ok(format!("  {row:?}: {}", serde_json::to_string(columns)?)));
+    Ok(format!("{{\n{}\n}}\n", lines.collect::<Result<Vec<_>>>()?.join(",\n")))
+}
+
 /// Compares counts with those of the baseline and says how many there are.
 ///
 /// # Errors
@@ -59,6 +69,15 @@ mod tests {
     fn rows(columns: &[(&str, f64)]) -> Rows {
         let columns = columns.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();
         [("call.SHARE".to_owned(), columns)].into()
+    }
+
+    #[test]
+    fn a_row_is_a_line() {
+        let mut both = rows(&[("tlbi", 1.5), ("instructions", 1.0)]);
+        both.extend([("start".to_owned(), Default::default())]);
+        let text = json(&both).unwrap();
+        assert_eq!(text, "{\n  \"call.SHARE\": {\"instructions\":1.0,\"tlbi\":1.5},\n  \"start\": {}\n}\n");
+        assert_eq!(serde_json::from_str::<Rows>(&text).unwrap(), both);
     }
 
     #[test]

@@ -3,7 +3,10 @@
 
 mod baseline;
 mod event;
+mod growth;
 mod linux;
+mod plot;
+mod plots;
 mod profile;
 mod report;
 mod schemes;
@@ -50,13 +53,23 @@ pub(crate) struct Options {
     /// Compare what is counted quickly with tests/bench/baseline.json, and fail if a count has grown by more than 5 %
     #[arg(long)]
     check: bool,
+    /// Also draw the numbers into DIR, as SVG files, beside the numbers that are drawn
+    #[arg(long, value_name = "DIR")]
+    plots: Option<PathBuf>,
+    /// Draw the numbers of FILE, which --json or --plots has written, and count nothing
+    #[arg(long, value_name = "FILE", requires = "plots", conflicts_with_all = ["json", "check"])]
+    from: Option<PathBuf>,
     /// Print instead in which functions of the hypervisor the instructions are executed
-    #[arg(long, conflicts_with_all = ["json", "check"])]
+    #[arg(long, conflicts_with_all = ["json", "check", "plots"])]
     profile: bool,
 }
 
 /// `cargo xtask bench`.
 pub(crate) fn bench(options: &Options) -> Result<ExitCode> {
+    if let (Some(numbers), Some(dir)) = (&options.from, &options.plots) {
+        plots::write(dir, &baseline::load(numbers)?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let bench = Bench::new()?;
     if options.profile {
         bench.profile()?;
@@ -65,7 +78,10 @@ pub(crate) fn bench(options: &Options) -> Result<ExitCode> {
     let report = if options.check { bench.measure(&[USUAL_MEMORY])? } else { bench.measure_all()? };
     print!("{}", report.text);
     if let Some(path) = &options.json {
-        fs::write(path, report.json()?).with_context(|| format!("cannot write {}", path.display()))?;
+        baseline::save(path, &report.rows())?;
+    }
+    if let Some(dir) = &options.plots {
+        plots::write(dir, &report.rows())?;
     }
     if options.check {
         println!("\n{}", compare(&report)?);
