@@ -1,7 +1,7 @@
 //! Recognises the A64 instructions that are counted by kind (Arm ARM DDI 0487, C4.1 and C5).
 
 /// The kinds of [`Operation`] that have a counter, by name. A TLBI is found in [`TLBI`].
-pub(crate) const BARRIERS: [&str; 4] = ["dsb", "isb", "dc_zva", "cache"];
+pub(crate) const BARRIERS: [&str; 5] = ["dsb", "isb", "dc_zva", "cache", "sysreg"];
 
 /// TLB invalidations by (op1, CRm, op2), sorted, under the architecture's names: all but those of EL3 and Realms, which
 /// count as the last, `other`.
@@ -79,7 +79,7 @@ pub(crate) enum Operation {
     Mark(u32),
     /// A TLB invalidation: index into [`TLBI`].
     Tlbi(usize),
-    /// A barrier or cache operation: index into [`BARRIERS`].
+    /// A barrier, a cache operation or an access to a system register: index into [`BARRIERS`].
     Barrier(usize),
 }
 
@@ -108,6 +108,8 @@ pub(crate) fn decode(word: u32) -> Option<Operation> {
             }
             _ => None,
         },
+        // MRS and MSR: op0 is 2 or 3.
+        _ if word & 0xffd0_0000 == 0xd510_0000 => Some(Operation::Barrier(4)),
         _ => None,
     }
 }
@@ -154,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn barriers_and_cache_operations() {
+    fn barriers_cache_operations_and_system_registers() {
         let kind = |word| match decode(word) {
             Some(Operation::Barrier(index)) => BARRIERS[index],
             _ => "none",
@@ -170,6 +172,9 @@ mod tests {
         assert_eq!(kind(0xd50b_7e20), "cache"); // dc civac, x0
         assert_eq!(kind(0xd508_751f), "cache"); // ic iallu
         assert_eq!(kind(0xd508_7800), "none"); // at s1e1r, x0
-        assert_eq!(kind(0xd51c_c001), "none"); // msr vbar_el2, x1
+        assert_eq!(kind(0xd51c_c001), "sysreg"); // msr vbar_el2, x1
+        assert_eq!(kind(0xd53c_5202), "sysreg"); // mrs x2, esr_el2
+        assert_eq!(kind(0xd513_4200), "sysreg"); // msr s2_3_c4_c2_0, x0
+        assert_eq!(kind(0xd503_42df), "none"); // msr daifset, #2
     }
 }

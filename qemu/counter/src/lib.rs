@@ -18,8 +18,9 @@
 //! `elN.instructions`, `elN.loads` and `elN.stores` are what was executed at ELn. An instruction that takes an
 //! exception counts where it was tried, and once more when it is tried again; marks themselves count nothing. A load
 //! or store is one memory access, so a pair of 64-bit registers is one. `elN.tlbi.*`, `elN.dsb`, `elN.isb`,
-//! `elN.dc_zva` and `elN.cache` (other cache maintenance) come from the opcode. `entry.*` counts entries into EL2
-//! by vector, `class.*` entries from below by ESR_EL2.EC, and `call.*` HVC and SMC by the low half of x0.
+//! `elN.dc_zva`, `elN.cache` (other cache maintenance) and `elN.sysreg` (MRS and MSR of a register) come from the opcode.
+//! `entry.*` counts entries into EL2 by vector, `class.*` entries from below by ESR_EL2.EC, and `call.*` HVC and SMC by the
+//! low half of x0.
 //!
 //! With several CPUs the plugin needs `-accel tcg,thread=multi`: QEMU 10.0 crashes on inline counters when one thread
 //! runs them all.

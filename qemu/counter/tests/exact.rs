@@ -135,12 +135,12 @@ fn run(qemu: &str, name: &str, cpu: &str, cpus: u32, option: &str) -> Vec<String
 /// What one CPU does, line by line. `PROGRAM` says why: for instance 11 instructions from `hint #0x40` to `hint #0x41`,
 /// of which `stp` is one store and `ldp` of two words one load; 201 in a loop of 100.
 const EXPECTED: [&str; 6] = [
-    "mark number=0 cpu=0 level=2 el2.instructions=3 el2.isb=1",
+    "mark number=0 cpu=0 level=2 el2.instructions=3 el2.isb=1 el2.sysreg=1",
     "mark number=1 cpu=0 level=2 el2.instructions=11 el2.loads=2 el2.stores=2 el2.dsb=3 el2.isb=1 \
      el2.tlbi.vmalle1is=1 el2.tlbi.ipas2e1is=1",
-    "first-el1 cpu=0 level=1 el2.instructions=21 el2.loads=2 el2.stores=2 el2.dsb=3 el2.isb=2 \
+    "first-el1 cpu=0 level=1 el2.instructions=21 el2.loads=2 el2.stores=2 el2.dsb=3 el2.isb=2 el2.sysreg=4 \
      el2.tlbi.vmalle1is=1 el2.tlbi.ipas2e1is=1",
-    "mark number=2 cpu=0 level=1 el2.instructions=7",
+    "mark number=2 cpu=0 level=1 el2.instructions=7 el2.sysreg=3",
     "mark number=3 cpu=0 level=1 el1.instructions=201",
     "mark number=63 cpu=0 level=1 el1.instructions=4 el2.instructions=4 el2.loads=2 \
      entry.lower64.sync=2 class.0x16=2 call.0xc6001000=2",
@@ -155,7 +155,7 @@ fn one_cpu_counts_exactly_and_repeats() {
         assert_eq!(
             first[EXPECTED.len()..],
             ["total cpu=0 el1.instructions=217 el1.stores=1 el2.instructions=25 el2.loads=4 el2.stores=2 el2.dsb=3 \
-              el2.isb=2 el2.tlbi.vmalle1is=1 el2.tlbi.ipas2e1is=1 entry.lower64.sync=2 class.0x16=2 call.0xc6001000=2"],
+              el2.isb=2 el2.sysreg=4 el2.tlbi.vmalle1is=1 el2.tlbi.ipas2e1is=1 entry.lower64.sync=2 class.0x16=2 call.0xc6001000=2"],
             "{cpu}"
         );
         assert_eq!(first, run(&qemu, cpu, cpu, 1, ""), "{cpu}");
