@@ -266,5 +266,7 @@ tests! {
 
     bench.calls("every call succeeds on ranges of 1, 8 and 512 pages between the marks of the counter", memory: 8 * MIB);
     bench.guests("exits and conversions of guests between the marks of the counter", memory: 64 * MIB);
+    bench.ranges("the same with ranges of 1 to 4096 pages", memory: 128 * MIB);
+    bench.vms("the same with 1 to 255 VMs around", memory: 128 * MIB);
 
 }

@@ -144,6 +144,7 @@ impl Bench {
         self.host(&mut report)?;
         self.side_by_side(&mut report)?;
         self.schemes(&mut report)?;
+        self.growth(&mut report)?;
         report.end();
         Ok(report)
     }

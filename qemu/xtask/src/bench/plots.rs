@@ -13,7 +13,7 @@ use super::plot::Plot;
 const NUMBERS: &str = "numbers.json";
 
 /// How the names of rows begin that are drawn.
-const DRAWN: [&str; 2] = ["start", "carve-out"];
+const DRAWN: [&str; 4] = ["start", "carve-out", "growth.", "side-by-side."];
 
 /// Draws what there are numbers for.
 pub(super) fn write(dir: &Path, rows: &Rows) -> Result<()> {

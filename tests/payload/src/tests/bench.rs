@@ -13,8 +13,10 @@ use crate::{
     tests::{Failure, Outcome, check, check_eq},
 };
 
+mod growth;
 mod guests;
 
+pub(crate) use growth::{ranges, vms};
 pub(crate) use guests::guests;
 
 /// Numbers of pages that are measured; each has a block of its own.

@@ -99,7 +99,7 @@ impl Op {
     pub(crate) const ALL: [Self; 6] =
         [Self::Share, Self::Unshare, Self::Donate, Self::TakeBack, Self::Pin, Self::Unpin];
 
-    fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Share => "SHARE",
             Self::Unshare => "UNSHARE",

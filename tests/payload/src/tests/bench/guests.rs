@@ -19,10 +19,10 @@ const MIB: u64 = 1 << 20;
 const SIZES: [u64; 4] = [1, 16, 512, 4096];
 
 /// Guest address of pages that are mapped one by one.
-const SINGLE: u64 = MEMORY;
+pub(super) const SINGLE: u64 = MEMORY;
 
 /// Guest address of blocks.
-const BLOCKS: u64 = MEMORY + (64 << 20);
+pub(super) const BLOCKS: u64 = MEMORY + (64 << 20);
 
 /// Guest address without a page, in a block that has tables.
 const ABSENT: u64 = MEMORY + (128 << 20);
@@ -80,21 +80,13 @@ pub(crate) fn guests() -> Outcome {
     }
     for kind in PROTECTED {
         let pages = Pages::new(64 * MIB);
-        let vm = Vm::boot(&pages, kind, 1)?;
-        vm.donate_tables(64)?;
-        let blocks = pages.take_aligned(4096, 512)?;
-        // Where no block can be.
-        let single = pages.take_aligned(4096 + 1, 512)? + PAGE;
+        let (vm, single, blocks) = with_memory(&pages, kind)?;
         let spare = pages.take(2)?;
-        vm.map(SINGLE, single, 4096)?;
-        for block in 0..8 {
-            vm.map(BLOCKS + block * BLOCK, blocks + block * BLOCK, 512)?;
-        }
         let mut guest = vm.guest(0);
         // The first command takes more exits than others.
         guest.load(SINGLE)?;
         for round in 0..2 {
-            let report = Report { kind, round };
+            let report = Report { kind, round, number: None };
             exits(&mut guest, report)?;
             touch(&mut guest, report, ABSENT + round * PAGE, spare + round * PAGE)?;
             for count in SIZES {
@@ -110,23 +102,39 @@ pub(crate) fn guests() -> Outcome {
     Ok(())
 }
 
+/// A VM with 4096 pages that are mapped one by one, and 4096 in blocks; returns where they are.
+pub(super) fn with_memory(pages: &Pages, kind: VmKind) -> Result<(Vm<'_>, u64, u64), Failure> {
+    let vm = Vm::boot(pages, kind, 1)?;
+    vm.donate_tables(64)?;
+    let blocks = pages.take_aligned(4096, 512)?;
+    // Where no block can be.
+    let single = pages.take_aligned(4096 + 1, 512)? + PAGE;
+    vm.map(SINGLE, single, 4096)?;
+    for block in 0..8 {
+        vm.map(BLOCKS + block * BLOCK, blocks + block * BLOCK, 512)?;
+    }
+    Ok((vm, single, blocks))
+}
+
 /// Names measurements.
 #[derive(Clone, Copy)]
-struct Report {
-    kind: VmKind,
-    round: u64,
+pub(super) struct Report {
+    pub(super) kind: VmKind,
+    pub(super) round: u64,
+    /// What is said in the place of the number of pages.
+    pub(super) number: Option<u64>,
 }
 
 impl Report {
-    fn line(self, name: &str, blocks: bool, count: u64) {
+    pub(super) fn line(self, name: &str, blocks: bool, count: u64) {
         let kind = if self.kind == VmKind::Realm { "realm" } else { "pkvm" };
         let blocks = if blocks { "-blocks" } else { "" };
-        println!("bench {kind}.{name}{blocks} {count} {}", self.round);
+        println!("bench {kind}.{name}{blocks} {} {}", self.number.unwrap_or(count), self.round);
     }
 }
 
 /// Exits without pages.
-fn exits(guest: &mut Guest<'_>, report: Report) -> Outcome {
+pub(super) fn exits(guest: &mut Guest<'_>, report: Report) -> Outcome {
     guest.run(id_register(), &[])?;
     report.line("sysreg", false, 0);
     let (code, version) = match report.kind {
@@ -149,7 +157,7 @@ fn exits(guest: &mut Guest<'_>, report: Report) -> Outcome {
 }
 
 /// First use of a page: fault, exit, donation, resumption.
-fn touch(guest: &mut Guest<'_>, report: Report, at: u64, page: u64) -> Outcome {
+pub(super) fn touch(guest: &mut Guest<'_>, report: Report, at: u64, page: u64) -> Outcome {
     guest.begin_code(load_pair(), &[at])?;
     let exit = guest.exit(ExitReason::PageFault)?;
     check_eq!(exit.address, at, "address of the fault");
@@ -161,7 +169,7 @@ fn touch(guest: &mut Guest<'_>, report: Report, at: u64, page: u64) -> Outcome {
 }
 
 /// The way of pages to the host and back.
-fn conversions(guest: &mut Guest<'_>, report: Report, at: u64, address: u64, count: u64) -> Outcome {
+pub(super) fn conversions(guest: &mut Guest<'_>, report: Report, at: u64, address: u64, count: u64) -> Outcome {
     let blocks = at == BLOCKS;
     convert(guest, at, count, true)?;
     report.line("share", blocks, count);
