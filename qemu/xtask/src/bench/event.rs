@@ -34,7 +34,7 @@ impl Event {
         self.fields.iter().filter(|(key, _)| key.starts_with(prefix)).map(|(_, value)| value).sum()
     }
 
-    /// What is counted at these exception levels together, and entries into EL2.
+    /// What is counted at these exception levels together, and entries into EL2, by the names that the cost model knows.
     pub(super) fn columns(&self, levels: RangeInclusive<u8>) -> BTreeMap<&'static str, f64> {
         let all = |counter: &str| levels.clone().map(|level| self.get(&format!("el{level}.{counter}"))).sum::<u64>();
         let mut columns: BTreeMap<_, _> =

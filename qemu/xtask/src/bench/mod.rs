@@ -2,6 +2,7 @@
 //! the method.
 
 mod baseline;
+mod costs;
 mod event;
 mod growth;
 mod linux;
@@ -24,6 +25,8 @@ use crate::image::{self, BUDGET, Variant};
 use crate::qemu::Outcome;
 use crate::run::{self, Ready};
 use crate::{process, workspace};
+use baseline::Rows;
+use costs::Model;
 use event::Event;
 use report::Report;
 
@@ -56,18 +59,31 @@ pub(crate) struct Options {
     /// Also draw the numbers into DIR, as SVG files, beside the numbers that are drawn
     #[arg(long, value_name = "DIR")]
     plots: Option<PathBuf>,
-    /// Draw the numbers of FILE, which --json or --plots has written, and count nothing
-    #[arg(long, value_name = "FILE", requires = "plots", conflicts_with_all = ["json", "check"])]
+    /// Take the numbers of FILE, which --json or --plots has written, and count nothing
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["json", "check", "profile"])]
     from: Option<PathBuf>,
+    /// Turn counts into cycles by the figures in FILE, in place of those in qemu/xtask/src/bench/costs.toml
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["check", "profile"])]
+    costs: Option<PathBuf>,
     /// Print instead in which functions of the hypervisor the instructions are executed
     #[arg(long, conflicts_with_all = ["json", "check", "plots"])]
     profile: bool,
 }
 
+impl Options {
+    /// Draws the numbers, if that is wanted.
+    fn draw(&self, rows: &Rows) -> Result<()> {
+        self.plots.as_deref().map_or(Ok(()), |dir| plots::write(dir, rows))
+    }
+}
+
 /// `cargo xtask bench`.
 pub(crate) fn bench(options: &Options) -> Result<ExitCode> {
-    if let (Some(numbers), Some(dir)) = (&options.from, &options.plots) {
-        plots::write(dir, &baseline::load(numbers)?)?;
+    let model = Model::load(options.costs.as_deref())?;
+    if let Some(numbers) = &options.from {
+        let rows = baseline::load(numbers)?;
+        print!("{}", model.table(&rows));
+        options.draw(&rows)?;
         return Ok(ExitCode::SUCCESS);
     }
     let bench = Bench::new()?;
@@ -76,15 +92,16 @@ pub(crate) fn bench(options: &Options) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let report = if options.check { bench.measure(&[USUAL_MEMORY])? } else { bench.measure_all()? };
+    let rows = report.rows();
     print!("{}", report.text);
     if let Some(path) = &options.json {
-        baseline::save(path, &report.rows())?;
+        baseline::save(path, &rows)?;
     }
-    if let Some(dir) = &options.plots {
-        plots::write(dir, &report.rows())?;
-    }
+    options.draw(&rows)?;
     if options.check {
         println!("\n{}", compare(&report)?);
+    } else {
+        print!("{}", model.table(&rows));
     }
     Ok(ExitCode::SUCCESS)
 }

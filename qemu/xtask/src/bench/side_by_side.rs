@@ -100,6 +100,11 @@ impl Bench {
             ] {
                 report.add(format!("side-by-side.{row}.{column}"), value);
             }
+            for (side, counts) in [("ravelin", our), ("pkvm", their)] {
+                for (column, count) in counts.columns(2..=2).into_iter().filter(|(_, count)| *count > 0.0) {
+                    report.add(format!("side-by-side.{row}.{side}.{column}"), count);
+                }
+            }
         }
         report.printed_already();
         Ok(())
