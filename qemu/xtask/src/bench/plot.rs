@@ -33,7 +33,7 @@ const GREY: RGBColor = RGBColor(90, 90, 90);
 #[derive(Clone, Debug)]
 pub(super) struct Series {
     name: String,
-    points: Vec<(f64, f64)>,
+    pub(super) points: Vec<(f64, f64)>,
     dashed: bool,
 }
 

@@ -6,14 +6,14 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 use super::baseline::{self, Rows};
-use super::growth;
 use super::plot::Plot;
+use super::{growth, schemes};
 
 /// The file with the numbers that are drawn, beside the plots.
 const NUMBERS: &str = "numbers.json";
 
 /// How the names of rows begin that are drawn.
-const DRAWN: [&str; 4] = ["start", "carve-out", "growth.", "side-by-side."];
+const DRAWN: [&str; 5] = ["start", "carve-out", "growth.", "side-by-side.", "scheme."];
 
 /// Draws what there are numbers for.
 pub(super) fn write(dir: &Path, rows: &Rows) -> Result<()> {
@@ -29,7 +29,7 @@ pub(super) fn write(dir: &Path, rows: &Rows) -> Result<()> {
 
 /// The plots that have points, with the names of their files.
 fn all(rows: &Rows) -> Vec<(&'static str, Plot)> {
-    let mut plots = growth::plots(rows);
+    let mut plots = [growth::plots(rows), schemes::plots(rows)].concat();
     plots.retain(|(_, plot)| plot.has_points());
     plots
 }
