@@ -23,8 +23,8 @@ pub(crate) fn call_registers(registers: &Registers) -> Option<[u64; 4]> {
 
 /// Overwrites the first registers with results.
 pub(crate) fn set_results<const N: usize>(registers: &mut Registers, results: [u64; N]) {
-    for (register, result) in registers.iter_mut().zip(results) {
-        *register = result;
+    if let Some(first) = registers.first_chunk_mut() {
+        *first = results;
     }
 }
 

@@ -51,13 +51,12 @@ pub struct Gic<'a, V: ?Sized> {
 }
 
 impl<'a, V: Vcpus + ?Sized> Gic<'a, V> {
-    /// Returns the view of a VM's interrupt controller, or `None` unless `spis` has a multiple of 32 entries, from 32
-    /// to [`MAX_SPIS`], and `vcpus` counts 1 to [`MAX_VCPUS`] vCPUs.
+    /// Returns the view of a VM's interrupt controller. `spis` has a multiple of 32 entries, from 32 to [`MAX_SPIS`].
     #[must_use]
-    pub fn new(distributor: &'a mut Distributor, spis: &'a mut [Spi], vcpus: &'a mut V) -> Option<Self> {
-        let spis_fit = !spis.is_empty() && spis.len().is_multiple_of(32) && spis.len() <= MAX_SPIS;
-        let vcpus_fit = (1..=MAX_VCPUS).contains(&vcpus.count());
-        (spis_fit && vcpus_fit).then_some(Self { distributor, spis, vcpus })
+    pub fn new(distributor: &'a mut Distributor, spis: &'a mut [Spi], vcpus: &'a mut V) -> Self {
+        debug_assert!(!spis.is_empty() && spis.len().is_multiple_of(32) && spis.len() <= MAX_SPIS);
+        debug_assert!((1..=MAX_VCPUS).contains(&vcpus.count()));
+        Self { distributor, spis, vcpus }
     }
 
     /// Puts the distributor and all SPIs into their reset state: both groups off, nothing routed anywhere but to

@@ -103,10 +103,12 @@ impl VcpuGic {
 
 impl<V: Vcpus + ?Sized> Gic<'_, V> {
     /// Fills in what a vCPU's virtual CPU interface holds when it enters, on a CPU that has `list_registers` of them
-    /// (ICH_VTR_EL2.ListRegs + 1), 1 to 16. From now on the vCPU runs. `entry` is what [`ListRegisters::default`] says.
+    /// (ICH_VTR_EL2.ListRegs + 1), 1 to 16. From now on the vCPU runs. What `entry` holds does not matter; list registers that
+    /// are not in use keep it.
     ///
-    /// `None` if there is no such vCPU, or if it runs already; then `entry` is as it was.
+    /// `None` if there is no such vCPU, or if it runs already; then `entry` turns the interface off.
     pub fn prepare_entry(&mut self, vcpu: usize, list_registers: usize, entry: &mut ListRegisters) -> Option<()> {
+        (entry.used, entry.hcr) = (0, 0);
         let gic = self.vcpus.get_mut(vcpu)?;
         if gic.is_running() {
             return None;
@@ -184,16 +186,30 @@ impl<V: Vcpus + ?Sized> Gic<'_, V> {
     /// Returns the other vCPUs that must look at their interrupts: those to which interrupts have moved. Does nothing
     /// if the vCPU does not run.
     pub fn after_exit(&mut self, vcpu: usize, state: &ListRegisters) -> VcpuSet {
-        let mut kick = VcpuSet::EMPTY;
-        let Some(gic) = self.vcpus.get_mut(vcpu).filter(|gic| gic.is_running()) else { return kick };
+        let Some(gic) = self.vcpus.get_mut(vcpu).filter(|gic| gic.is_running()) else { return VcpuSet::EMPTY };
         gic.running = 0;
-        let (listed, used) = (gic.listed, usize::from(gic.used));
-        gic.used = 0;
         gic.ap0r = state.ap0r;
         gic.ap1r = state.ap1r;
         let before = gic.groups();
         gic.vmcr = u32::try_from(state.vmcr & u64::from(u32::MAX)).unwrap_or(0);
         let groups_changed = gic.groups() != before;
+        let ended = state.hcr >> HCR_EOICOUNT_SHIFT & HCR_EOICOUNT;
+        // Most exits have nothing to take back.
+        if gic.used == 0 && ended == 0 && !groups_changed && self.distributor.stale.is_empty() {
+            return VcpuSet::EMPTY;
+        }
+        self.take_back(vcpu, state, ended, groups_changed)
+    }
+
+    /// Does the rest of [`Gic::after_exit`], after which `ended` interrupts of no list register have been counted as ended.
+    #[inline(never)]
+    fn take_back(&mut self, vcpu: usize, state: &ListRegisters, ended: u64, groups_changed: bool) -> VcpuSet {
+        let mut kick = VcpuSet::EMPTY;
+        let Some(gic) = self.vcpus.get_mut(vcpu) else { return kick };
+        let (listed, used) = (gic.listed, usize::from(gic.used));
+        gic.used = 0;
+        // In EOImode 1 the ends that CPUs may count are no deactivations: those trap.
+        let ended = if gic.separates_deactivation() { 0 } else { ended };
         self.distributor.stale.remove(vcpu);
 
         for (&intid, &lr) in listed.iter().zip(&state.lrs).take(used) {
@@ -202,9 +218,6 @@ impl<V: Vcpus + ?Sized> Gic<'_, V> {
             }
         }
         // Only when all are back is it clear which active ones had been left out.
-        // In EOImode 1 the ends that CPUs may count are no deactivations: those trap.
-        let separate = self.vcpus.get(vcpu).is_some_and(VcpuGic::separates_deactivation);
-        let ended = if separate { 0 } else { state.hcr >> HCR_EOICOUNT_SHIFT & HCR_EOICOUNT };
         for _ in 0..ended {
             kick.extend(self.end_unlisted(vcpu, listed.get(..used).unwrap_or_default()));
         }

@@ -151,7 +151,7 @@ impl Abort {
     pub fn access(&self, context: &Context) -> Option<MmioAccess> {
         let offset = self.address()?.raw() & PAGE_OFFSET;
         let access = if self.is_fetch() { None } else { MmioAccess::decode(self.esr, context) }?;
-        (offset.saturating_add(access.bytes.into()) <= PAGE_OFFSET.saturating_add(1)).then_some(access)
+        (offset.saturating_add(access.bytes().into()) <= PAGE_OFFSET.saturating_add(1)).then_some(access)
     }
 
     /// Returns whether an instruction was to be fetched.
@@ -198,8 +198,8 @@ impl Abort {
             }
             (Some(_), Backing::Device) => {
                 if let (Some(address), Some(access)) = (self.address(), described) {
-                    let stored = access.write.then(|| access.stored(context));
-                    let report = Report::Mmio { address, bytes: access.bytes, stored };
+                    let stored = access.is_write().then(|| access.stored(context));
+                    let report = Report::Mmio { address, bytes: access.bytes(), stored };
                     return Some((report, Pending::Mmio(self, access)));
                 }
             }
@@ -359,10 +359,10 @@ impl Pending {
         entry: &RunEntry,
         features: PstateFeatures,
     ) -> Result<(), WrongAnswer> {
-        match (*self, Answer::from_code(entry.answer).ok_or(WrongAnswer)?) {
+        match (&*self, Answer::from_code(entry.answer).ok_or(WrongAnswer)?) {
             (_, Answer::Retry) => {}
             (Self::Mmio(_, access), Answer::Complete) => {
-                if !access.write {
+                if !access.is_write() {
                     access.load(context, entry.value);
                 }
                 context.skip_instruction();

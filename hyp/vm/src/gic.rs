@@ -47,7 +47,7 @@ impl<O: ObjectMemory> VmGic<O> {
     /// Prepares for the start of the VM. All SPIs are the host's, which plays all devices.
     pub(crate) fn reset(&mut self) {
         let vcpus = self.vcpus.count();
-        let Some(mut gic) = self.view() else { return };
+        let mut gic = self.view();
         gic.reset_distributor();
         for intid in u32::from(FIRST_SPI).. {
             if gic.give_to_host(intid).is_err() {
@@ -61,7 +61,7 @@ impl<O: ObjectMemory> VmGic<O> {
     }
 
     /// Returns the controller for one operation.
-    pub(crate) fn view(&mut self) -> Option<Gic<'_, VcpuGics<O>>> {
+    pub(crate) fn view(&mut self) -> Gic<'_, VcpuGics<O>> {
         Gic::new(&mut self.distributor, &mut self.spis, &mut self.vcpus)
     }
 }

@@ -97,10 +97,10 @@ impl<G> Guest<G> {
     pub fn backing<T: Transitions<Guest = G>>(&self, transitions: &T, page: Ipa, described: bool) -> Option<Backing> {
         let marked = self.shared_bit().map(|bit| page.raw() & bit != 0);
         let address = page.raw() & !self.shared_bit().unwrap_or(0);
-        let Some(range) = self.range(address, 1) else {
+        let Some(frame) = Ipa::new(address).filter(|_| address < self.memory_end()) else {
             return Some(if marked == Some(true) { Backing::Device } else { Backing::Nothing });
         };
-        let (frame, _) = transitions.look(&self.memory, range);
+        let (frame, _) = transitions.look(&self.memory, IpaRange::single(frame));
         match (frame, marked) {
             (GuestPage::Offered | GuestPage::Claimed, Some(true) | None)
             | (GuestPage::Private | GuestPage::Lent, Some(false) | None) => None,

@@ -20,10 +20,10 @@ pub trait PageAccess {
     fn write_bytes(&self, at: PhysAddr, bytes: &[u8]);
 
     /// Reads words in little-endian order from `at` on, which is a multiple of 8, as [`PageAccess::read_bytes`] does.
-    fn read_words(&self, at: PhysAddr, words: &mut [u64]);
+    fn read_words<const N: usize>(&self, at: PhysAddr) -> [u64; N];
 
     /// Writes words in little-endian order from `at` on, which is a multiple of 8, as [`PageAccess::write_bytes`] does.
-    fn write_words(&self, at: PhysAddr, words: &[u64]);
+    fn write_words<const N: usize>(&self, at: PhysAddr, words: &[u64; N]);
 }
 
 /// Pages that are measured under one hold of the lock of memory. Hashing takes long.

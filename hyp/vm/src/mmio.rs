@@ -5,16 +5,8 @@ use crate::Context;
 /// A load or store of one general-purpose register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MmioAccess {
-    /// A store, not a load.
-    pub write: bool,
-    /// How many bytes: 1, 2, 4 or 8.
-    pub bytes: u8,
-    /// Number of the register; 31 is XZR.
-    register: u8,
-    /// The value that is loaded is sign-extended.
-    sign_extend: bool,
-    /// The register is an X register, not a W register.
-    wide: bool,
+    /// ESR_EL2.
+    esr: u64,
     /// Memory is big-endian for it.
     big_endian: bool,
 }
@@ -41,41 +33,46 @@ impl MmioAccess {
         if esr & iss::ISV == 0 || esr & iss::S1PTW != 0 || context.is_aarch32() {
             return None;
         }
-        let bytes = match esr >> iss::SAS_SHIFT & iss::SAS {
-            0 => 1,
-            1 => 2,
-            2 => 4,
-            _ => 8,
-        };
-        let [register, ..] = (esr >> iss::SRT_SHIFT & iss::SRT).to_le_bytes();
-        Some(Self {
-            write: esr & iss::WNR != 0,
-            bytes,
-            register,
-            sign_extend: esr & iss::SSE != 0,
-            wide: esr & iss::SF != 0,
-            big_endian: context.is_big_endian(),
-        })
+        Some(Self { esr, big_endian: context.is_big_endian() })
+    }
+
+    /// Returns whether it is a store.
+    #[must_use]
+    pub const fn is_write(&self) -> bool {
+        self.esr & iss::WNR != 0
+    }
+
+    /// Returns how many bytes: 1, 2, 4 or 8.
+    #[must_use]
+    pub const fn bytes(&self) -> u8 {
+        1 << (self.esr >> iss::SAS_SHIFT & iss::SAS)
+    }
+
+    /// Returns the number of the register; 31 is XZR.
+    const fn register(&self) -> u8 {
+        let [register, ..] = (self.esr >> iss::SRT_SHIFT & iss::SRT).to_le_bytes();
+        register
     }
 
     /// Returns what a store puts into memory, as a number whose lowest byte is at the lowest address. Nothing else of the
     /// register is in it.
     #[must_use]
     pub fn stored(&self, context: &Context) -> u64 {
-        self.in_memory_order(context.register(self.register))
+        self.in_memory_order(context.register(self.register()))
     }
 
     /// Ends a load of `value`, whose lowest byte is at the lowest address and whose bytes beyond the access do not matter.
     pub fn load(&self, context: &mut Context, value: u64) {
         let value = self.in_memory_order(value);
-        let value = if self.sign_extend { self.sign_extended(value) } else { value };
-        let value = if self.wide { value } else { value & 0xffff_ffff };
-        context.set_register(self.register, value);
+        let value = if self.esr & iss::SSE != 0 { self.sign_extended(value) } else { value };
+        // Of an X register, not a W register.
+        let value = if self.esr & iss::SF != 0 { value } else { value & 0xffff_ffff };
+        context.set_register(self.register(), value);
     }
 
     /// Cuts a value to the width of the access, and reverses its bytes if memory has them the other way round.
     const fn in_memory_order(&self, value: u64) -> u64 {
-        match (self.bytes, self.big_endian) {
+        match (self.bytes(), self.big_endian) {
             (1, _) => value & 0xff,
             (2, false) => value & 0xffff,
             (2, true) => value.swap_bytes() >> 48,
@@ -87,7 +84,7 @@ impl MmioAccess {
     }
 
     const fn sign_extended(&self, value: u64) -> u64 {
-        let sign: u64 = match self.bytes {
+        let sign: u64 = match self.bytes() {
             1 => 1 << 7,
             2 => 1 << 15,
             4 => 1 << 31,
@@ -144,7 +141,7 @@ mod tests {
                         MmioAccess::decode(syndrome(log2_bytes, number, true, false, log2_bytes == 3), &context);
                     let access = access.unwrap();
                     let bytes = 1 << log2_bytes;
-                    assert!(access.write && usize::from(access.bytes) == bytes);
+                    assert!(access.is_write() && usize::from(access.bytes()) == bytes);
                     // What the CPU would put into memory.
                     let register = context.x.get(number as usize).copied().unwrap_or(0);
                     let mut memory = register.to_le_bytes()[..bytes].to_vec();
@@ -163,7 +160,7 @@ mod tests {
         let load = |log2_bytes, sign_extend, wide, value| {
             let mut context = at_el1(false);
             let access = MmioAccess::decode(syndrome(log2_bytes, 5, false, sign_extend, wide), &context).unwrap();
-            assert!(!access.write);
+            assert!(!access.is_write());
             access.load(&mut context, value);
             context.x[5]
         };

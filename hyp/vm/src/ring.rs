@@ -209,11 +209,7 @@ fn place(page: PhysAddr, offset: usize, number: u64) -> Option<PhysAddr> {
 }
 
 fn read(cpu: &impl PageAccess, page: PhysAddr, offset: usize, number: u64) -> u64 {
-    let mut word = [0];
-    if let Some(at) = place(page, offset, number) {
-        cpu.read_words(at, &mut word);
-    }
-    let [word] = word;
+    let [word] = place(page, offset, number).map_or([0], |at| cpu.read_words(at));
     word
 }
 

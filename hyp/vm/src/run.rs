@@ -31,6 +31,8 @@ pub struct VcpuState {
     /// What its interrupt controller knows of them, so that it is told of changes only.
     timers: Timers,
     ring: Ring,
+    /// What its virtual CPU interface holds from entry to exit.
+    interface: ListRegisters,
     /// Pages for the vector registers.
     area: PhysRange,
 }
@@ -42,11 +44,15 @@ struct Timers([bool; 2]);
 impl Timers {
     /// Brings them up to date.
     fn update<V: Vcpus>(&mut self, gic: &mut Gic<'_, V>, vcpu: usize, context: &Context, now: u64) {
-        let levels = [context.virtual_timer(), context.physical_timer()].map(|deadline| has_passed(deadline, now));
-        if self.0 == levels {
-            return;
+        let levels = [has_passed(context.virtual_timer(), now), has_passed(context.physical_timer(), now)];
+        if self.0 != levels {
+            self.0 = levels;
+            Self::tell(levels, gic, vcpu);
         }
-        self.0 = levels;
+    }
+
+    #[inline(never)]
+    fn tell<V: Vcpus>(levels: [bool; 2], gic: &mut Gic<'_, V>, vcpu: usize) {
         for (intid, level) in [VIRTUAL_TIMER, PHYSICAL_TIMER].into_iter().zip(levels) {
             // They concern this vCPU alone.
             let _ = gic.set_ppi_level(vcpu, intid, level);
@@ -95,8 +101,15 @@ impl VcpuState {
         let features = GuestFeatures { ipa_bits, sve: true, pointer_authentication: true };
         let ids = cpu.id_registers().for_guest(features);
         cpu.clear_vectors(area);
-        let context = Context::reset(0, 0, mpidr(index));
-        Self { context, ids, open: Open::Nothing, timers: Timers::default(), ring: Ring::default(), area }
+        Self {
+            context: Context::reset(0, 0, mpidr(index)),
+            ids,
+            open: Open::Nothing,
+            timers: Timers::default(),
+            ring: Ring::default(),
+            interface: ListRegisters::default(),
+            area,
+        }
     }
 
     /// Sets the registers of a vCPU that has been turned on as PSCI has it, and those of the one that boots as the seal has it.
@@ -248,11 +261,11 @@ where
         }
         let entry = self.host_entry();
         let features = self.cpu.pstate_features();
-        match state.open {
-            Open::Access(mut pending) => {
+        match &mut state.open {
+            Open::Access(pending) => {
                 pending.resume(&mut state.context, &entry, features).map_err(|_| Status::Invalid)?;
             }
-            Open::Call(conduit, missing) => match (Answer::from_code(entry.answer), missing) {
+            &mut Open::Call(conduit, missing) => match (Answer::from_code(entry.answer), missing) {
                 (Some(Answer::Retry), _) => {}
                 (Some(Answer::Refuse), Missing::Release) | (Some(Answer::Abort), Missing::Page) => {
                     match conduit {
@@ -276,11 +289,8 @@ where
 
     /// Reads what the host says.
     fn host_entry(&self) -> RunEntry {
-        let mut words = [0; RunEntry::WORDS];
-        if let Some(at) = part(self.run_page, RunPage::ENTRY) {
-            self.cpu.read_words(at, &mut words);
-        }
-        RunEntry::from_words(&words)
+        let words = part(self.run_page, RunPage::ENTRY).map(|at| self.cpu.read_words(at));
+        RunEntry::from_words(&words.unwrap_or_default())
     }
 
     /// Takes the ring from a vCPU that is turned on anew.
@@ -335,16 +345,15 @@ where
             self.cpu.release_virtual_timer();
             loan.timer_held = false;
         }
-        let mut interface = ListRegisters::default();
         self.vm.with_gic(|gic| {
             state.timers.update(gic, index, &state.context, now);
-            gic.prepare_entry(index, list_registers, &mut interface)
+            gic.prepare_entry(index, list_registers, &mut state.interface)
         });
         let (tree, geometry) = self.transitions.tree(self.vm.guest().memory());
         let deadline = state.context.physical_timer().filter(|&deadline| deadline > now);
         let mut entry = Entry {
             context: &mut state.context,
-            gic: &mut interface,
+            gic: &mut state.interface,
             tree,
             geometry,
             vcpu: index,
@@ -362,7 +371,7 @@ where
             }
             goes_on
         });
-        self.gic(|gic| gic.after_exit(index, &interface));
+        self.gic(|gic| gic.after_exit(index, &state.interface));
         handled.map_or(Exit::Unhandled(left), Exit::Handled)
     }
 
@@ -413,8 +422,10 @@ where
 
     /// Runs `f` on the interrupt controller. What it returns is to be woken; this vCPU is awake.
     fn gic(&mut self, f: impl FnOnce(&mut Gic<'_, VcpuGics<O>>) -> VcpuSet) {
-        let wake = self.vm.with_gic(f).unwrap_or_default();
-        self.wake.extend(wake.without(self.index));
+        let wake = self.vm.with_gic(f);
+        if !wake.is_empty() {
+            self.wake.extend(wake.without(self.index));
+        }
     }
 
     /// Handles an exit. `None` if the guest goes on.
@@ -474,7 +485,7 @@ where
             gic.wakes(index)
         });
         // A timer that has fired and does not wake the guest is masked.
-        (awake != Some(true)).then(|| Report::Wait { deadline: context.next_timer(now) })
+        (!awake).then(|| Report::Wait { deadline: context.next_timer(now) })
     }
 
     /// Performs a call that is not about memory. The program counter is at the instruction.
@@ -601,25 +612,28 @@ where
     /// Accesses the interrupt controller. Returns whether there is such a register.
     #[inline(never)]
     fn gic_access(&mut self, context: &mut Context, access: MmioAccess, frame: Frame, offset: u64) -> bool {
-        let size = access.bytes;
-        let wanted =
-            if access.write { Access::Write { size, value: access.stored(context) } } else { Access::Read { size } };
+        let size = access.bytes();
+        let wanted = if access.is_write() {
+            Access::Write { size, value: access.stored(context) }
+        } else {
+            Access::Read { size }
+        };
         let index = self.index;
         match self.vm.with_gic(|gic| gic.mmio(index, frame, offset, wanted)) {
-            Some(Ok(ravelin_vgic::Outcome::Done { value, kick })) => {
+            Ok(ravelin_vgic::Outcome::Done { value, kick }) => {
                 self.wake.extend(kick.without(index));
-                if !access.write {
+                if !access.is_write() {
                     access.load(context, value);
                 }
                 context.skip_instruction();
                 true
             }
             // The guest tries again.
-            Some(Ok(ravelin_vgic::Outcome::Retry { kick })) => {
+            Ok(ravelin_vgic::Outcome::Retry { kick }) => {
                 self.wake.extend(kick.without(index));
                 true
             }
-            Some(Err(ravelin_vgic::Unsupported)) | None => false,
+            Err(ravelin_vgic::Unsupported) => false,
         }
     }
 }

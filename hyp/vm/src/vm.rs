@@ -206,8 +206,8 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vm<O, G, V> {
     }
 
     /// Runs `f` on the VM's interrupt controller. No other lock may be taken meanwhile.
-    pub fn with_gic<R>(&self, f: impl FnOnce(&mut Gic<'_, VcpuGics<O>>) -> R) -> Option<R> {
-        self.gic.lock().view().as_mut().map(f)
+    pub fn with_gic<R>(&self, f: impl FnOnce(&mut Gic<'_, VcpuGics<O>>) -> R) -> R {
+        f(&mut self.gic.lock().view())
     }
 
     /// Returns the frame of the interrupt controller that a guest address lies in, and the offset there.
@@ -216,8 +216,13 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vm<O, G, V> {
     }
 
     /// Returns the refusal of what a VM in this stage does not do.
-    fn demand(&self, allowed: &[Stage]) -> Result<(), Refusal> {
-        if allowed.contains(&self.stage) { Ok(()) } else { Err(Status::WrongState.into()) }
+    fn demand(&self, stage: Stage) -> Result<(), Refusal> {
+        if self.stage == stage { Ok(()) } else { Err(Status::WrongState.into()) }
+    }
+
+    /// Returns the refusal of what a VM does not do that is dying.
+    fn demand_alive(&self) -> Result<(), Refusal> {
+        if self.stage == Stage::Dying { Err(Status::WrongState.into()) } else { Ok(()) }
     }
 
     /// Returns the range of the guest's memory that is at an address.
@@ -225,9 +230,6 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vm<O, G, V> {
         self.guest.range(base, pages).ok_or(Status::Overflow.into())
     }
 }
-
-/// A VM that has not died.
-const ALIVE: &[Stage] = &[Stage::Created, Stage::Sealed];
 
 /// All VMs.
 ///
@@ -341,7 +343,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     ) -> Result<(), Refusal> {
         let &VcpuPages { metadata, run_page, .. } = pages;
         self.table.shared(handle, |vm| {
-            vm.demand(&[Stage::Created])?;
+            vm.demand(Stage::Created)?;
             let index = usize::try_from(index).map_err(|_| Status::Invalid)?;
             let slot = vm.vcpus.get(index).ok_or(Status::Invalid)?;
             let mut vcpu = slot.vcpu.try_lock().ok_or(Status::Busy)?;
@@ -376,7 +378,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
         range: PhysRange,
     ) -> Result<(), Refusal> {
         self.table.shared(handle, |vm| {
-            vm.demand(ALIVE)?;
+            vm.demand_alive()?;
             let frames = vm.range(at, range.pages())?;
             let taken = vm.gic_frames.into_iter().flat_map(|gic| gic.ranges());
             if let Some(gic) = taken.into_iter().find(|gic| gic.overlaps(&frames)) {
@@ -436,7 +438,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
         start: &Start,
     ) -> Result<(), Refusal> {
         self.alone(handle, |vm| {
-            vm.demand(&[Stage::Created])?;
+            vm.demand(Stage::Created)?;
             let &Start { entry, device_tree, distributor, redistributors } = start;
             for address in [entry, device_tree] {
                 vm.range(address & !(PAGE_SIZE.wrapping_sub(1)), 1)?;
@@ -470,7 +472,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
         index: u64,
         f: impl FnOnce(&Vm<O, G, V>, &mut Vcpu<V>) -> Result<R, Refusal>,
     ) -> Result<R, Refusal> {
-        self.with_vcpu(handle, index, |vm| vm.demand(&[Stage::Sealed]), f)
+        self.with_vcpu(handle, index, |vm| vm.demand(Stage::Sealed), f)
     }
 
     /// Runs `f` on a vCPU of an ordinary VM, which nobody can run meanwhile.
@@ -484,7 +486,9 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
         index: u64,
         f: impl FnOnce(&Vm<O, G, V>, &mut Vcpu<V>) -> Result<R, Refusal>,
     ) -> Result<R, Refusal> {
-        let admits = |vm: &Vm<O, G, V>| vm.demand(if vm.guest.kind().is_protected() { &[] } else { ALIVE });
+        let admits = |vm: &Vm<O, G, V>| {
+            if vm.guest.kind().is_protected() { Err(Status::WrongState.into()) } else { vm.demand_alive() }
+        };
         self.with_vcpu(handle, index, admits, f)
     }
 
@@ -511,10 +515,10 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     #[inline(never)]
     pub fn raise_spi(&self, handle: Handle, intid: u64, level: bool) -> Result<VcpuSet, Refusal> {
         self.table.shared(handle, |vm| {
-            vm.demand(&[Stage::Sealed])?;
+            vm.demand(Stage::Sealed)?;
             let intid = u32::try_from(intid).map_err(|_| Status::Invalid)?;
             let raised = vm.with_gic(|gic| gic.raise_spi(intid, level));
-            Ok(raised.and_then(Result::ok).ok_or(Status::Invalid)?)
+            Ok(raised.map_err(|_| Status::Invalid)?)
         })
     }
 
@@ -558,7 +562,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     pub fn force_reclaim<T: Transitions<Guest = G>>(&self, transitions: &T, range: PhysRange) -> Result<(), Refusal> {
         let denied = Refusal { status: Status::Denied, detail: range.base().raw() };
         let reclaimed = self.table.shared_slot(transitions.owner(range.base()).ok_or(denied)?, |vm| {
-            vm.demand(ALIVE)?;
+            vm.demand_alive()?;
             // VM_MAP on another CPU may have given pages away that it is about to read.
             let is_measured = vm.stage == Stage::Created;
             let _measuring = is_measured.then(|| vm.measurement.try_lock().ok_or(Status::Busy)).transpose()?;
@@ -576,7 +580,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     #[inline(never)]
     pub fn teardown<T: Transitions<Guest = G>>(&self, transitions: &T, handle: Handle) -> Result<(), Refusal> {
         self.alone(handle, |vm| {
-            vm.demand(ALIVE)?;
+            vm.demand_alive()?;
             transitions.kill(&vm.guest.memory);
             vm.stage = Stage::Dying;
             Ok(())
@@ -596,7 +600,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
         range: IpaRange,
     ) -> Result<u64, Refusal> {
         self.table.shared(handle, |vm| {
-            vm.demand(&[Stage::Dying])?;
+            vm.demand(Stage::Dying)?;
             let range = vm.range(range.base().raw(), range.pages())?;
             transitions.reclaim(&vm.guest.memory, range)
         })
@@ -612,7 +616,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
     pub fn destroy<T: Transitions<Guest = G>>(&self, transitions: &T, handle: Handle) -> Result<u64, Refusal> {
         self.table.alone(handle, |entry| {
             let vm = entry.as_mut().ok_or(Status::BadHandle)?;
-            vm.demand(&[Stage::Dying])?;
+            vm.demand(Stage::Dying)?;
             let metadata = vm.metadata;
             let room = MAX_TAKE_BACK_PAGES.saturating_sub(metadata.pages());
             let (mut most, mut left) = (room, 0_u64);
@@ -653,7 +657,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
         f: impl FnOnce(&Vm<O, G, V>, IpaRange) -> Result<(), Refusal>,
     ) -> Result<(), Refusal> {
         self.table.shared(handle, |vm| {
-            vm.demand(ALIVE)?;
+            vm.demand_alive()?;
             f(vm, vm.range(range.base().raw(), range.pages())?)
         })
     }

@@ -315,7 +315,7 @@ pub fn vgic(data: &[u8]) {
     let mut input = Unstructured::new(data);
     let (mut distributor, mut spis) = (Distributor::default(), [Spi::default(); SPIS]);
     let mut vcpus: [VcpuGic; VCPUS] = std::array::from_fn(|_| VcpuGic::new());
-    let mut gic = Gic::new(&mut distributor, &mut spis, &mut vcpus[..]).expect("these are numbers that there can be");
+    let mut gic = Gic::new(&mut distributor, &mut spis, &mut vcpus[..]);
     gic.reset_distributor();
     let mut memory = Memory::new();
     let mut entered: [Option<ListRegisters>; VCPUS] = [None; VCPUS];

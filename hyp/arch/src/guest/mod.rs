@@ -238,24 +238,16 @@ impl PageAccess for Hardware {
         }
     }
 
-    fn read_words(&self, at: PhysAddr, words: &mut [u64]) {
+    fn read_words<const N: usize>(&self, at: PhysAddr) -> [u64; N] {
         assert!(at.is_aligned(8));
-        let mut source = ptr::with_exposed_provenance::<u64>(at.raw() as usize);
-        for word in words {
-            // SAFETY: As in `read_bytes`, and aligned.
-            *word = unsafe { source.read_volatile() };
-            source = source.wrapping_add(1);
-        }
+        // SAFETY: As in `read_bytes`, and aligned.
+        unsafe { ptr::with_exposed_provenance::<[u64; N]>(at.raw() as usize).read_volatile() }
     }
 
-    fn write_words(&self, at: PhysAddr, words: &[u64]) {
+    fn write_words<const N: usize>(&self, at: PhysAddr, words: &[u64; N]) {
         assert!(at.is_aligned(8));
-        let mut target = ptr::with_exposed_provenance_mut::<u64>(at.raw() as usize);
-        for &word in words {
-            // SAFETY: As in `read_words`; the page is mapped writable.
-            unsafe { target.write_volatile(word) };
-            target = target.wrapping_add(1);
-        }
+        // SAFETY: As in `read_words`; the page is mapped writable.
+        unsafe { ptr::with_exposed_provenance_mut::<[u64; N]>(at.raw() as usize).write_volatile(*words) };
     }
 }
 

@@ -141,11 +141,11 @@ impl PageAccess for Checked {
         self.0.write_bytes(at, bytes);
     }
 
-    fn read_words(&self, at: PhysAddr, words: &mut [u64]) {
-        self.0.read_words(at, words);
+    fn read_words<const N: usize>(&self, at: PhysAddr) -> [u64; N] {
+        self.0.read_words(at)
     }
 
-    fn write_words(&self, at: PhysAddr, words: &[u64]) {
+    fn write_words<const N: usize>(&self, at: PhysAddr, words: &[u64; N]) {
         self.0.write_words(at, words);
     }
 }

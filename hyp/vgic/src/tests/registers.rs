@@ -214,18 +214,6 @@ fn accesses_that_do_not_exist() {
 
 #[test]
 fn sizes_of_storage() {
-    let mut distributor = Distributor::default();
-    let mut spis = vec![Spi::default(); 1024];
-    let mut vcpus = vec![VcpuGic::default(); 129];
-    let mut fits = |count: usize, vcpu_count: usize| {
-        Gic::new(&mut distributor, &mut spis[..count], &mut vcpus[..vcpu_count]).is_some()
-    };
-    for (count, vcpu_count) in [(32, 1), (992, 128), (64, 7)] {
-        assert!(fits(count, vcpu_count));
-    }
-    for (count, vcpu_count) in [(0, 1), (31, 1), (33, 1), (1024, 1), (32, 0), (32, 129)] {
-        assert!(!fits(count, vcpu_count), "{count} {vcpu_count}");
-    }
     assert_eq!((size_of::<Distributor>(), size_of::<Spi>(), size_of::<VcpuGic>()), (32, 8, 336));
     let _: Frame = GICD;
 }
@@ -246,7 +234,7 @@ fn redistributors_can_be_walked_before_all_vcpus_exist() {
         }
     }
     let (mut distributor, mut spis, mut vcpus) = (Distributor::default(), [Spi::default(); 32], Sparse(VcpuGic::new()));
-    let mut gic = Gic::new(&mut distributor, &mut spis, &mut vcpus).unwrap();
+    let mut gic = Gic::new(&mut distributor, &mut spis, &mut vcpus);
     gic.reset_distributor();
     let mut read = |frame, offset| gic.mmio(1, frame, offset, Access::Read { size: 4 });
     let done = |value| Ok(Outcome::Done { value, kick: VcpuSet::EMPTY });

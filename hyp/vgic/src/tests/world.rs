@@ -83,7 +83,7 @@ impl World {
     }
 
     pub(crate) fn gic(&mut self) -> Gic<'_, [VcpuGic]> {
-        Gic::new(&mut self.distributor, &mut self.spis, &mut self.vcpus[..]).unwrap()
+        Gic::new(&mut self.distributor, &mut self.spis, &mut self.vcpus[..])
     }
 
     pub(crate) fn cpu(&mut self, vcpu: usize) -> &mut Cpu {

@@ -169,12 +169,12 @@ impl FakeCpu {
 
 /// What is in a context while its registers are in the CPU.
 fn elsewhere(context: &Context) -> Context {
-    let &Context { x, sp_el0, pc, pstate, .. } = context;
+    let &Context { x, pc, pstate, .. } = context;
     Context {
         x,
-        sp_el0,
         pc,
         pstate,
+        sp_el0: 0xbad,
         sctlr_el1: u64::MAX,
         vbar_el1: 0xbad,
         cntv_ctl_el0: 1,
@@ -331,17 +331,15 @@ impl PageAccess for FakeCpu {
         self.set_page(at.raw(), bytes);
     }
 
-    fn read_words(&self, at: PhysAddr, words: &mut [u64]) {
+    fn read_words<const N: usize>(&self, at: PhysAddr) -> [u64; N] {
         assert!(at.is_aligned(8));
-        let mut bytes = vec![0; size_of_val(words)];
+        let mut bytes = vec![0; 8 * N];
         self.read_bytes(at, &mut bytes);
-        for (word, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
-            *word = u64::from_le_bytes(*bytes);
-        }
+        core::array::from_fn(|word| u64::from_le_bytes(bytes.as_chunks().0[word]))
     }
 
-    fn write_words(&self, at: PhysAddr, words: &[u64]) {
+    fn write_words<const N: usize>(&self, at: PhysAddr, words: &[u64; N]) {
         assert!(at.is_aligned(8));
-        self.write_bytes(at, &words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>());
+        self.write_bytes(at, &words.map(u64::to_le_bytes).concat());
     }
 }

@@ -81,9 +81,7 @@ struct Registers<'a, C, O: ObjectMemory, G: Send + Sync> {
 impl<C: GuestCpu, O: ObjectMemory, G: Send + Sync> Registers<'_, C, O, G> {
     fn get(&mut self, number: u64) -> Result<u64, Status> {
         if let Some(at) = self.vector_word(number) {
-            let mut word = [0];
-            self.cpu.read_words(at, &mut word);
-            let [word] = word;
+            let [word] = self.cpu.read_words(at);
             return Ok(word);
         }
         let Self { cpu, power, .. } = self;

@@ -192,7 +192,7 @@ impl World {
     }
 
     fn gic<R>(&self, f: impl FnOnce(&mut Gic<'_, VcpuGics<Heap>>) -> R) -> R {
-        self.vms.run(self.handle, 0, |vm, _| Ok(vm.with_gic(f).unwrap())).unwrap()
+        self.vms.run(self.handle, 0, |vm, _| Ok(vm.with_gic(f))).unwrap()
     }
 
     fn share(&self, page: u64) {
