@@ -3,8 +3,44 @@
 
 .section .text.guest, "ax"
 
+.macro guest_vector slot
+    .balign 0x80
+    stp     x0, x1, [sp, #-16]!
+    mov     x0, #(\slot & 3)             // AArch32 EL0 comes by slots of its own
+    b       guest_exit
+.endm
+
+// An exception of EL2's own is as fatal with these vectors in place as with any.
+.macro fatal_guest_vector slot
+    .balign 0x80
+    msr     tpidr_el0, x0
+    mov     x0, #\slot
+    b       fatal
+.endm
+
+.balign 4096                             // ADRP finds them
+.global guest_vectors
+guest_vectors:
+    fatal_guest_vector 0
+    fatal_guest_vector 1
+    fatal_guest_vector 2
+    fatal_guest_vector 3
+    fatal_guest_vector 4
+    fatal_guest_vector 5
+    fatal_guest_vector 6
+    fatal_guest_vector 7
+    guest_vector 8
+    guest_vector 9
+    guest_vector 10
+    guest_vector 11
+    guest_vector 12
+    guest_vector 13
+    guest_vector 14
+    guest_vector 15
+    .balign 0x80
+
 // u64 guest_run(Context *guest): runs the guest until it comes to EL2 and returns why: 0 = synchronous exception, 1 = IRQ,
-// 2 = FIQ, 3 = SError. SP_EL0 of the host is kept here because nothing at EL2 uses it.
+// 2 = FIQ, 3 = SError. VBAR_EL2 is `guest_vectors`.
 .global guest_run
 guest_run:
     hint    #34                         // bti c
@@ -14,15 +50,8 @@ guest_run:
     stp     x23, x24, [sp, #48]
     stp     x21, x22, [sp, #64]
     stp     x19, x20, [sp, #80]
-    mrs     x1, sp_el0
-    stp     x0, x1, [sp, #96]
-    adrp    x1, guest_vectors
-    add     x1, x1, :lo12:guest_vectors
-    msr     vbar_el2, x1
-    ldr     x1, [x0, #{sp_el0}]
-    ldr     x2, [x0, #{pc}]
-    ldr     x3, [x0, #{pstate}]
-    msr     sp_el0, x1
+    str     x0, [sp, #96]
+    ldp     x2, x3, [x0, #{pc}]         // and pstate
     msr     elr_el2, x2
     msr     spsr_el2, x3
     ldp     x2, x3, [x0, #{x} + 16]
@@ -45,41 +74,6 @@ guest_run:
     dsb     nsh                         // no speculation past ERET
     isb
 
-.macro guest_vector slot
-    .balign 0x80
-    stp     x0, x1, [sp, #-16]!
-    mov     x0, #(\slot & 3)             // AArch32 EL0 comes by slots of its own
-    b       guest_exit
-.endm
-
-// An exception of EL2's own while these vectors are in place is as fatal as any: the ordinary vectors report it.
-.macro fatal_guest_vector slot
-    .balign 0x80
-    msr     tpidr_el0, x0
-    mov     x0, #\slot
-    b       fatal
-.endm
-
-.balign 2048
-guest_vectors:
-    fatal_guest_vector 0
-    fatal_guest_vector 1
-    fatal_guest_vector 2
-    fatal_guest_vector 3
-    fatal_guest_vector 4
-    fatal_guest_vector 5
-    fatal_guest_vector 6
-    fatal_guest_vector 7
-    guest_vector 8
-    guest_vector 9
-    guest_vector 10
-    guest_vector 11
-    guest_vector 12
-    guest_vector 13
-    guest_vector 14
-    guest_vector 15
-    .balign 0x80
-
 // x0 = why; the guest's x0 and x1 lie on the stack, on top of what guest_run left there.
 guest_exit:
     ldr     x1, [sp, #16 + 96]
@@ -100,17 +94,9 @@ guest_exit:
     str     x30, [x1, #{x} + 240]
     ldp     x2, x3, [sp], #16
     stp     x2, x3, [x1, #{x}]
-    mrs     x2, sp_el0
-    mrs     x3, elr_el2
-    mrs     x4, spsr_el2
-    str     x2, [x1, #{sp_el0}]
-    str     x3, [x1, #{pc}]
-    str     x4, [x1, #{pstate}]
-    adrp    x2, vectors
-    msr     vbar_el2, x2
-    isb                                 // from here on an exception is one of EL2's own
-    ldr     x2, [sp, #104]
-    msr     sp_el0, x2
+    mrs     x2, elr_el2
+    mrs     x3, spsr_el2
+    stp     x2, x3, [x1, #{pc}]         // and pstate
     ldp     x19, x20, [sp, #80]
     ldp     x21, x22, [sp, #64]
     ldp     x23, x24, [sp, #48]

@@ -4,17 +4,25 @@ use crate::sysreg::{id_field, read_sysreg};
 
 macro_rules! features {
     ($($(#[$meta:meta])* $name:ident: $present:expr;)+) => {
-        /// Features of the CPU, read once: that the other CPUs have the same is checked before they run guests.
-        #[derive(Clone, Copy, Debug, Default)]
-        pub(crate) struct Features {
-            $($(#[$meta])* pub(crate) $name: bool,)+
+        #[expect(non_camel_case_types, reason = "the names of the methods below")]
+        enum Bit {
+            $($name),+
         }
+
+        /// Features of the CPU, read once: that the other CPUs have the same is checked before they run guests. One bit each,
+        /// because the switch between the host and guests asks for most of them.
+        #[derive(Clone, Copy, Debug, Default)]
+        pub(crate) struct Features(u32);
 
         impl Features {
             /// Reads the ID registers.
             pub(crate) fn read() -> Self {
-                Self { $($name: $present),+ }
+                Self($(u32::from($present) << Bit::$name as u32)|+)
             }
+
+            $($(#[$meta])* pub(crate) const fn $name(self) -> bool {
+                self.0 & 1 << Bit::$name as u32 != 0
+            })+
         }
     };
 }

@@ -68,7 +68,7 @@ pub fn prepare_cpu() {
     timers();
     interrupts();
     fine_grained_traps();
-    if features.mpam {
+    if features.mpam() {
         partitioning();
     }
 
@@ -104,7 +104,7 @@ fn hcr() -> u64 {
     const ENSCXT: u64 = 1 << 53;
     const ATA: u64 = 1 << 56;
     let mut hcr = VM | SWIO | TSC | RW;
-    if Features::read().pointer_authentication {
+    if Features::read().pointer_authentication() {
         hcr |= APK | API;
     }
     let pfr0 = read_sysreg!("id_aa64pfr0_el1");
@@ -126,7 +126,7 @@ fn floating_point_and_vectors(features: Features) {
     // RES1 bits of the E2H = 0 layout; TZ (8) and TSM (12) are among them where there is no SVE or SME.
     let mut cptr = 0x33ff;
     let sme = id_field(read_sysreg!("id_aa64pfr1_el1"), 24);
-    if features.sve {
+    if features.sve() {
         cptr &= !(1 << 8);
     }
     if sme != 0 {
@@ -134,7 +134,7 @@ fn floating_point_and_vectors(features: Features) {
     }
     write_lower_sysreg!("cptr_el2", cptr);
     isb();
-    if features.sve {
+    if features.sve() {
         write_lower_sysreg!("s3_4_c1_c2_0", 0xf); // ZCR_EL2.LEN: all that is implemented
     }
     if sme != 0 {

@@ -5,9 +5,10 @@ use ravelin_memory::{ADDRESS_BITS, Addr, Level, PhysAddr, TABLE_ENTRIES};
 /// Physical address size of a CPU, as ID_AA64MMFR0_EL1.PARange and the PS fields encode it.
 ///
 /// Above 48 bits needs FEAT_LPA or FEAT_LPA2 formats, which Ravelin does not use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum PhysicalSize {
     /// 4 GiB.
+    #[default]
     Bits32,
     /// 64 GiB.
     Bits36,

@@ -14,12 +14,12 @@ use crate::{Exception, PstateFeatures, Trapped};
 pub struct Context {
     /// x0 to x30.
     pub x: [u64; 31],
-    pub sp_el0: u64,
     /// ELR_EL2 while the vCPU is entered or left.
     pub pc: u64,
     /// SPSR_EL2 while the vCPU is entered or left.
     pub pstate: u64,
 
+    pub sp_el0: u64,
     pub sp_el1: u64,
     pub elr_el1: u64,
     pub spsr_el1: u64,
@@ -28,34 +28,34 @@ pub struct Context {
     pub afsr0_el1: u64,
     pub afsr1_el1: u64,
     pub vbar_el1: u64,
-    /// What the guest knows as DISR_EL1. With FEAT_RAS.
-    pub vdisr_el2: u64,
-
-    pub sctlr_el1: u64,
     pub cpacr_el1: u64,
     pub ttbr0_el1: u64,
     pub ttbr1_el1: u64,
-    pub tcr_el1: u64,
     pub mair_el1: u64,
     pub amair_el1: u64,
     pub contextidr_el1: u64,
     pub par_el1: u64,
     pub csselr_el1: u64,
-
+    pub cntkctl_el1: u64,
     pub tpidr_el0: u64,
     pub tpidrro_el0: u64,
     pub tpidr_el1: u64,
-
-    pub cntkctl_el1: u64,
-    pub cntv_ctl_el0: u64,
     pub cntv_cval_el0: u64,
-    pub cntp_ctl_el0: u64,
-    pub cntp_cval_el0: u64,
+
     /// The same for all vCPUs of a VM, and zero in a protected one.
     pub cntvoff_el2: u64,
-
     /// What the guest knows as MPIDR_EL1.
     pub vmpidr_el2: u64,
+    pub sctlr_el1: u64,
+    pub tcr_el1: u64,
+    pub cntv_ctl_el0: u64,
+
+    /// The physical timer, which is never in the CPU.
+    pub cntp_ctl_el0: u64,
+    pub cntp_cval_el0: u64,
+
+    /// What the guest knows as DISR_EL1. With FEAT_RAS.
+    pub vdisr_el2: u64,
 
     /// The keys of pointer authentication. With FEAT_PAuth.
     pub apiakeylo_el1: u64,
@@ -135,8 +135,8 @@ impl Context {
 
     /// Writes the first registers, which hold the results of a call.
     pub fn set_results<const N: usize>(&mut self, results: [u64; N]) {
-        for (register, result) in self.x.iter_mut().zip(results) {
-            *register = result;
+        if let Some(first) = self.x.first_chunk_mut() {
+            *first = results;
         }
     }
 
@@ -220,7 +220,6 @@ mod tests {
     fn pairs_of_registers_are_where_the_assembly_loads_them() {
         assert_eq!((size_of::<Context>() % 8, align_of::<Context>()), (0, 8));
         assert_eq!(offset_of!(Context, x), 0);
-        assert_eq!(offset_of!(Context, sp_el0), offset_of!(Context, x) + 31 * 8);
         assert_eq!(offset_of!(Context, pstate), offset_of!(Context, pc) + 8);
         assert_eq!(offset_of!(Context, por_el0), size_of::<Context>() - 8);
     }

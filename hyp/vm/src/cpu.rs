@@ -30,7 +30,7 @@ pub trait GuestCpu: EntropySource + PageAccess {
     /// Runs a guest until it comes to EL2 with what `handles` does not handle. What the CPU has cached for other vCPUs of the
     /// same VM is not used.
     ///
-    /// While `handles` runs, all but the general-purpose registers, `pc` and `pstate` are in the CPU, and not in the context.
+    /// While `handles` runs, all but `x`, `pc` and `pstate` are in the CPU, and not in the context.
     /// It returns whether the guest goes on at once.
     fn enter(
         &self,

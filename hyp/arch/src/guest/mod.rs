@@ -12,6 +12,7 @@ use core::{arch::global_asm, mem::offset_of, ptr, sync::atomic::Ordering::Relaxe
 
 use ravelin_abi::Status;
 use ravelin_memory::{PhysAddr, PhysRange};
+use ravelin_pgtable::PhysicalSize;
 use ravelin_vm::{
     Context, EntropySource, Entry, GuestCpu, IdRegisters, Left, PageAccess, PstateFeatures, Syndrome, VectorPlaces,
 };
@@ -23,7 +24,7 @@ use crate::{
     firmware,
     hardware::Hardware,
     host::physical_address_size,
-    sysreg::{maintain, read_sysreg, traced, write_lower_sysreg},
+    sysreg::{maintain, read_sysreg, write_lower_sysreg},
 };
 
 pub(crate) use world::HostState;
@@ -31,14 +32,24 @@ pub(crate) use world::HostState;
 global_asm!(
     include_str!("../../asm/guest.S"),
     x = const offset_of!(Context, x),
-    sp_el0 = const offset_of!(Context, sp_el0),
     pc = const offset_of!(Context, pc),
-    pstate = const offset_of!(Context, pstate),
 );
 
 unsafe extern "C" {
     /// Runs a guest until it comes to EL2, and returns why.
     fn guest_run(context: *mut Context) -> u64;
+}
+
+/// Chooses where exceptions from below go. Those of EL2's own are as fatal with either table, so that it may change when it will
+/// until the next return to EL1.
+macro_rules! use_vectors {
+    ($table:literal) => {
+        // SAFETY: Both tables are aligned as one of vectors is, and what is below EL2 does not run before the CPU belongs to it
+        // whose table it is.
+        unsafe {
+            core::arch::asm!(concat!("adrp {0}, ", $table), "msr vbar_el2, {0}", out(reg) _, options(nostack, preserves_flags));
+        }
+    };
 }
 
 /// CNTHP_CTL_EL2.ENABLE.
@@ -59,7 +70,7 @@ impl GuestCpu for Hardware {
             return Err(Status::NotSupported);
         }
         // SVCR.SM: what SVE instructions would save is not what there is.
-        if self.guests.features.sme && read_sysreg!("s3_3_c4_c2_2") & 1 != 0 {
+        if self.guests.features.sme() && read_sysreg!("s3_3_c4_c2_2") & 1 != 0 {
             return Err(Status::Busy);
         }
         let this = CpuStart::current().ok_or(Status::NotSupported)?;
@@ -82,7 +93,8 @@ impl GuestCpu for Hardware {
         guest: &mut Entry<'_>,
         mut handles: impl FnMut(&Syndrome, &mut Context) -> bool,
     ) -> Left {
-        world::enter_guest(guest, self.guests.features);
+        use_vectors!("guest_vectors");
+        world::enter_guest(guest, self.guests.physical, self.guests.features);
         forget_other_vcpus(guest);
         arm(host.virtual_timer.into_iter().chain(guest.deadline).min());
         gic::load(guest.gic, self.guests.active_priorities);
@@ -91,7 +103,6 @@ impl GuestCpu for Hardware {
             // SAFETY: The context is the vCPU's alone. All that the guest can do is bounded by the registers of EL2 that have
             // just been set; the assembly keeps what Rust expects to be kept.
             let why = unsafe { guest_run(guest.context) };
-            traced!("isb");
             match why {
                 0 => {
                     let (esr, far, hpfar) =
@@ -105,6 +116,7 @@ impl GuestCpu for Hardware {
                 _ => break Left::Error,
             }
         };
+        use_vectors!("vectors");
         el1::save(guest.context, self.guests.features);
         gic::save(guest.gic, self.guests.active_priorities);
         arm(None);
@@ -112,19 +124,19 @@ impl GuestCpu for Hardware {
     }
 
     fn area_pages(&self) -> u64 {
-        vectors::area_pages(self.guests.features.sve)
+        vectors::area_pages(self.guests.features.sve())
     }
 
     fn load_vectors(&self, area: PhysRange) {
-        vectors::load_guest(area, self.guests.features.sve);
+        vectors::load_guest(area, self.guests.features.sve());
     }
 
     fn unload_vectors(&self, area: PhysRange) {
-        vectors::load_host(area, self.guests.features.sve);
+        vectors::load_host(area, self.guests.features.sve());
     }
 
     fn guest_vectors(&self, area: PhysRange) -> VectorPlaces {
-        vectors::places(area, self.guests.features.sve)
+        vectors::places(area, self.guests.features.sve())
     }
 
     fn clear_vectors(&self, area: PhysRange) {
@@ -192,21 +204,22 @@ fn forget_other_vcpus(guest: &Entry<'_>) {
     let Some(this) = CpuStart::current() else { return };
     // Tables of another VM at the same place have been invalidated when the VM ended.
     let vcpu = guest.tree.bits() | guest.vcpu as u64;
-    if this.last_vcpu.swap(vcpu, Relaxed) != vcpu {
+    if this.last_vcpu.load(Relaxed) != vcpu {
+        this.last_vcpu.store(vcpu, Relaxed);
         maintain!("tlbi vmalle1", "dsb nsh", "isb");
     }
 }
 
 impl EntropySource for Hardware {
     fn bits(&self) -> Option<[u64; 3]> {
-        if self.guests.features.rndr {
+        if self.guests.features.rndr() {
             return Some([random()?, random()?, random()?]);
         }
         firmware::entropy()
     }
 
     fn exists(&self) -> bool {
-        self.guests.features.rndr || self.guests.firmware_entropy
+        self.guests.features.rndr() || self.guests.firmware_entropy
     }
 }
 
@@ -255,6 +268,7 @@ impl PageAccess for Hardware {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Guests {
     features: Features,
+    physical: PhysicalSize,
     pstate: PstateFeatures,
     list_registers: usize,
     /// Registers of active priorities for each group.
@@ -272,6 +286,7 @@ impl Guests {
         let midr = read_sysreg!("midr_el1");
         Self {
             features: Features::read(),
+            physical: physical_address_size(),
             pstate: pstate_features(),
             list_registers: gic::list_registers(),
             active_priorities: gic::active_priority_registers(),

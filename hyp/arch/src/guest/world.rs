@@ -1,8 +1,9 @@
 //! The registers that say what EL1 may do, for a guest in place of the host.
 
+use ravelin_pgtable::PhysicalSize;
 use ravelin_vm::{Context, Entry, Vectors};
 
-use super::{el1, physical_address_size};
+use super::el1;
 use crate::{
     features::Features,
     sysreg::{maintain, read_sysreg, write_lower_sysreg},
@@ -67,20 +68,29 @@ pub(crate) struct HostState {
     registers: Context,
     elr: u64,
     spsr: u64,
-    hcr: u64,
-    hcrx: u64,
-    cptr: u64,
-    mdcr: u64,
-    cnthctl: u64,
-    vtcr: u64,
-    vttbr: u64,
     icc_sre: u64,
-    icc_sre_el2: u64,
     mdscr: u64,
     pmcr: u64,
     pmscr: u64,
     trfcr: u64,
     brbcr: u64,
+    /// What EL2 has set for the host. Nobody changes it while the CPU is on.
+    controls: Controls,
+    vtcr: u64,
+    vttbr: u64,
+    cptr: u64,
+    /// What it sets for guests instead.
+    for_guests: Controls,
+}
+
+/// Registers that say what EL1 may do, which are the same for all guests.
+#[derive(Debug, Default)]
+struct Controls {
+    hcr: u64,
+    mdcr: u64,
+    cnthctl: u64,
+    icc_sre_el2: u64,
+    hcrx: u64,
     mpam2: u64,
     fine_grained: FineGrained,
 }
@@ -94,18 +104,31 @@ impl HostState {
     pub(super) fn virtual_timer(&self) -> Option<u64> {
         self.registers.virtual_timer()
     }
+
+    /// Reads what stays the same from one run of a guest to the next.
+    #[cold]
+    #[inline(never)]
+    fn learn(&mut self, features: Features) {
+        self.controls = Controls::read(features);
+        self.for_guests = Controls::for_guests(&self.controls, features);
+        self.vtcr = read_sysreg!("vtcr_el2");
+        self.vttbr = read_sysreg!("vttbr_el2");
+        self.cptr = read_sysreg!("cptr_el2");
+        self.registers.cntvoff_el2 = read_sysreg!("cntvoff_el2");
+        self.registers.vmpidr_el2 = read_sysreg!("vmpidr_el2");
+    }
 }
 
 macro_rules! fine_grained {
     ($features:expr, $each:ident, $state:expr) => {
-        if $features.fgt {
+        if $features.fgt() {
             $each!($state.0[0], "s3_4_c1_c1_4"); // HFGRTR_EL2
             $each!($state.0[1], "s3_4_c1_c1_5"); // HFGWTR_EL2
             $each!($state.0[2], "s3_4_c1_c1_6"); // HFGITR_EL2
             $each!($state.0[3], "s3_4_c3_c1_4"); // HDFGRTR_EL2
             $each!($state.0[4], "s3_4_c3_c1_5"); // HDFGWTR_EL2
         }
-        if $features.fgt2 {
+        if $features.fgt2() {
             $each!($state.1[0], "s3_4_c3_c1_0"); // HDFGRTR2_EL2
             $each!($state.1[1], "s3_4_c3_c1_1"); // HDFGWTR2_EL2
             $each!($state.1[2], "s3_4_c3_c1_2"); // HFGRTR2_EL2
@@ -134,84 +157,109 @@ macro_rules! read_if {
     };
 }
 
+impl Controls {
+    fn read(features: Features) -> Self {
+        let mut fine_grained = FineGrained::default();
+        fine_grained!(features, save, fine_grained);
+        Self {
+            hcr: read_sysreg!("hcr_el2"),
+            mdcr: read_sysreg!("mdcr_el2"),
+            cnthctl: read_sysreg!("cnthctl_el2"),
+            icc_sre_el2: read_sysreg!("s3_4_c12_c9_5"),
+            hcrx: read_if!(features.hcx(), "s3_4_c1_c2_2"),
+            mpam2: read_if!(features.mpam(), "s3_4_c10_c5_0"),
+            fine_grained,
+        }
+    }
+
+    fn for_guests(host: &Self, features: Features) -> Self {
+        let mut hcr =
+            hcr::VM | hcr::SWIO | hcr::FMO | hcr::IMO | hcr::AMO | hcr::FB | hcr::BSU_INNER | hcr::TWI | hcr::TWE;
+        hcr |= hcr::TID1 | hcr::TID3 | hcr::TSC | hcr::TIDCP | hcr::TACR | hcr::RW | hcr::TLOR | hcr::TERR | hcr::TID5;
+        if features.pointer_authentication() {
+            hcr |= hcr::APK | hcr::API;
+        }
+        // TCR2En, SCTLR2En: what has them in the guest's ID registers.
+        let hcrx = u64::from(features.tcr2()) << 14 | u64::from(features.sctlr2()) << 15;
+        // Bits that enable are off, bits that trap too: of what the former cover, guests see nPIRE0 (57), nPIR (58), nPOR_EL0 (59)
+        // and nPOR_EL1 (60).
+        let seen = (u64::from(features.s1pie()) * (0b11 << 57)) | (u64::from(features.s1poe()) * (0b11 << 59));
+
+        let mut mdcr = host.mdcr & !(mdcr::HPME | mdcr::E2PB | mdcr::E2TB);
+        mdcr |= mdcr::TDE | mdcr::TDA | mdcr::TDOSA | mdcr::TDRA | mdcr::TPM | mdcr::TPMCR;
+        if features.spe() {
+            mdcr |= mdcr::TPMS | mdcr::E2PB_TRAP;
+        }
+        if features.trace_filter() {
+            mdcr |= mdcr::TTRF;
+        }
+        if features.trace_buffer() {
+            mdcr |= mdcr::E2TB_TRAP;
+        }
+        Self {
+            hcr,
+            mdcr,
+            cnthctl: CNTHCTL_COUNTER,
+            // No access for EL1 to the register that says that there are system registers (ICC_SRE_EL2.Enable).
+            icc_sre_el2: host.icc_sre_el2 & !(1 << 3),
+            hcrx,
+            mpam2: host.mpam2 | MPAM_TRAPS,
+            fine_grained: FineGrained([seen, seen, 0, 0, 0], [0; 5]),
+        }
+    }
+
+    fn load(&self, features: Features) {
+        write_lower_sysreg!("hcr_el2", self.hcr);
+        write_lower_sysreg!("mdcr_el2", self.mdcr);
+        write_lower_sysreg!("cnthctl_el2", self.cnthctl);
+        write_lower_sysreg!("s3_4_c12_c9_5", self.icc_sre_el2);
+        if features.hcx() {
+            write_lower_sysreg!("s3_4_c1_c2_2", self.hcrx);
+        }
+        if features.mpam() {
+            write_lower_sysreg!("s3_4_c10_c5_0", self.mpam2);
+        }
+        fine_grained!(features, load, self.fine_grained);
+    }
+}
+
 /// Takes the host out of the CPU.
 #[inline(never)]
 pub(super) fn leave_host(host: &mut HostState, features: Features) {
-    host.elr = read_sysreg!("elr_el2");
-    host.spsr = read_sysreg!("spsr_el2");
-    host.hcr = read_sysreg!("hcr_el2");
-    host.hcrx = read_if!(features.hcx, "s3_4_c1_c2_2");
-    host.cptr = read_sysreg!("cptr_el2");
-    host.mdcr = read_sysreg!("mdcr_el2");
-    host.cnthctl = read_sysreg!("cnthctl_el2");
-    host.vtcr = read_sysreg!("vtcr_el2");
-    host.vttbr = read_sysreg!("vttbr_el2");
+    // Never of a host.
+    if host.controls.hcr == 0 {
+        host.learn(features);
+    }
+    (host.elr, host.spsr) = (read_sysreg!("elr_el2"), read_sysreg!("spsr_el2"));
     host.icc_sre = read_sysreg!("s3_0_c12_c12_5");
-    host.icc_sre_el2 = read_sysreg!("s3_4_c12_c9_5");
-    host.mdscr = read_sysreg!("mdscr_el1");
-    host.pmcr = read_if!(features.pmu, "pmcr_el0");
-    host.pmscr = read_if!(features.spe, "s3_0_c9_c9_0");
-    host.trfcr = read_if!(features.trace_filter, "s3_0_c1_c2_1");
-    host.brbcr = read_if!(features.brbe, "s2_1_c9_c0_0");
-    host.mpam2 = read_if!(features.mpam, "s3_4_c10_c5_0");
-    fine_grained!(features, save, host.fine_grained);
-    stop_observation(features);
+    stop_observation(host, features);
     el1::save(&mut host.registers, features);
-
-    let mut hcr = hcr::VM | hcr::SWIO | hcr::FMO | hcr::IMO | hcr::AMO | hcr::FB | hcr::BSU_INNER | hcr::TWI | hcr::TWE;
-    hcr |= hcr::TID1 | hcr::TID3 | hcr::TSC | hcr::TIDCP | hcr::TACR | hcr::RW | hcr::TLOR | hcr::TERR | hcr::TID5;
-    if features.pointer_authentication {
-        hcr |= hcr::APK | hcr::API;
-    }
-    write_lower_sysreg!("hcr_el2", hcr);
-    if features.hcx {
-        // TCR2En, SCTLR2En: what has them in the guest's ID registers.
-        let hcrx = u64::from(features.tcr2) << 14 | u64::from(features.sctlr2) << 15;
-        write_lower_sysreg!("s3_4_c1_c2_2", hcrx);
-    }
-    // Bits that enable are off, bits that trap too: of what the former cover, guests see nPIRE0 (57), nPIR (58), nPOR_EL0 (59)
-    // and nPOR_EL1 (60).
-    let guest = (u64::from(features.s1pie) * (0b11 << 57)) | (u64::from(features.s1poe) * (0b11 << 59));
-    let guest = FineGrained([guest, guest, 0, 0, 0], [0; 5]);
-    fine_grained!(features, load, guest);
-
-    let mut mdcr = host.mdcr & !(mdcr::HPME | mdcr::E2PB | mdcr::E2TB);
-    mdcr |= mdcr::TDE | mdcr::TDA | mdcr::TDOSA | mdcr::TDRA | mdcr::TPM | mdcr::TPMCR;
-    if features.spe {
-        mdcr |= mdcr::TPMS | mdcr::E2PB_TRAP;
-    }
-    if features.trace_filter {
-        mdcr |= mdcr::TTRF;
-    }
-    if features.trace_buffer {
-        mdcr |= mdcr::E2TB_TRAP;
-    }
-    write_lower_sysreg!("mdcr_el2", mdcr);
-    write_lower_sysreg!("cnthctl_el2", CNTHCTL_COUNTER);
-    if features.mpam {
-        write_lower_sysreg!("s3_4_c10_c5_0", host.mpam2 | MPAM_TRAPS);
-    }
-    // System registers at EL1, and no access for EL1 to the register that says so (ICC_SRE_EL2.Enable).
+    host.for_guests.load(features);
+    // The interface by system registers at EL1.
     const SYSTEM_REGISTERS: u64 = 0b111;
     write_lower_sysreg!("s3_0_c12_c12_5", SYSTEM_REGISTERS);
-    write_lower_sysreg!("s3_4_c12_c9_5", host.icc_sre_el2 & !(1 << 3));
 }
 
 /// Keeps the host's debugger, counters and profilers from watching a guest.
-fn stop_observation(features: Features) {
+fn stop_observation(host: &mut HostState, features: Features) {
+    host.mdscr = read_sysreg!("mdscr_el1");
     write_lower_sysreg!("mdscr_el1", 0);
-    if features.pmu {
+    if features.pmu() {
+        host.pmcr = read_sysreg!("pmcr_el0");
         // All counters of EL1, and no reset.
-        write_lower_sysreg!("pmcr_el0", read_sysreg!("pmcr_el0") & !0b111);
+        write_lower_sysreg!("pmcr_el0", host.pmcr & !0b111);
     }
-    if features.brbe {
+    if features.brbe() {
+        host.brbcr = read_sysreg!("s2_1_c9_c0_0");
         write_lower_sysreg!("s2_1_c9_c0_0", 0); // BRBCR_EL1
     }
-    if features.spe {
+    if features.spe() {
+        host.pmscr = read_sysreg!("s3_0_c9_c9_0");
         write_lower_sysreg!("s3_0_c9_c9_0", 0); // PMSCR_EL1
         maintain!("isb", "hint #17", "dsb nsh"); // PSB CSYNC: what has been sampled is in the host's buffer
     }
-    if features.trace_filter {
+    if features.trace_filter() {
+        host.trfcr = read_sysreg!("s3_0_c1_c2_1");
         write_lower_sysreg!("s3_0_c1_c2_1", 0); // TRFCR_EL1
         maintain!("isb", "hint #18", "dsb nsh"); // TSB CSYNC
     }
@@ -220,12 +268,12 @@ fn stop_observation(features: Features) {
 }
 
 /// Sets what differs from entry to entry.
-pub(super) fn enter_guest(guest: &Entry<'_>, features: Features) {
-    write_lower_sysreg!("vtcr_el2", guest.geometry.vtcr(physical_address_size()));
+pub(super) fn enter_guest(guest: &Entry<'_>, physical: PhysicalSize, features: Features) {
+    write_lower_sysreg!("vtcr_el2", guest.geometry.vtcr(physical));
     write_lower_sysreg!("vttbr_el2", guest.tree.bits());
     let cptr = match guest.vectors {
         Vectors::None => CPTR_ALL,
-        Vectors::Sve if features.sve => CPTR_ALL & !(CPTR_TFP | CPTR_TZ),
+        Vectors::Sve if features.sve() => CPTR_ALL & !(CPTR_TFP | CPTR_TZ),
         Vectors::Simd | Vectors::Sve => CPTR_ALL & !CPTR_TFP,
     };
     write_lower_sysreg!("cptr_el2", cptr);
@@ -238,37 +286,28 @@ pub(super) fn enter_guest(guest: &Entry<'_>, features: Features) {
 pub(super) fn return_to_host(host: &HostState, features: Features) {
     write_lower_sysreg!("vtcr_el2", host.vtcr);
     write_lower_sysreg!("vttbr_el2", host.vttbr);
-    write_lower_sysreg!("hcr_el2", host.hcr);
-    if features.hcx {
-        write_lower_sysreg!("s3_4_c1_c2_2", host.hcrx);
-    }
-    fine_grained!(features, load, host.fine_grained);
     write_lower_sysreg!("cptr_el2", host.cptr);
-    write_lower_sysreg!("mdcr_el2", host.mdcr);
-    write_lower_sysreg!("cnthctl_el2", host.cnthctl);
-    if features.mpam {
-        write_lower_sysreg!("s3_4_c10_c5_0", host.mpam2);
-    }
-    write_lower_sysreg!("s3_4_c12_c9_5", host.icc_sre_el2);
+    host.controls.load(features);
     // Stage 2 is the host's before its EL1 registers are.
     maintain!("isb");
     write_lower_sysreg!("s3_0_c12_c12_5", host.icc_sre);
     el1::load(&host.registers, features);
 
     write_lower_sysreg!("mdscr_el1", host.mdscr);
-    if features.pmu {
+    if features.pmu() {
         // Without P and C, which reset.
         write_lower_sysreg!("pmcr_el0", host.pmcr & !0b110);
     }
-    if features.spe {
+    if features.spe() {
         write_lower_sysreg!("s3_0_c9_c9_0", host.pmscr);
     }
-    if features.trace_filter {
+    if features.trace_filter() {
         write_lower_sysreg!("s3_0_c1_c2_1", host.trfcr);
     }
-    if features.brbe {
+    if features.brbe() {
         write_lower_sysreg!("s2_1_c9_c0_0", host.brbcr);
     }
-    write_lower_sysreg!("elr_el2", host.elr);
-    write_lower_sysreg!("spsr_el2", host.spsr);
+    let HostState { elr, spsr, .. } = *host;
+    write_lower_sysreg!("elr_el2", elr);
+    write_lower_sysreg!("spsr_el2", spsr);
 }
