@@ -1,8 +1,9 @@
 //! From registers to typed requests.
 
 use crate::{
-    ADDRESS_END, PAGE_SIZE, Status, VmAttributes, VmCall,
+    ADDRESS_END, MAX_VCPUS, PAGE_SIZE, Status, VmAttributes, VmCall,
     calls::{Argument, Kind, MAX_ARGUMENTS, Rule},
+    vm_calls::VCPU_RUN,
 };
 
 /// A host hypercall with checked arguments.
@@ -36,7 +37,14 @@ pub enum HostCall {
         /// Address of the page to write: aligned, at most 48 bits.
         page: u64,
     },
-    /// Does something with VMs.
+    /// Runs a vCPU.
+    Run {
+        /// Handle of its VM.
+        handle: u64,
+        /// Its index.
+        index: u64,
+    },
+    /// Does something else with VMs.
     Vm(VmCall),
 }
 
@@ -64,7 +72,12 @@ impl HostCall {
     /// reserved ones, the hint in bit 16 and all of the upper half, makes it none. Otherwise what [`Kind`] says for each
     /// argument, in its order.
     pub fn parse(function: u64, arguments: &[u64; MAX_ARGUMENTS]) -> Result<Self, Status> {
-        let rule = u32::try_from(function).ok().and_then(Rule::find).ok_or(Status::NotSupported)?;
+        let function = u32::try_from(function).map_err(|_| Status::NotSupported)?;
+        // What a host with guests calls most, without the table.
+        if let ([handle, index @ 0..MAX_VCPUS, ..], VCPU_RUN) = (*arguments, function) {
+            return Ok(Self::Run { handle, index });
+        }
+        let rule = Rule::find(function).ok_or(Status::NotSupported)?;
         Ok((rule.request)(&Parsed::check(rule.arguments, arguments)?))
     }
 }
@@ -162,6 +175,15 @@ mod tests {
 
     const SHARE: u64 = 0xc600_1001;
     const TAKE_BACK: u64 = 0xc600_1004;
+
+    #[test]
+    fn the_call_without_the_table_is_that_of_the_table() {
+        let rule = Rule::find(VCPU_RUN).unwrap();
+        for arguments in [[7, 0, 1, 2, 3, 4], [u64::MAX, MAX_VCPUS - 1, 0, 0, 0, 0], [7, MAX_VCPUS, 0, 0, 0, 0]] {
+            let by_table = Parsed::check(rule.arguments, &arguments).map(|parsed| (rule.request)(&parsed));
+            assert_eq!(HostCall::parse(VCPU_RUN.into(), &arguments), by_table);
+        }
+    }
 
     #[test]
     fn every_call_of_the_table_is_a_different_request() {

@@ -123,8 +123,6 @@ pub enum VmCall {
         register: u64,
         value: u64,
     },
-    /// Runs a vCPU.
-    Run { handle: u64, index: u64 },
     /// Ends a VM's life.
     Teardown { handle: u64 },
     /// Takes back guest pages of a dying VM.

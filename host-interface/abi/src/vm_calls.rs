@@ -7,6 +7,9 @@ use crate::{
     request::HostCall,
 };
 
+/// Number of the call that is looked for before all others.
+pub(crate) const VCPU_RUN: u32 = 0xc600_1016;
+
 const HANDLE: Argument = Argument { name: "handle", kind: Kind::Handle };
 const ATTRIBUTES: Argument = Argument { name: "attributes", kind: Kind::Attributes };
 const ADDRESS: Argument = Argument { name: "address", kind: Kind::PageAddress };
@@ -135,12 +138,12 @@ pub(crate) const VM_CALLS: &[Call] = &[
         },
     },
     Call {
-        number: 0xc600_1016,
+        number: VCPU_RUN,
         name: "VCPU_RUN",
         doc: "Runs a vCPU of a sealed VM until something needs the host. The run page says what.",
         arguments: &[HANDLE, VCPU],
         results: &[STATUS, "0"],
-        request: |parsed| HostCall::Vm(VmCall::Run { handle: parsed.value(0), index: parsed.value(1) }),
+        request: |parsed| HostCall::Run { handle: parsed.value(0), index: parsed.value(1) },
     },
     Call {
         number: 0xc600_1017,

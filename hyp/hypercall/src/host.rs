@@ -8,7 +8,7 @@ use ravelin_memory::{Ipa, PageRange, PhysRange, RangeError};
 use ravelin_ownership::{Failure, GuestMemory, HostFault, HostState, Memory};
 use ravelin_pgtable::{Machine, TablePool};
 use ravelin_sync::TicketMutex;
-use ravelin_vm::{GuestCpu, ObjectMemory, PageAccess, Refusal, VcpuState, Vms};
+use ravelin_vm::{GuestCpu, Handle, MachineMemory, ObjectMemory, PageAccess, Refusal, VcpuState, Vms};
 
 use crate::{
     counters::Counters,
@@ -128,6 +128,10 @@ impl<'a, P: TablePool, F: Firmware, O: ObjectMemory> Host<'a, P, F, O> {
             }
             HostCall::Statistics { page } => {
                 set_results(registers, [SUCCESS, self.write_statistics(machine, single(page)?)?]);
+            }
+            HostCall::Run { handle, index } => {
+                self.vms.run_vcpu(&MachineMemory::new(memory, machine), machine, Handle::from_raw(handle), index)?;
+                set_results(registers, [SUCCESS, 0]);
             }
             HostCall::Vm(call) => self.perform_vm(machine, &call, registers)?,
         }

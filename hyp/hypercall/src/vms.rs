@@ -46,7 +46,6 @@ impl<P: TablePool, F: Firmware, O: ObjectMemory> Host<'_, P, F, O> {
             VmCall::SetRegister { handle, index, register, value } => {
                 vms.set_register(machine, vm(handle), index, register, value).map(nothing)?
             }
-            VmCall::Run { handle, index } => vms.run_vcpu(memory, machine, vm(handle), index).map(nothing)?,
             VmCall::Teardown { handle } => vms.teardown(memory, vm(handle)).map(nothing)?,
             VmCall::Reclaim { handle, range: pages } => vms.reclaim(memory, vm(handle), range(pages)?)?,
             VmCall::Destroy { handle } => vms.destroy(memory, vm(handle))?,
