@@ -65,3 +65,10 @@ features! {
     /// FEAT_RNG.
     rndr: id_field(read_sysreg!("id_aa64isar0_el1"), 60) != 0;
 }
+
+impl Features {
+    /// Returns whether there is any that adds registers of EL1 or EL0 which are switched.
+    pub(crate) const fn add_registers(self) -> bool {
+        self.ras() || self.pointer_authentication() || self.tcr2() || self.sctlr2() || self.s1pie() || self.s1poe()
+    }
+}

@@ -259,6 +259,10 @@ impl<R: Regime> PageTable<R> {
         let mut table = self.geometry.root_table(self.root, raw);
         loop {
             let descriptor = Descriptor::from_bits(machine.read(table, index_of(raw, level.shift())));
+            // As where the devices of guests are.
+            if descriptor == Descriptor::INVALID {
+                return Walk { level, mapping: None, poisoned: false };
+            }
             match (descriptor.kind(level), level.next()) {
                 (Kind::Table(next), Some(below)) => (table, level) = (next, below),
                 (Kind::Leaf(base), _) => {

@@ -13,8 +13,9 @@ pub struct Trapped {
     pub sctlr_el1: u64,
 }
 
-/// Features that have a part in what PSTATE is after an exception.
+/// Features that have a part in what PSTATE is after an exception. As large as a register, in which it is passed on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(align(8))]
 pub struct PstateFeatures {
     /// FEAT_PAN: ID_AA64MMFR1_EL1.PAN is not 0.
     pub pan: bool,

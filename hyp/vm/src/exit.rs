@@ -76,6 +76,7 @@ const PAGE_OFFSET: u64 = 0xfff;
 impl GuestExit {
     /// Decodes an exception of a guest with these registers.
     #[must_use]
+    #[inline]
     pub fn decode(syndrome: &Syndrome, context: &Context) -> Self {
         let &Syndrome { esr, .. } = syndrome;
         let [low, high, ..] = esr.to_le_bytes();
@@ -284,6 +285,7 @@ impl Report {
 
     /// Returns what goes into the run page.
     #[must_use]
+    #[inline]
     pub fn run_exit(&self) -> RunExit {
         let exit = |reason: ExitReason| RunExit { reason: reason.code(), ..RunExit::default() };
         let range =
@@ -353,6 +355,7 @@ impl Pending {
     /// # Errors
     ///
     /// [`WrongAnswer`], if the host says what cannot be said here.
+    #[inline]
     pub fn resume(
         &mut self,
         context: &mut Context,

@@ -11,9 +11,9 @@ use ravelin_vgic::{Access, Frame, Gic, ListRegisters, VcpuSet, Vcpus};
 
 use crate::{
     Abort, Context, Entry, FirmwareCall, FirstInstruction, GuestCpu, GuestExit, GuestFailure, GuestFeatures, Handle,
-    IdRegisters, Left, MmioAccess, ObjectMemory, Outcome, Pending, Power, PstateFeatures, Readiness, Refusal, Report,
-    RingCall, Syndrome, SysregAccess, SysregAction, Transitions, Vectors, Vm, Vms, entropy_call, firmware_call,
-    gic::VcpuGics, guest::NOT_SUPPORTED, guest_call, mpidr, ring::Ring, rsi, vm::VmEnd,
+    IdRegisters, Left, MmioAccess, ObjectMemory, Outcome, Pending, Power, Readiness, Refusal, Report, RingCall,
+    Syndrome, SysregAccess, SysregAction, Transitions, Vectors, Vm, Vms, entropy_call, firmware_call, gic::VcpuGics,
+    guest::NOT_SUPPORTED, guest_call, mpidr, ring::Ring, rsi, vm::VmEnd,
 };
 
 /// INTID of the virtual timer, as Arm's Base System Architecture has it.
@@ -42,18 +42,18 @@ pub struct VcpuState {
 struct Timers([bool; 2]);
 
 impl Timers {
-    /// Brings them up to date.
-    fn update<V: Vcpus>(&mut self, gic: &mut Gic<'_, V>, vcpu: usize, context: &Context, now: u64) {
+    /// Brings them up to date. Returns whether that has changed them.
+    #[inline(always)]
+    fn update(&mut self, context: &Context, now: u64) -> bool {
         let levels = [has_passed(context.virtual_timer(), now), has_passed(context.physical_timer(), now)];
-        if self.0 != levels {
-            self.0 = levels;
-            Self::tell(levels, gic, vcpu);
-        }
+        let changed = self.0 != levels;
+        self.0 = levels;
+        changed
     }
 
     #[inline(never)]
-    fn tell<V: Vcpus>(levels: [bool; 2], gic: &mut Gic<'_, V>, vcpu: usize) {
-        for (intid, level) in [VIRTUAL_TIMER, PHYSICAL_TIMER].into_iter().zip(levels) {
+    fn tell<V: Vcpus>(self, gic: &mut Gic<'_, V>, vcpu: usize) {
+        for (intid, level) in [VIRTUAL_TIMER, PHYSICAL_TIMER].into_iter().zip(self.0) {
             // They concern this vCPU alone.
             let _ = gic.set_ppi_level(vcpu, intid, level);
         }
@@ -114,8 +114,16 @@ impl VcpuState {
 
     /// Sets the registers of a vCPU that has been turned on as PSCI has it, and those of the one that boots as the seal has it.
     /// Returns whether it is reset.
+    #[inline]
     fn start(&mut self, cpu: &impl GuestCpu, index: usize, power: &Power) -> bool {
-        let Some(FirstInstruction { pc, x0, reset }) = power.take_start() else { return false };
+        power.take_start().is_some_and(|first| {
+            self.start_at(cpu, index, &first);
+            first.reset
+        })
+    }
+
+    #[inline(never)]
+    fn start_at(&mut self, cpu: &impl GuestCpu, index: usize, &FirstInstruction { pc, x0, reset }: &FirstInstruction) {
         if reset {
             self.context = Context::reset(pc, x0, mpidr(index));
             self.open = Open::Nothing;
@@ -124,7 +132,6 @@ impl VcpuState {
             self.context.pc = pc;
             self.context.set_register(0, x0);
         }
-        reset
     }
 }
 
@@ -181,14 +188,6 @@ where
     wake: VcpuSet,
 }
 
-/// What has become of an exit.
-enum Exit {
-    /// It has been handled. The guest goes on if there is nothing to report.
-    Handled(Option<Report>),
-    /// It has yet to be.
-    Unhandled(Left),
-}
-
 /// What the guest has of the CPU beside its registers, until the host gets it back.
 struct Loan {
     vectors: Vectors,
@@ -233,11 +232,7 @@ where
             if !self.wake.is_empty() {
                 break Report::Wake;
             }
-            let report = match self.enter(state, &mut loan) {
-                Exit::Unhandled(left) => self.handle(state, left, &mut loan),
-                Exit::Handled(report) => report,
-            };
-            if let Some(report) = report {
+            if let Some(report) = self.enter(state, &mut loan) {
                 break report;
             }
         };
@@ -260,9 +255,9 @@ where
             return Ok(None);
         }
         let entry = self.host_entry();
-        let features = self.cpu.pstate_features();
         match &mut state.open {
             Open::Access(pending) => {
+                let features = self.cpu.pstate_features();
                 pending.resume(&mut state.context, &entry, features).map_err(|_| Status::Invalid)?;
             }
             &mut Open::Call(conduit, missing) => match (Answer::from_code(entry.answer), missing) {
@@ -335,9 +330,9 @@ where
         rsi::complete_host_call(self.transitions, self.vm.guest(), &mut state.context, &registers)
     }
 
-    /// Enters the guest, with its interrupts.
+    /// Enters the guest, with its interrupts, and handles its exit. `None` if the guest goes on.
     #[inline(never)]
-    fn enter(&mut self, state: &mut VcpuState, loan: &mut Loan) -> Exit {
+    fn enter(&mut self, state: &mut VcpuState, loan: &mut Loan) -> Option<Report> {
         let (index, list_registers) = (self.index, self.cpu.list_registers());
         // Read once: a timer that has not fired for the interrupt controller yet has a deadline.
         let now = self.cpu.counter();
@@ -345,8 +340,11 @@ where
             self.cpu.release_virtual_timer();
             loan.timer_held = false;
         }
+        let timers_changed = state.timers.update(&state.context, now);
         self.vm.with_gic(|gic| {
-            state.timers.update(gic, index, &state.context, now);
+            if timers_changed {
+                state.timers.tell(gic, index);
+            }
             gic.prepare_entry(index, list_registers, &mut state.interface)
         });
         let (tree, geometry) = self.transitions.tree(self.vm.guest().memory());
@@ -372,7 +370,7 @@ where
             goes_on
         });
         self.gic(|gic| gic.after_exit(index, &state.interface));
-        handled.map_or(Exit::Unhandled(left), Exit::Handled)
+        handled.unwrap_or_else(|| self.handle(state, left, loan))
     }
 
     /// Handles an exit that concerns no other registers than those that [`GuestCpu::enter`] has in the context then: a call that
@@ -430,7 +428,6 @@ where
 
     /// Handles an exit. `None` if the guest goes on.
     fn handle(&mut self, state: &mut VcpuState, left: Left, loan: &mut Loan) -> Option<Report> {
-        let features = self.cpu.pstate_features();
         let syndrome = match left {
             Left::Interrupt => return self.interrupted(&state.context, loan),
             Left::Error => return Some(Report::Failed),
@@ -452,10 +449,10 @@ where
             }
             GuestExit::Smc(immediate) => self.call(state, immediate),
             GuestExit::Sysreg(access) => {
-                self.sysreg(state, access, features);
+                self.sysreg(state, access);
                 None
             }
-            GuestExit::Abort(abort) => self.abort(state, abort, features),
+            GuestExit::Abort(abort) => self.abort(state, abort),
             GuestExit::FloatingPoint | GuestExit::Sve if loan.vectors == Vectors::None => {
                 self.cpu.load_vectors(state.area);
                 loan.vectors = if state.ids.has_sve() { Vectors::Sve } else { Vectors::Simd };
@@ -463,7 +460,7 @@ where
             }
             // SVE that the guest does not have.
             GuestExit::FloatingPoint | GuestExit::Sve | GuestExit::Undefined => {
-                state.context.take_undefined(features);
+                state.context.take_undefined(self.cpu.pstate_features());
                 None
             }
         }
@@ -480,8 +477,11 @@ where
     /// Waits for an interrupt, unless there is one.
     fn wait(&self, context: &Context, timers: &mut Timers) -> Option<Report> {
         let (index, now) = (self.index, self.cpu.counter());
+        let timers_changed = timers.update(context, now);
         let awake = self.vm.with_gic(|gic| {
-            timers.update(gic, index, context, now);
+            if timers_changed {
+                timers.tell(gic, index);
+            }
             gic.wakes(index)
         });
         // A timer that has fired and does not wake the guest is masked.
@@ -573,19 +573,19 @@ where
     }
 
     #[inline(never)]
-    fn sysreg(&mut self, state: &mut VcpuState, access: SysregAccess, features: PstateFeatures) {
+    fn sysreg(&mut self, state: &mut VcpuState, access: SysregAccess) {
         let index = self.index;
         match access.emulate(&mut state.context, &state.ids, self.cpu.counter()) {
             SysregAction::Read(_) | SysregAction::Written => {}
             SysregAction::Sgi(register, value) => self.gic(|gic| gic.send_sgi(index, register, value)),
             SysregAction::Deactivate(value) => self.gic(|gic| gic.write_dir(index, value)),
-            SysregAction::Undefined => return state.context.take_undefined(features),
+            SysregAction::Undefined => return state.context.take_undefined(self.cpu.pstate_features()),
         }
         state.context.skip_instruction();
     }
 
-    #[inline(never)]
-    fn abort(&mut self, state: &mut VcpuState, abort: Abort, features: PstateFeatures) -> Option<Report> {
+    fn abort(&mut self, state: &mut VcpuState, abort: Abort) -> Option<Report> {
+        let features = self.cpu.pstate_features();
         let context = &mut state.context;
         let guest = self.vm.guest();
         let Some(page) = abort.page() else {

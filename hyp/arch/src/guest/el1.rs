@@ -27,27 +27,29 @@ macro_rules! registers {
         $each!($context, csselr_el1: "csselr_el1", cntkctl_el1: "cntkctl_el1");
         $each!($context, tpidr_el0: "tpidr_el0", tpidrro_el0: "tpidrro_el0");
         $each!($context, tpidr_el1: "tpidr_el1", cntv_cval_el0: "cntv_cval_el0");
-        if $features.ras() {
-            $each!($context, vdisr_el2: "s3_4_c12_c1_1");
-        }
-        if $features.pointer_authentication() {
-            $each!($context, apiakeylo_el1: "s3_0_c2_c1_0", apiakeyhi_el1: "s3_0_c2_c1_1");
-            $each!($context, apibkeylo_el1: "s3_0_c2_c1_2", apibkeyhi_el1: "s3_0_c2_c1_3");
-            $each!($context, apdakeylo_el1: "s3_0_c2_c2_0", apdakeyhi_el1: "s3_0_c2_c2_1");
-            $each!($context, apdbkeylo_el1: "s3_0_c2_c2_2", apdbkeyhi_el1: "s3_0_c2_c2_3");
-            $each!($context, apgakeylo_el1: "s3_0_c2_c3_0", apgakeyhi_el1: "s3_0_c2_c3_1");
-        }
-        if $features.tcr2() {
-            $each!($context, tcr2_el1: "s3_0_c2_c0_3");
-        }
-        if $features.sctlr2() {
-            $each!($context, sctlr2_el1: "s3_0_c1_c0_3");
-        }
-        if $features.s1pie() {
-            $each!($context, pir_el1: "s3_0_c10_c2_3", pire0_el1: "s3_0_c10_c2_2");
-        }
-        if $features.s1poe() {
-            $each!($context, por_el1: "s3_0_c10_c2_4", por_el0: "s3_3_c10_c2_4");
+        if $features.add_registers() {
+            if $features.ras() {
+                $each!($context, vdisr_el2: "s3_4_c12_c1_1");
+            }
+            if $features.pointer_authentication() {
+                $each!($context, apiakeylo_el1: "s3_0_c2_c1_0", apiakeyhi_el1: "s3_0_c2_c1_1");
+                $each!($context, apibkeylo_el1: "s3_0_c2_c1_2", apibkeyhi_el1: "s3_0_c2_c1_3");
+                $each!($context, apdakeylo_el1: "s3_0_c2_c2_0", apdakeyhi_el1: "s3_0_c2_c2_1");
+                $each!($context, apdbkeylo_el1: "s3_0_c2_c2_2", apdbkeyhi_el1: "s3_0_c2_c2_3");
+                $each!($context, apgakeylo_el1: "s3_0_c2_c3_0", apgakeyhi_el1: "s3_0_c2_c3_1");
+            }
+            if $features.tcr2() {
+                $each!($context, tcr2_el1: "s3_0_c2_c0_3");
+            }
+            if $features.sctlr2() {
+                $each!($context, sctlr2_el1: "s3_0_c1_c0_3");
+            }
+            if $features.s1pie() {
+                $each!($context, pir_el1: "s3_0_c10_c2_3", pire0_el1: "s3_0_c10_c2_2");
+            }
+            if $features.s1poe() {
+                $each!($context, por_el1: "s3_0_c10_c2_4", por_el0: "s3_3_c10_c2_4");
+            }
         }
     };
 }
@@ -71,7 +73,6 @@ macro_rules! load {
 /// Takes the registers out of the CPU, stops the virtual timer, and leaves no translation on behind that could be walked for
 /// speculatively while registers of two owners are in the CPU (as errata of Cortex-A57, A72 and A76 and their kin ask: 1319367,
 /// 1319537, 1165522).
-#[inline(never)]
 pub(super) fn save(context: &mut Context, features: Features) {
     // Walks that began at EL1 may go on at EL2 until then, and must not see registers change (Arm ARM DDI 0487, R_LFHQG).
     maintain!("dsb nsh");
@@ -86,7 +87,6 @@ pub(super) fn save(context: &mut Context, features: Features) {
 }
 
 /// Puts the registers into the CPU, after [`save()`] of their previous owner. Stage 2 is that of the new one already.
-#[inline(never)]
 pub(super) fn load(context: &Context, features: Features) {
     registers!(load, context, features);
     // EL1 does not write these.

@@ -93,12 +93,7 @@ impl GuestCpu for Hardware {
         guest: &mut Entry<'_>,
         mut handles: impl FnMut(&Syndrome, &mut Context) -> bool,
     ) -> Left {
-        use_vectors!("guest_vectors");
-        world::enter_guest(guest, self.guests.physical, self.guests.features);
-        forget_other_vcpus(guest);
-        arm(host.virtual_timer.into_iter().chain(guest.deadline).min());
-        gic::load(guest.gic, self.guests.active_priorities);
-        el1::load(guest.context, self.guests.features);
+        self.guests.put_in(host, guest);
         let left = loop {
             // SAFETY: The context is the vCPU's alone. All that the guest can do is bounded by the registers of EL2 that have
             // just been set; the assembly keeps what Rust expects to be kept.
@@ -116,10 +111,7 @@ impl GuestCpu for Hardware {
                 _ => break Left::Error,
             }
         };
-        use_vectors!("vectors");
-        el1::save(guest.context, self.guests.features);
-        gic::save(guest.gic, self.guests.active_priorities);
-        arm(None);
+        self.guests.take_out(guest);
         left
     }
 
@@ -294,5 +286,25 @@ impl Guests {
             midr,
             redistributors,
         }
+    }
+
+    /// Puts a guest into the CPU, all but what `guest_run` does. Where EL2 is built for speed, unlike what is generic.
+    #[inline(never)]
+    fn put_in(&self, host: &AbsentHost, guest: &Entry<'_>) {
+        use_vectors!("guest_vectors");
+        world::enter_guest(guest, self.physical, self.features);
+        forget_other_vcpus(guest);
+        arm(host.virtual_timer.into_iter().chain(guest.deadline).min());
+        gic::load(guest.gic, self.active_priorities);
+        el1::load(guest.context, self.features);
+    }
+
+    /// Takes it out again.
+    #[inline(never)]
+    fn take_out(&self, guest: &mut Entry<'_>) {
+        use_vectors!("vectors");
+        el1::save(guest.context, self.features);
+        gic::save(guest.gic, self.active_priorities);
+        arm(None);
     }
 }

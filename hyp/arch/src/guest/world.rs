@@ -224,7 +224,6 @@ impl Controls {
 }
 
 /// Takes the host out of the CPU.
-#[inline(never)]
 pub(super) fn leave_host(host: &mut HostState, features: Features) {
     // Never of a host.
     if host.controls.hcr == 0 {
