@@ -48,7 +48,10 @@ pub struct Mapping<U> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Found<U> {
     /// Nothing.
-    Absent,
+    Absent {
+        /// The level of the one descriptor, or of the last-level ones that follow each other.
+        level: Level,
+    },
     /// Nothing, and nothing can be mapped there.
     Poisoned,
     /// A mapping, of one block or of pages that follow each other in both spaces with the same attributes.
@@ -293,7 +296,7 @@ impl<R: Regime> PageTable<R> {
     }
 
     /// Calls `f` in ascending order with parts of `range` and what is there, until `f` breaks. A part is what one descriptor
-    /// translates, or pages that follow each other, as far as one table goes. A part without any table costs one call, however
+    /// translates, or pages that follow each other, or frames without pages that do, as far as one table goes. A part without any table costs one call, however
     /// large it is.
     pub fn visit<M: Machine, B>(
         &self,
@@ -758,7 +761,7 @@ fn visit_in<R: Regime, M: Machine>(
                 Found::Leaf { mapping: mapping_of::<R>(descriptor, to), level }
             }
             Kind::Poisoned => Found::Poisoned,
-            Kind::Invalid | Kind::Pending(_) => Found::Absent,
+            Kind::Invalid | Kind::Pending(_) => Found::Absent { level },
         };
         if let Ok(range) = PageRange::from_bounds(slot.part.start, slot.part.end) {
             f(range, found)?;
@@ -784,7 +787,13 @@ fn visit_pages<R: Regime, M: Machine>(machine: &M, table: PhysAddr, span: Span, 
                 Found::Leaf { mapping: mapping_of::<R>(first, to), level: Level::L3 }
             }
             Kind::Poisoned => Found::Poisoned,
-            Kind::Invalid | Kind::Table(_) | Kind::Pending(_) => Found::Absent,
+            Kind::Invalid | Kind::Table(_) | Kind::Pending(_) => {
+                let empty = Descriptor::INVALID.bits();
+                while indices.next_if(|&index| machine.read(table, index) == empty).is_some() {
+                    end = end.wrapping_add(PAGE_SIZE);
+                }
+                Found::Absent { level: Level::L3 }
+            }
         };
         if let Ok(range) = PageRange::from_bounds(start, end) {
             f(range, found)?;

@@ -130,7 +130,7 @@ fn page(Entries { state, pins, guest }: Entries) -> Page {
 /// Returns what a table has there, where memory and devices are mapped for these usages.
 fn found<U: PartialEq>(mapped: Mapped<U>, memory: U, device: U) -> Found {
     match mapped {
-        Mapped::Absent => Found::Absent,
+        Mapped::Absent { .. } => Found::Absent,
         Mapped::Poisoned => Found::Poisoned,
         Mapped::Leaf { mapping: Some(Mapping { to, usage }), .. } if usage == memory => Found::Memory(to.page_number()),
         Mapped::Leaf { mapping: Some(Mapping { to, usage }), .. } if usage == device => Found::Device(to.page_number()),

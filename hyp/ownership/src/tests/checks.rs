@@ -269,15 +269,19 @@ fn visits() {
         let looked = range(GIB + 2 * PAGE, 2);
         rig.memory.visit_host(&rig.machine, looked.identity_ipa(), &mut |part, found| host.push((part, found)));
         let [shared, given] = [GIB + 2 * PAGE, GIB + 3 * PAGE].map(|page| range(page, 1));
-        let of_host = [(shared, leaf(GIB + 2 * PAGE, Stage2Usage::Memory)), (given, Found::Absent)];
+        let of_host =
+            [(shared, leaf(GIB + 2 * PAGE, Stage2Usage::Memory)), (given, Found::Absent { level: Level::L3 })];
         assert_eq!(host, of_host.map(|(page, found)| (page.identity_ipa(), found)));
         let mut el2 = Vec::new();
         rig.memory.visit_el2(&rig.machine, looked.identity_va(), &mut |part, found| el2.push((part, found)));
-        let of_el2 = [(shared, leaf(GIB + 2 * PAGE, El2Usage::Data)), (given, Found::Absent)];
+        let of_el2 = [(shared, leaf(GIB + 2 * PAGE, El2Usage::Data)), (given, Found::Absent { level: Level::L3 })];
         assert_eq!(el2, of_el2.map(|(page, found)| (page.identity_va(), found)));
         let mut its = Vec::new();
         rig.memory.visit_guest(&rig.machine, &guest, frames(RAM + PAGE, 2), &mut |part, found| its.push((part, found)));
         let second = leaf(GIB + 4 * PAGE, Stage2Usage::Memory);
-        assert_eq!(its, [(frames(RAM + PAGE, 1), second), (frames(RAM + 2 * PAGE, 1), Found::Absent)]);
+        assert_eq!(
+            its,
+            [(frames(RAM + PAGE, 1), second), (frames(RAM + 2 * PAGE, 1), Found::Absent { level: Level::L3 })]
+        );
     });
 }

@@ -575,6 +575,22 @@ fn a_part_of_a_poisoned_block_can_be_given_up() {
     });
 }
 
+/// To read a descriptor is less than to return a page, but not nothing.
+#[test]
+fn eight_frames_without_a_page_are_a_step() {
+    with_rig(|rig| {
+        let guest = rig.guest(0, GuestKind::Pkvm, 12);
+        for block in 0..9 {
+            rig.give(&guest, GIB + block * PAGE, 1, RAM + block * 2 * MIB).unwrap();
+        }
+        guest.kill();
+        // 65 steps for each block.
+        assert_eq!(rig.change(Reclaim, &guest, RAM, 9 * 512), Ok(8 * 512));
+        rig.check_guest(&guest);
+        rig.destroy(guest, frames(RAM + 8 * 2 * MIB, 512));
+    });
+}
+
 #[test]
 fn a_poisoned_block_is_given_up_in_one_step() {
     with_rig(|rig| {

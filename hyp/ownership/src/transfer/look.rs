@@ -55,7 +55,10 @@ pub(super) enum Content {
 /// What a guest's stage 2 has at some addresses.
 #[derive(Clone, Copy)]
 pub(super) enum Place {
-    Absent,
+    /// Nothing, in one descriptor or in one for each page.
+    Absent {
+        by_page: bool,
+    },
     Poisoned,
     /// Contiguous pages, mapped by a block or by a page descriptor for each.
     Pages {
@@ -75,6 +78,9 @@ pub(super) struct Run {
 
 /// What one call scrubs. On the stack of a CPU, which is short.
 pub(super) type Runs = ArrayVec<Run, MAX_RUNS>;
+
+/// How many descriptors without pages, in a row, one step passes over.
+const EMPTY_PER_STEP: u64 = 8;
 
 /// Looks at private memory and changes nothing.
 const LOOK: Change = Change {
@@ -177,7 +183,10 @@ impl<P: TablePool> Inner<'_, P> {
                 return ControlFlow::Continue(());
             };
             let (pages, by_page) = match found {
-                Place::Absent => return f(part, Content::Absent, 1),
+                Place::Absent { by_page } => {
+                    let steps = if by_page { part.pages().div_ceil(EMPTY_PER_STEP) } else { 1 };
+                    return f(part, Content::Absent, steps);
+                }
                 Place::Poisoned => return f(part, Content::Poisoned, 1),
                 Place::Pages { pages, by_page } => (pages, by_page),
             };
@@ -229,7 +238,7 @@ impl<P: TablePool> Inner<'_, P> {
     }
 
     /// Collects in `runs` the pages in the first of `frames`, as far as they fit into one call. Returns how many frames that is.
-    /// Frames without pages are passed over, a step for each descriptor. The limit does not cut blocks.
+    /// Frames without pages are passed over. The limit does not cut blocks.
     pub(super) fn runs<M: Machine>(
         &self,
         machine: &M,
@@ -240,9 +249,9 @@ impl<P: TablePool> Inner<'_, P> {
         runs: &mut Runs,
     ) -> u64 {
         let (mut left, mut done) = (MAX_STEPS, 0_u64);
-        let _: ControlFlow<()> = self.look(machine, guest, tables, frames, view, &mut |part, content, _| {
+        let _: ControlFlow<()> = self.look(machine, guest, tables, frames, view, &mut |part, content, steps| {
             let (passed, steps) = match content {
-                Content::Absent | Content::Poisoned => (part.pages(), 1),
+                Content::Absent | Content::Poisoned => (part.pages(), steps),
                 Content::Pages(pages, entry) => {
                     if pages.pages() > left {
                         return ControlFlow::Break(());
@@ -284,7 +293,9 @@ impl Guest {
         self.tables.visit(machine, range, &mut |part, found| {
             let place = match found {
                 Found::Poisoned => Place::Poisoned,
-                Found::Absent | Found::Leaf { mapping: None, .. } => Place::Absent,
+                Found::Absent { level } | Found::Leaf { mapping: None, level } => {
+                    Place::Absent { by_page: level == Level::L3 }
+                }
                 Found::Leaf { mapping: Some(mapping), level } => match PhysRange::new(mapping.to.raw(), part.pages()) {
                     Ok(pages) => Place::Pages { pages, by_page: level == Level::L3 },
                     Err(_) => return ControlFlow::Continue(()),

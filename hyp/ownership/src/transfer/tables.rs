@@ -3,7 +3,7 @@
 use core::ops::ControlFlow;
 
 use arrayvec::ArrayVec;
-use ravelin_memory::{BLOCK_SIZE, IpaRange, PAGE_SIZE, PhysAddr, PhysRange};
+use ravelin_memory::{BLOCK_SIZE, IpaRange, Level, PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_pgtable::{Flush, Found, Geometry, Machine, TablePool};
 
 use super::{MAX_RUNS, MAX_STEPS};
@@ -142,7 +142,7 @@ impl<P: TablePool> Inner<'_, P> {
             let Ok(rest) = IpaRange::from_bounds(from, end) else { break };
             let found = tables.visit(machine, rest, &mut |part, found| match found {
                 // A last-level table is not empty, so its poison need not be looked for.
-                Found::Absent if part.pages() != 1 => ControlFlow::Continue(()),
+                Found::Absent { level } if level != Level::L3 => ControlFlow::Continue(()),
                 _ => ControlFlow::Break(part.base().align_down(BLOCK_SIZE)),
             });
             let ControlFlow::Break(base) = found else { break };
