@@ -192,6 +192,7 @@
 #define RAVELIN_RUN_FLAG_WRITE 0x1
 #define RAVELIN_RUN_FLAG_EXECUTE 0x2
 #define RAVELIN_RUN_NO_DEADLINE 0xffffffffffffffff
+#define RAVELIN_RUN_QUIET_SHARES 0x1
 
 /* What the host says to it: `answer`. */
 #define RAVELIN_ANSWER_RETRY 0 /* Nothing: the guest tries again what made it exit. Always allowed, and what zeroed memory says. */
@@ -269,6 +270,7 @@ struct ravelin_run_entry {
 	uint64_t answer; /* Answer, below, to an exit that has answers; after others it does not matter. VCPU_RUN fails and changes nothing if it is none of those of the last exit. */
 	uint64_t value; /* Value that is loaded, in its low `size` bytes. The others do not matter. */
 	uint64_t released; /* Bit n: the host gives up the pages of the conversion n in `conversions`, which unshares: they are released and the guest's alone again. Other conversions that unshare are refused if the host has not released their pages; other bits do not matter. */
+	uint64_t flags; /* RUN_QUIET_SHARES: the host need not be told of what the guest shares, neither by SHARED nor in `conversions`: it learns of that when it claims. Read when the guest shares. */
 };
 
 #endif /* __ASSEMBLER__ */

@@ -168,6 +168,12 @@ static int rv_apply_to_slots(struct rv_vm *vm, u64 gpa, u64 pages, rv_slot_fn f)
 	return ret;
 }
 
+/* Whether userspace wants to know of conversions. */
+static bool rv_wants_conversions(struct rv_vm *vm)
+{
+	return READ_ONCE(vm->hypercall_exits) & BIT(KVM_HC_MAP_GPA_RANGE);
+}
+
 /*
  * One conversion of a ring that takes pages back. Whether the hypervisor may end the claims on
  * them.
@@ -179,7 +185,7 @@ static bool rv_let_go(struct rv_vm *vm, u64 gpa, u64 pages)
 	bool done = false;
 
 	/* A VMM that wants to be asked is: the guest calls if its ring is refused. */
-	if (READ_ONCE(vm->hypercall_exits) & BIT(KVM_HC_MAP_GPA_RANGE))
+	if (rv_wants_conversions(vm))
 		return false;
 	down_read(&vm->slots_lock);
 	slot = rv_slot_find(vm, gpa);
@@ -230,7 +236,7 @@ static bool rv_conversion_exit(struct rv_vcpu *vcpu, u64 flags)
 {
 	struct kvm_run *run = vcpu->run;
 
-	if (!(READ_ONCE(vcpu->vm->hypercall_exits) & BIT(KVM_HC_MAP_GPA_RANGE)))
+	if (!rv_wants_conversions(vcpu->vm))
 		return false;
 	memset(&run->hypercall, 0, sizeof(run->hypercall));
 	run->exit_reason = KVM_EXIT_HYPERCALL;
@@ -351,10 +357,12 @@ int rv_handle_exit(struct rv_vcpu *vcpu)
 
 int rv_complete_exit(struct rv_vcpu *vcpu)
 {
+	struct ravelin_run_entry *entry = vcpu->el2 + RAVELIN_RUN_ENTRY;
 	enum rv_pending pending = vcpu->pending;
 	struct kvm_run *run = vcpu->run;
 	u64 value, *results;
 
+	entry->flags = rv_wants_conversions(vcpu->vm) ? 0 : RAVELIN_RUN_QUIET_SHARES;
 	vcpu->pending = RV_PENDING_NONE;
 	switch (pending) {
 	case RV_PENDING_NONE:

@@ -48,8 +48,8 @@ pub use registers::{
 };
 pub use request::{HostCall, Pages};
 pub use run::{
-    Answer, ExitReason, RUN_CALL_REGISTERS, RUN_FLAG_EXECUTE, RUN_FLAG_WRITE, RUN_NO_DEADLINE, RunEntry, RunExit,
-    RunPage,
+    Answer, ExitReason, RUN_CALL_REGISTERS, RUN_FLAG_EXECUTE, RUN_FLAG_WRITE, RUN_NO_DEADLINE, RUN_QUIET_SHARES,
+    RunEntry, RunExit, RunPage,
 };
 pub use statistics::Statistics;
 pub use vm::{GIC_FRAME_SIZE, MAX_IPA_BITS, MAX_VCPUS, MIN_IPA_BITS, VmAttributes, VmCall};

@@ -76,6 +76,9 @@ pub const RUN_FLAG_WRITE: u64 = 1 << 0;
 /// In [`RunExit::flags`]: the access is an instruction fetch.
 pub const RUN_FLAG_EXECUTE: u64 = 1 << 1;
 
+/// In [`RunEntry::flags`]: shares are not told of.
+pub const RUN_QUIET_SHARES: u64 = 1 << 0;
+
 /// [`RunExit::deadline`] where there is none.
 pub const RUN_NO_DEADLINE: u64 = u64::MAX;
 
@@ -183,6 +186,9 @@ words! {
         /// alone again. Other conversions that unshare are refused if the host has not released their pages; other bits do not
         /// matter.
         released,
+        /// RUN_QUIET_SHARES: the host need not be told of what the guest shares, neither by SHARED nor in `conversions`: it learns of
+        /// that when it claims. Read when the guest shares.
+        flags,
     }
 }
 
@@ -244,6 +250,7 @@ pub(crate) fn header_constants(f: &mut Formatter<'_>) -> fmt::Result {
     writeln!(f, "#define RAVELIN_RUN_FLAG_WRITE {RUN_FLAG_WRITE:#x}")?;
     writeln!(f, "#define RAVELIN_RUN_FLAG_EXECUTE {RUN_FLAG_EXECUTE:#x}")?;
     writeln!(f, "#define RAVELIN_RUN_NO_DEADLINE {RUN_NO_DEADLINE:#x}")?;
+    writeln!(f, "#define RAVELIN_RUN_QUIET_SHARES {RUN_QUIET_SHARES:#x}")?;
     writeln!(f, "\n/* What the host says to it: `answer`. */")?;
     for answer in Answer::ALL {
         writeln!(f, "#define RAVELIN_ANSWER_{} {} /* {} */", answer.name(), answer.code(), answer.doc())?;
@@ -326,7 +333,7 @@ mod tests {
     fn the_layout_is_part_of_the_interface() {
         let offsets = [RunPage::EXIT, RunPage::CALL, RunPage::CONVERSIONS, RunPage::ENTRY, RunPage::RESULTS];
         assert_eq!(offsets, [0, 1024, 1536, 2048, 3072]);
-        assert_eq!([RunExit::SIZE, RunEntry::SIZE], [88, 24]);
+        assert_eq!([RunExit::SIZE, RunEntry::SIZE], [88, 32]);
     }
 
     #[test]

@@ -4,7 +4,12 @@
 //! The page is the guest's, and pinned: the hypervisor reads there and the host does not. What has been read once is kept here,
 //! because other vCPUs may change the page at any time.
 
-use ravelin_abi::{ConversionRequest, MAX_CONVERSIONS, RING_DONE, RING_ENTRIES, RING_POSTED, RING_RESULTS, RunPage};
+use core::mem::offset_of;
+
+use ravelin_abi::{
+    ConversionRequest, MAX_CONVERSIONS, RING_DONE, RING_ENTRIES, RING_POSTED, RING_RESULTS, RUN_QUIET_SHARES, RunEntry,
+    RunPage,
+};
 use ravelin_memory::{Ipa, PhysAddr};
 use ravelin_ownership::{Batch, Conversion, MAX_BATCH};
 
@@ -107,13 +112,14 @@ impl Ring {
         let batch = transitions.convert(&guest.memory, &mut words);
         self.seen = batch.seen;
         self.waiting = batch.claimed;
+        let quiet = is_quiet(cpu, run_page);
         let mut records = 0;
         for (index, bit, &word) in bits(&self.words).take(batch.seen) {
             if batch.claimed & bit == 0 {
                 write(cpu, page, RING_RESULTS, done.wrapping_add(index), result(batch.done & bit));
             }
             let share = ConversionRequest::from_word(word).is_some_and(|wanted| !wanted.unshare);
-            if batch.claimed & bit != 0 || share && batch.done & bit != 0 {
+            if batch.claimed & bit != 0 || share && !quiet && batch.done & bit != 0 {
                 self.told |= bit;
                 write(cpu, run_page, RunPage::CONVERSIONS, records, word);
                 records = records.saturating_add(1);
@@ -170,6 +176,11 @@ impl Ring {
         self.done = self.done.wrapping_add(seen);
         write(cpu, page, RING_DONE, 0, self.done);
     }
+}
+
+/// Returns whether the host has said in its run page that it need not be told of shares.
+pub(crate) fn is_quiet(cpu: &impl PageAccess, run_page: PhysAddr) -> bool {
+    read(cpu, run_page, RunPage::ENTRY.wrapping_add(offset_of!(RunEntry, flags)), 0) & RUN_QUIET_SHARES != 0
 }
 
 /// Tells the CPU what has become of conversions, each of which has the bit of its place in the batch.

@@ -12,8 +12,13 @@ use ravelin_vgic::{Access, Frame, Gic, ListRegisters, VcpuSet, Vcpus};
 use crate::{
     Abort, Context, Entry, FirmwareCall, FirstInstruction, GuestCpu, GuestExit, GuestFailure, GuestFeatures, Handle,
     IdRegisters, Left, MmioAccess, ObjectMemory, Outcome, Pending, Power, Readiness, Refusal, Report, RingCall,
-    Syndrome, SysregAccess, SysregAction, Transitions, Vectors, Vm, Vms, entropy_call, firmware_call, gic::VcpuGics,
-    guest::NOT_SUPPORTED, guest_call, mpidr, ring::Ring, rsi, vm::VmEnd,
+    Syndrome, SysregAccess, SysregAction, Transitions, Vectors, Vm, Vms, entropy_call, firmware_call,
+    gic::VcpuGics,
+    guest::NOT_SUPPORTED,
+    guest_call, mpidr,
+    ring::{Ring, is_quiet},
+    rsi,
+    vm::VmEnd,
 };
 
 /// INTID of the virtual timer, as Arm's Base System Architecture has it.
@@ -548,6 +553,7 @@ where
         let mut open = |missing| *open = Open::Call(conduit, missing);
         let done = match outcome {
             Outcome::Done | Outcome::Ring(_) => None,
+            Outcome::Shared(_) if is_quiet(self.cpu, self.run_page) => None,
             Outcome::Shared(range) => Some(Report::Shared(range)),
             Outcome::Relinquished(range) => Some(Report::Relinquished(range)),
             Outcome::Converted => Some(Report::Converted),

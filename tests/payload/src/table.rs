@@ -235,6 +235,7 @@ tests! {
     guests.guest_touches_what_is_not_its_own("a guest reaches for memory of others", memory: 4 * MIB);
     guests.ring_in_place("buffers that a guest's ring shares and takes back, with one exit and one invalidation for all", calls: [VCPU_RUN, CLAIM], memory: 8 * MIB);
     guests.ring_refused("the host keeps some of what a ring wants back", calls: [VCPU_RUN, CLAIM, RELEASE], memory: 4 * MIB);
+    guests.quiet_shares("a host that does not want to be told of shares is not", calls: [VCPU_RUN, CLAIM], memory: 4 * MIB);
     guests.ring_of_nonsense("words without sense in a ring, numbers that cannot be, and pages that are no rings", calls: [VCPU_RUN, FORCE_RECLAIM, CLAIM], memory: 4 * MIB);
     guests.ring_of_a_vcpu_that_is_off("a vCPU that is turned on anew has no ring", calls: [VCPU_RUN], memory: 4 * MIB);
     guests.rings_race("the host claims and releases while a ring shares and takes back", calls: [CLAIM, RELEASE], cpus: 2, memory: 4 * MIB);

@@ -74,7 +74,7 @@ impl World {
 
     /// Has the guest run on, with the load done, and the host's consent.
     fn consent(&self, released: u64) {
-        let entry = RunEntry { answer: Answer::Complete.code(), value: 0, released };
+        let entry = RunEntry { answer: Answer::Complete.code(), released, ..RunEntry::default() };
         self.cpu.set_page(run_page(0) + RunPage::ENTRY as u64, &entry.to_bytes());
         self.goes_on();
     }
@@ -246,6 +246,30 @@ fn a_guest_need_not_wait_for_an_exit() {
     world.then(sync);
     assert_eq!(world.goes_on().x[..4], [0; 4]);
     assert_eq!((world.look(page(1)), world.ring_word(RING_DONE, 0)), (GuestPage::Private, 2));
+}
+
+#[test]
+fn a_host_need_not_be_told_of_shares() {
+    let world = World::with_ring();
+    let quiet = |flags| {
+        let entry = RunEntry { answer: Answer::Complete.code(), flags, ..RunEntry::default() };
+        world.cpu.set_page(run_page(0) + RunPage::ENTRY as u64, &entry.to_bytes());
+    };
+    quiet(1);
+    world.then(|guest| call(guest, Conduit::Hvc, [MEM_SHARE, page(1), 0, 0]));
+    assert_eq!(world.goes_on().x[..4], [0; 4]);
+    world.post(&[share(2)]);
+    assert_eq!(world.kick(), []);
+    assert_eq!(world.states(), [GuestPage::Offered, GuestPage::Offered, GuestPage::Private]);
+    // What it has claimed it is asked for all the same.
+    world.claim(page(2));
+    world.post(&[unshare(2)]);
+    quiet(1);
+    assert_eq!(world.kick(), [unshare(2)]);
+    // Other bits do not matter.
+    quiet(!1);
+    let told = world.does(|guest| call(guest, Conduit::Hvc, [MEM_SHARE, page(3), 0, 0]));
+    assert_eq!(told, RunExit { address: page(3), pages: 1, ..exit(ExitReason::Shared) });
 }
 
 #[test]

@@ -51,7 +51,9 @@ pub(crate) use registers::{
     counter_of_a_guest, registers_before_the_seal, registers_by_number, registers_of_protected_vms,
     registers_that_are_fixed,
 };
-pub(crate) use ring::{ring_in_place, ring_of_a_vcpu_that_is_off, ring_of_nonsense, ring_refused, rings_race};
+pub(crate) use ring::{
+    quiet_shares, ring_in_place, ring_of_a_vcpu_that_is_off, ring_of_nonsense, ring_refused, rings_race,
+};
 pub(crate) use stale::{
     stale_after_a_realm_converts, stale_after_force_reclaim, stale_after_relinquish,
     stale_after_the_host_gives_and_releases, stale_after_unmap,

@@ -1,8 +1,13 @@
 //! Rings: conversions that a guest posts, and that are done with the next exit.
 
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::{
+    mem::offset_of,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
-use ravelin_abi::{ConversionRequest, ExitReason, RING_DONE, RING_RESULTS, Status, VmKind};
+use ravelin_abi::{
+    ConversionRequest, ExitReason, RING_DONE, RING_RESULTS, RUN_QUIET_SHARES, RunEntry, RunPage, Status, VmKind,
+};
 use spin::Mutex;
 
 use super::convert::{CLAIMED, host_fills, host_finds, host_is_denied};
@@ -11,7 +16,7 @@ use crate::{
         cpu,
         memory::{self, BLOCK, PAGE},
         probe,
-        vm::{Guest, MEMORY, Pages, Vm, call, code, refused},
+        vm::{Guest, MEMORY, PROTECTED, Pages, Vm, call, code, refused},
     },
     tests::{Failure, Outcome, check, check_eq, check_state, for_a_while, statistics},
 };
@@ -169,6 +174,39 @@ pub(crate) fn ring_refused() -> Outcome {
     host_is_denied(address, 8)?;
     guest.compare(BUFFERS, 8, address, 5)?;
     vm.finish()
+}
+
+/// A host that need not be told of shares is not, neither with an exit nor in the list.
+pub(crate) fn quiet_shares() -> Outcome {
+    for kind in PROTECTED {
+        let pages = Pages::new(4 * MIB);
+        let vm = Vm::boot(&pages, kind, 1)?;
+        vm.add(RING, 1)?;
+        let address = vm.add(BUFFERS, 4)?;
+        vm.donate_tables(4)?;
+        let mut guest = vm.guest(0);
+        guest.fill(BUFFERS, 4, address, 2)?;
+        for (index, flags) in [(0, 0), (1, RUN_QUIET_SHARES), (2, !RUN_QUIET_SHARES)] {
+            memory::store(vm.run_page(0) + (RunPage::ENTRY + offset_of!(RunEntry, flags)) as u64, flags);
+            guest.told.clear();
+            guest.share(BUFFERS + index * PAGE, 1)?;
+            let quiet = flags & RUN_QUIET_SHARES != 0;
+            check_eq!(guest.told.is_empty(), quiet, "flags {flags:#x}: nothing is told");
+            vm.claim(BUFFERS + index * PAGE, 1)?;
+            host_finds(address + index * PAGE, 1, 2)?;
+        }
+        if kind == VmKind::Pkvm {
+            attach(&mut guest, RING)?;
+            memory::store(vm.run_page(0) + (RunPage::ENTRY + offset_of!(RunEntry, flags)) as u64, RUN_QUIET_SHARES);
+            posts(&mut guest, word(BUFFERS + 3 * PAGE, 1, false), 0, 1)?;
+            results(&mut guest, 1, 1, 0)?;
+            check!(guest.conversions.is_empty(), "the host is told of {:x?}", guest.conversions);
+            vm.claim(BUFFERS + 3 * PAGE, 1)?;
+            host_finds(address + 3 * PAGE, 1, 2)?;
+        }
+        vm.finish()?;
+    }
+    Ok(())
 }
 
 /// Words without sense, numbers that cannot be, pages that cannot be rings; and what a host may not do with one.
