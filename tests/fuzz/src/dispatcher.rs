@@ -179,8 +179,10 @@ impl Fuzzed<'_, '_> {
                 world.machine.set_actions(actions.iter().take(8).map(Guest::action));
                 let run_page = run_page(self.blocks.get(&handle).copied().unwrap_or(0));
                 if self.has_access(run_page) {
-                    world
-                        .answer(run_page, &RunEntry { answer: u64::from(answer % 5), value: *value, released: *value });
+                    world.answer(
+                        run_page,
+                        &RunEntry { answer: u64::from(answer % 5), value: *value, released: *value, flags: *value },
+                    );
                 }
                 self.call(0, [number("VCPU_RUN"), handle, (*vcpu).into(), 0, 0, 0, 0]);
             }

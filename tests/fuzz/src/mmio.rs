@@ -189,7 +189,7 @@ fn check_abort(input: &Input, syndrome: &Syndrome, abort: Abort, before: Context
         .filter(|expected| address.is_some_and(|address| address % PAGE_SIZE + expected.bytes as u64 <= PAGE_SIZE));
     let access = abort.access(&before);
     assert_eq!(
-        access.map(|access| (usize::from(access.bytes), access.write)),
+        access.map(|access| (usize::from(access.bytes()), access.is_write())),
         expected.as_ref().map(|expected| (expected.bytes, expected.write))
     );
 
