@@ -1,7 +1,7 @@
 //! A QEMU TCG plugin that counts what a virtual CPU executes, per exception level and to the instruction.
 //!
 //! ```text
-//! qemu-system-aarch64 ... -plugin file=libravelin_counter.so,out=COUNTS[,profile=on]
+//! qemu-system-aarch64 ... -plugin file=libravelin_counter.so,out=COUNTS[,profile=on][,tables=on]
 //! ```
 //!
 //! `COUNTS` receives one line of text per event, `EVENT KEY=VALUE..`, counters that are zero left out:
@@ -14,6 +14,8 @@
 //! * `total`: one line per CPU when QEMU ends.
 //! * `profile`, with `profile=on`: precedes `mark` and `first-el1`. For each address at which something was executed at
 //!   EL2 since the last of these, on any CPU, how often; `vectors` is VBAR_EL2. This makes QEMU slow.
+//! * `tables`, with `tables=on`: precedes `mark`. What the registers of the CPU say about translation tables below EL2:
+//!   `hcr_el2`, `vtcr_el2`, `vttbr_el2`, `tcr_el1` and `ttbr0_el1`, in decimal.
 //!
 //! `elN.instructions`, `elN.loads` and `elN.stores` are what was executed at ELn. An instruction that takes an
 //! exception counts where it was tried, and once more when it is tried again; marks themselves count nothing. A load

@@ -29,6 +29,8 @@ struct Plugin {
     report: Mutex<Report>,
     /// How often each address was executed at EL2 since the event before, if that is wanted.
     profile: Option<Mutex<BTreeMap<u64, u64>>>,
+    /// Whether marks say where the translation tables are.
+    tables: bool,
 }
 
 /// What is read in callbacks. ESR_EL2 and VBAR_EL2 are missing where the CPU has no EL2.
@@ -37,7 +39,12 @@ struct Registers {
     x0: Register,
     vbar: Option<Register>,
     esr: Option<Register>,
+    /// Those of [`TABLES`] that there are, with their names.
+    tables: Vec<(&'static str, Register)>,
 }
+
+/// Registers that announce translation tables below EL2, where the CPU has them.
+const TABLES: [&str; 5] = ["HCR_EL2", "VTCR_EL2", "VTTBR_EL2", "TCR_EL1", "TTBR0_EL1"];
 
 /// The output and what it needs to know of each CPU.
 struct Report {
@@ -79,6 +86,14 @@ impl Plugin {
         report.line(&format!("profile vectors={vectors}{counts}"));
     }
 
+    /// Writes where the translation tables are, if that is wanted.
+    fn tables(&self, report: &mut Report) {
+        let (true, Some(registers)) = (self.tables, self.registers.get()) else { return };
+        let values =
+            registers.tables.iter().map(|(name, register)| format!(" {}={}", name.to_lowercase(), register.read()));
+        report.line(&format!("tables{}", values.collect::<String>()));
+    }
+
     /// Runs `action` on the report; a CPU that panicked in one leaves the others to go on.
     fn with_report(&self, action: impl FnOnce(&mut Report)) {
         action(&mut self.report.lock().unwrap_or_else(PoisonError::into_inner));
@@ -94,7 +109,7 @@ impl Report {
     }
 }
 
-/// Called by QEMU when it loads the plugin. Arguments: `out=FILE`, and `profile=on` if that is wanted.
+/// Called by QEMU when it loads the plugin. Arguments: `out=FILE`, and `profile=on` and `tables=on` if those are wanted.
 ///
 /// # Safety
 ///
@@ -122,12 +137,13 @@ fn install(target: &str, arguments: &[String]) -> Result<Plugin, String> {
     if target != "aarch64" {
         return Err(format!("counts aarch64 only, not {target}"));
     }
-    let (mut path, mut profile) = (None, None);
+    let (mut path, mut profile, mut tables) = (None, None, false);
     for argument in arguments {
         match argument.split_once('=') {
             Some(("out", value)) => path = Some(value),
             // QEMU makes `profile=on` of a mere `profile`.
             Some(("profile", "on")) => profile = Some(Mutex::default()),
+            Some(("tables", "on")) => tables = true,
             _ => return Err(format!("unknown argument {argument}")),
         }
     }
@@ -140,6 +156,7 @@ fn install(target: &str, arguments: &[String]) -> Result<Plugin, String> {
         entered: AtomicUsize::new(0),
         report: Mutex::new(Report { output, cpus: BTreeMap::new(), all_at_mark: Counts::default() }),
         profile,
+        tables,
     })
 }
 
@@ -150,6 +167,7 @@ extern "C" fn on_init(_: PluginId, _: c_uint) {
         x0: Register::find("x0").expect("every A64 CPU has it"),
         vbar: Register::find("VBAR_EL2"),
         esr: Register::find("ESR_EL2"),
+        tables: TABLES.iter().filter_map(|name| Some((*name, Register::find(name)?))).collect(),
     });
 }
 
@@ -241,6 +259,7 @@ extern "C" fn on_mark(cpu: c_uint, data: *mut c_void) {
         let before = std::mem::replace(&mut report.cpus.entry(cpu).or_default().at_mark, now.clone());
         let counts = now.since(&before).report();
         plugin.end_profile(report);
+        plugin.tables(report);
         report.line(&format!("mark number={number} cpu={cpu} level={level} nanoseconds={time}{counts}"));
         if ffi::cpus() > 1 {
             let now = plugin.sum(report);

@@ -195,6 +195,17 @@ fn profile_has_every_instruction_at_el2() {
 }
 
 #[test]
+fn marks_say_where_translation_tables_are() {
+    let Some(qemu) = qemu() else { return };
+    let report = run(&qemu, "tables", "cortex-a72", 1, ",tables=on");
+    // The program sets HCR_EL2.RW behind its second mark, and no other of these registers.
+    let tables = |hcr: u64| format!("tables hcr_el2={hcr} vtcr_el2=0 vttbr_el2=0 tcr_el1=0 ttbr0_el1=0");
+    assert_eq!(report[..4], [tables(0), EXPECTED[0].into(), tables(0), EXPECTED[1].into()]);
+    let mark = report.iter().position(|line| line == EXPECTED[3]).expect("the report has the same events");
+    assert_eq!(report[mark - 1], tables(1 << 31));
+}
+
+#[test]
 fn unknown_arguments_are_refused() {
     let Some(qemu) = qemu() else { return };
     let output = Command::new(qemu)
