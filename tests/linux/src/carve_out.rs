@@ -143,12 +143,7 @@ const CALLS: [(&str, Call); 15] = [
     ("process_vm_readv(2) from it", |page| copy_process(number::PROCESS_VM_READV, 0, Some(page))),
     ("process_vm_writev(2) from it", |page| copy_process(number::PROCESS_VM_WRITEV, page, None)),
     ("send(2)", |page| {
-        const UNIX: usize = 1;
-        const STREAM: usize = 1;
-        let mut ends = [0_u32; 2];
-        // SAFETY: Writes the two numbers.
-        unsafe { sys::call(number::SOCKETPAIR, [UNIX, STREAM, 0, ends.as_mut_ptr() as usize, 0, 0]) }?;
-        let [one, _other] = ends.map(|end| File(end as usize));
+        let (one, _other) = File::socket_pair()?;
         raw(number::SENDTO, [one.0, page, BUFFER])
     }),
     ("getrandom(2)", |page| raw(number::GETRANDOM, [page, BUFFER, 0])),

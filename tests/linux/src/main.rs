@@ -11,6 +11,9 @@
 //! probe kcore STEP            reads a page of RAM in every STEP KiB through /proc/kcore
 //! probe peek PID SECRET       looks for a guest's secret, of which it gets the complement, in the memory of a VMM
 //! probe peek-kernel SECRET    looks for it in all of RAM
+//! probe workloads             does work of fixed amounts between marks; lines `bench NAME ROUND` name them
+//! probe linger LEAVE          leaves behind a process that has all free memory but LEAVE MiB, and sets a mark
+//! probe nothing               does nothing
 //! probe kexec                 starts /root/kernel with /root/initrd
 //! ```
 //!
@@ -58,6 +61,8 @@ mod report;
 mod start;
 #[cfg(target_os = "none")]
 mod sys;
+#[cfg(target_os = "none")]
+mod workloads;
 
 #[cfg(not(target_os = "none"))]
 fn main() {

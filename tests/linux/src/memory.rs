@@ -6,7 +6,7 @@ use crate::report::{self, bail, check};
 use crate::sys::{self, Child, End, Mapping};
 use crate::{cpu, sys::File};
 
-const MIB: usize = 1 << 20;
+pub(crate) const MIB: usize = 1 << 20;
 
 /// Fills all free memory but `leave` MiB with a pattern, on all CPUs, verifies it, and does so again with its inverse.
 pub(crate) fn run(leave: usize) {
@@ -62,7 +62,7 @@ fn work(index: usize, size: usize, filled: impl FnOnce()) -> Result<bool, sys::E
     let memory = Mapping::anonymous(size, sys::READ | sys::WRITE)?;
     // Every other process has the kernel use large pages, too.
     if index % 2 == 1 {
-        memory.advise_huge()?;
+        memory.advise_huge(true)?;
     }
     let words = size / size_of::<u64>();
     let start: *mut u64 = memory.start.cast();
@@ -93,7 +93,7 @@ fn work(index: usize, size: usize, filled: impl FnOnce()) -> Result<bool, sys::E
 }
 
 /// A field of /proc/meminfo in bytes.
-fn meminfo(name: &[u8]) -> report::Result<usize> {
+pub(crate) fn meminfo(name: &[u8]) -> report::Result<usize> {
     let mut buffer = [0; 2048];
     let text = sys::read_file(c"/proc/meminfo", &mut buffer)?;
     let line = text.split(|byte| *byte == b'\n').find_map(|line| line.strip_prefix(name));

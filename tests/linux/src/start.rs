@@ -5,7 +5,7 @@ use core::ffi::{CStr, c_char};
 use core::panic::PanicInfo;
 
 use crate::cpu::Hwcaps;
-use crate::{carve_out, cpu, hotplug, instructions, kcore, kexec, memory, peek, pmu, report, sys};
+use crate::{carve_out, cpu, hotplug, instructions, kcore, kexec, memory, peek, pmu, report, sys, workloads};
 
 // execve(2) leaves argc, argv, envp and the auxiliary vector on the stack.
 global_asm!(".global _start", "_start:", "mov x29, xzr", "mov x30, xzr", "mov x0, sp", "bl {start}", "udf #0", start = sym start);
@@ -56,10 +56,20 @@ unsafe extern "C" fn start(stack: *const usize) -> ! {
             None => sys::exit(2),
         },
         (Some(b"peek-kernel"), Some(secret), _) => peek::kernel(secret),
+        (Some(b"workloads"), ..) => finish("workloads", workloads::run()),
+        (Some(b"linger"), _, Some(leave)) => finish("linger", workloads::linger(leave)),
+        (Some(b"nothing"), ..) => {}
         (Some(b"kexec"), ..) => kexec::run(),
         _ => sys::exit(2),
     }
     sys::exit(0)
+}
+
+/// Ends with a status that says whether the work was done.
+fn finish(name: &str, result: report::Result) -> ! {
+    let failed = result.is_err();
+    report::check(name, result);
+    sys::exit(failed.into())
 }
 
 #[panic_handler]

@@ -113,6 +113,16 @@ impl File {
         Ok((Self(ends[0] as usize), Self(ends[1] as usize)))
     }
 
+    /// socketpair(2): two ends of a stream.
+    pub(crate) fn socket_pair() -> Result<(Self, Self), Errno> {
+        const UNIX: usize = 1;
+        const STREAM: usize = 1;
+        let mut ends = [0_u32; 2];
+        // SAFETY: Writes the two numbers.
+        unsafe { call(nr::SOCKETPAIR, [UNIX, STREAM, 0, ends.as_mut_ptr() as usize, 0, 0]) }?;
+        Ok((Self(ends[0] as usize), Self(ends[1] as usize)))
+    }
+
     /// pidfd_open(2).
     pub(crate) fn of_process(id: usize) -> Result<Self, Errno> {
         // SAFETY: Touches no memory.
@@ -227,11 +237,23 @@ impl Mapping {
         unsafe { call(nr::MPROTECT, [self.address(), self.length, protection, 0, 0, 0]) }.map(drop)
     }
 
-    /// madvise(2) with MADV_HUGEPAGE.
-    pub(crate) fn advise_huge(&self) -> Result<(), Errno> {
+    /// madvise(2) with MADV_HUGEPAGE, or MADV_NOHUGEPAGE.
+    pub(crate) fn advise_huge(&self, wanted: bool) -> Result<(), Errno> {
         const HUGEPAGE: usize = 14;
+        const NOHUGEPAGE: usize = 15;
+        let advice = if wanted { HUGEPAGE } else { NOHUGEPAGE };
         // SAFETY: Does not change the contents.
-        unsafe { call(nr::MADVISE, [self.address(), self.length, HUGEPAGE, 0, 0, 0]) }.map(drop)
+        unsafe { call(nr::MADVISE, [self.address(), self.length, advice, 0, 0, 0]) }.map(drop)
+    }
+
+    /// Stores a byte to each page.
+    pub(crate) fn touch(&self) {
+        for offset in (0..self.length).step_by(4096) {
+            // SAFETY: The byte is in the mapping.
+            let at = unsafe { self.start.add(offset) };
+            // SAFETY: As above, and no reference points into a mapping.
+            unsafe { at.write_volatile(1) };
+        }
     }
 }
 
