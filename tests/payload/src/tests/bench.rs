@@ -15,9 +15,11 @@ use crate::{
 
 mod growth;
 mod guests;
+mod memory;
 
 pub(crate) use growth::{ranges, vms};
 pub(crate) use guests::guests;
+pub(crate) use memory::memory;
 
 /// Numbers of pages that are measured; each has a block of its own.
 const SIZES: [u64; 3] = [1, 8, 512];
