@@ -11,7 +11,7 @@ pub const CPU_BLOCK_SIZE: u64 = if cfg!(feature = "checked") { 64 << 10 } else {
 pub const MODEL_MEMORY: u64 = if cfg!(feature = "checked") { 32 << 20 } else { 0 };
 
 /// Bytes of the entry that the ownership table has for a page, and of that for a block.
-const ENTRY_SIZE: u64 = 8;
+pub const ENTRY_SIZE: u64 = 8;
 
 /// Translation tables that the pool should have, whatever the size of RAM.
 const TABLES: u64 = 96;

@@ -17,7 +17,7 @@ use crate::setup::{self, BUSYBOX, MODULE_TOOLS, Needs};
 use crate::{guest_kernel, programs, workspace};
 
 /// The stock guest kernel and its drivers, in the manifest.
-const STOCK: [&str; 2] = ["guest", "guest-modules"];
+pub(crate) const STOCK: [&str; 2] = ["guest", "guest-modules"];
 
 /// Names under which the script that starts guests is called.
 const COMMANDS: [&str; 3] = ["realm-guest", "pkvm-guest", "plain-guest"];

@@ -73,12 +73,12 @@ impl Bench {
 const PSCI_CPU_SUSPEND: [&str; 2] = ["call.0x84000001", "call.0xc4000001"];
 
 /// Entries into EL2 that are not the host's way to say that it has nothing to do.
-fn host_entries(counts: &Event) -> u64 {
+pub(super) fn host_entries(counts: &Event) -> u64 {
     counts.sum("entry.") - PSCI_CPU_SUSPEND.iter().map(|call| counts.get(call)).sum::<u64>()
 }
 
 /// A static Linux program for arm64 that executes mark 0 and ends with status 0.
-fn mark_program() -> Vec<u8> {
+pub(super) fn mark_program() -> Vec<u8> {
     const BASE: u64 = 0x40_0000;
     const CODE: [u32; 4] = [
         0xd503_281f, // hint #0x40

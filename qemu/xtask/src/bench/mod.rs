@@ -6,12 +6,15 @@ mod costs;
 mod event;
 mod growth;
 mod linux;
+mod memory;
 mod plot;
 mod plots;
 mod profile;
 mod report;
 mod schemes;
 mod side_by_side;
+mod tables;
+mod workloads;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,7 +25,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::Args;
 
 use crate::image::{self, BUDGET, Variant};
-use crate::qemu::Outcome;
+use crate::qemu::{Outcome, Scratch};
 use crate::run::{self, Ready};
 use crate::{process, workspace};
 use baseline::Rows;
@@ -31,8 +34,15 @@ use event::Event;
 use report::Report;
 
 /// Sizes of RAM in MiB, and what pKVM reserves in them, in MiB.
-const MEMORY: [(u64, Option<f64>); 6] =
-    [(512, Some(8.0)), (1024, Some(12.0)), (2048, Some(18.0)), (4096, Some(30.0)), (8192, Some(54.0)), (16384, None)];
+const MEMORY: [(u64, Option<f64>); 7] = [
+    (512, Some(8.0)),
+    (1024, Some(12.0)),
+    (2048, Some(18.0)),
+    (4096, Some(30.0)),
+    (8192, Some(54.0)),
+    (16384, None),
+    (65536, None),
+];
 
 /// Size of RAM in MiB for everything that is measured once.
 const USUAL_MEMORY: u64 = 2048;
@@ -159,6 +169,8 @@ impl Bench {
         let mut report = self.measure(&MEMORY.map(|(size, _)| size))?;
         report.section("Linux as the host, 2 CPUs: entries into EL2 without PSCI idle calls");
         self.host(&mut report)?;
+        self.boots(&mut report)?;
+        self.workloads(&mut report)?;
         self.side_by_side(&mut report)?;
         self.schemes(&mut report)?;
         self.growth(&mut report)?;
@@ -186,30 +198,34 @@ impl Bench {
             let other = if memory == USUAL_MEMORY { None } else { Some(self.payload(memory, CALLS)?) };
             let run = other.as_ref().unwrap_or(&calls);
             let carve_out = run.carve_out.context("the payload has found no carve-out")?;
-            starts.push((memory, run.start.get("el2.instructions") as f64, carve_out as f64 / f64::from(1 << 20)));
+            starts.push((memory, run.start.clone(), carve_out as f64 / f64::from(1 << 20)));
         }
         report.section("Carve-out, MiB");
         for (memory, _, carve_out) in &starts {
             let pkvm = MEMORY.iter().find(|(size, _)| size == memory).and_then(|(_, pkvm)| *pkvm);
             report.add(format!("carve-out.{memory}M"), *carve_out).target(carve_out_budget(*memory)).pkvm = pkvm;
         }
-        report.section("Start-up of the first CPU, EL2 instructions until the host's first");
+        report.section("Start-up of the first CPU, EL2 instructions and entries until the host's first");
         for (memory, start, _) in &starts {
-            report.add(format!("start.{memory}M"), *start);
+            report.add(format!("start.{memory}M"), start.get("el2.instructions") as f64);
+            report.add(format!("start-entries.{memory}M"), start.sum("entry.") as f64);
         }
         // From 1 GiB on.
-        if let [_, (one, of_one, _), .., (most, of_most, _)] = starts[..] {
-            report.add("start.growth-per-GiB", (of_most - of_one) / ((most - one) as f64 / 1024.0));
+        if let [_, (one, of_one, _), .., (most, of_most, _)] = &starts[..] {
+            let more = of_most.get("el2.instructions") as f64 - of_one.get("el2.instructions") as f64;
+            report.add("start.growth-per-GiB", more / ((most - one) as f64 / 1024.0));
         }
         report.calls("EL2 instructions", &calls.calls)?;
 
         report.section("Memory of EL2 for guests, bytes");
         for [vcpus, vm, vcpu] in &guests.sizes {
-            report.add(format!("guests.vm-of-{vcpus}"), (vm * 4096) as f64);
-            report.add(format!("guests.vcpu-of-{vcpus}"), (vcpu * 4096) as f64);
+            let (pkvm_vm, pkvm_vcpu) = memory::pkvm_vm(*vcpus);
+            report.add(format!("guests.vm-of-{vcpus}"), (vm * 4096) as f64).pkvm(pkvm_vm);
+            report.add(format!("guests.vcpu-of-{vcpus}"), (vcpu * 4096) as f64).pkvm(pkvm_vcpu);
         }
         report.calls("Guests, EL2 instructions", &guests.calls)?;
         report.blocks(&guests.calls)?;
+        self.memory(&mut report)?;
         Ok(report)
     }
 
@@ -228,6 +244,7 @@ impl Bench {
             host_image: Some(self.payload.display().to_string()),
             host_initrd: Some(self.guest.clone()),
             append: Some(format!("test={test}")),
+            qemu_arg: memory_backend(memory).to_vec(),
             ..run::Options::default()
         }
     }
@@ -262,7 +279,8 @@ impl Bench {
     /// Runs a machine with the counter and returns its console and the counter's report.
     fn run(&self, options: &run::Options, plugin_option: &str, expected: Outcome) -> Result<(String, Vec<Event>)> {
         let mut options = options.clone();
-        let counts = workspace::output_dir()?.join("counts.txt");
+        let scratch = Scratch::new()?;
+        let counts = scratch.path("counts.txt");
         let comma = |path: &Path| path.display().to_string().replace(',', ",,");
         options.qemu_arg.push("-plugin".into());
         options.qemu_arg.push(format!("file={},out={}{plugin_option}", comma(&self.plugin), comma(&counts)));
@@ -286,6 +304,12 @@ fn measurements<'a>(console: &'a str, events: &'a [Event]) -> Result<Vec<(&'a st
         counts.len()
     );
     Ok(names.into_iter().zip(counts).collect())
+}
+
+/// QEMU's arguments for RAM of that many MiB, which may be more than this machine has: what is not used takes none.
+fn memory_backend(memory: u64) -> [String; 4] {
+    let backend = format!("memory-backend-ram,id=ram,size={memory}M,reserve=off");
+    ["-object", &backend, "-machine", "memory-backend=ram"].map(str::to_owned)
 }
 
 /// The plugin, built for this machine.

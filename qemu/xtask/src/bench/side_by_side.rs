@@ -17,14 +17,14 @@ const KERNEL: Kernel = Kernel::LinuxNew;
 
 /// A hypervisor, what the kernel is told, and what has to be done before there is `/dev/kvm`.
 #[derive(Clone, Copy)]
-struct Side {
+pub(super) struct Side {
     ravelin: bool,
-    append: &'static str,
-    script: &'static str,
+    pub(super) append: &'static str,
+    pub(super) script: &'static str,
 }
 
 const RAVELIN: Side = Side { ravelin: true, append: "quiet", script: "insmod /lib/ravelin/ravelin.ko" };
-const PKVM: Side = Side {
+pub(super) const PKVM: Side = Side {
     ravelin: false,
     append: "quiet kvm-arm.mode=protected",
     script: "dmesg | grep -q 'kvm.*Protected .* mode initialized' || { dmesg | grep kvm; exit 3; }",
