@@ -88,7 +88,7 @@ impl Ring {
 
     /// Makes conversions that have been posted, unless the host has yet to answer to earlier ones. Writes those that the host has
     /// to know of to its run page, and returns how many there are in it.
-    #[inline(never)]
+    #[inline]
     pub(crate) fn apply<T: Transitions, C: GuestCpu>(
         &mut self,
         transitions: &T,
@@ -96,9 +96,22 @@ impl Ring {
         guest: &Guest<T::Guest>,
         run_page: PhysAddr,
     ) -> u64 {
-        let Some((_, page)) = self.page.filter(|_| self.told == 0) else {
+        // Most vCPUs have none.
+        self.page.map_or(0, |(_, page)| self.apply_posted(transitions, cpu, guest, run_page, page))
+    }
+
+    #[inline(never)]
+    fn apply_posted<T: Transitions, C: GuestCpu>(
+        &mut self,
+        transitions: &T,
+        cpu: &C,
+        guest: &Guest<T::Guest>,
+        run_page: PhysAddr,
+        page: PhysAddr,
+    ) -> u64 {
+        if self.told != 0 {
             return self.told.count_ones().into();
-        };
+        }
         // A number that cannot be is the guest's mistake. Nothing happens until it is right.
         let posted = read(cpu, page, RING_POSTED, 0).wrapping_sub(self.done);
         let Some(count) = usize::try_from(posted).ok().filter(|count| (1..=MAX_CONVERSIONS).contains(count)) else {

@@ -288,6 +288,7 @@ where
     }
 
     /// Reads what the host says.
+    #[inline(always)]
     fn host_entry(&self) -> RunEntry {
         let words = part(self.run_page, RunPage::ENTRY).map(|at| self.cpu.read_words(at));
         RunEntry::from_words(&words.unwrap_or_default())
