@@ -110,6 +110,8 @@ unsafe extern "C" {
     fn qemu_plugin_read_register(handle: *mut c_void, buffer: *mut Array<u8>) -> c_int;
     fn qemu_plugin_num_vcpus() -> c_int;
     fn qemu_plugin_scoreboard_new(element_size: usize) -> *mut c_void;
+    fn qemu_plugin_request_time_control() -> *const c_void;
+    fn qemu_plugin_update_ns(handle: *const c_void, time: i64);
     fn qemu_plugin_u64_add(entry: Entry, cpu: c_uint, added: u64);
     fn qemu_plugin_u64_get(entry: Entry, cpu: c_uint) -> u64;
     fn g_byte_array_new() -> *mut Array<u8>;
@@ -202,6 +204,31 @@ impl Scoreboard {
         assert!(cpu < cpus());
         // SAFETY: as for `increment`.
         unsafe { qemu_plugin_u64_get(self.entry(counter), cpu) }
+    }
+}
+
+/// Control of the machine's time. The clock stays what it is; only what comes with setting it is of use.
+#[derive(Clone, Copy)]
+pub(crate) struct TimeControl(NonNull<c_void>);
+
+// SAFETY: the pointer is an opaque handle, and QEMU's function on it may be called from any CPU's thread.
+unsafe impl Send for TimeControl {}
+// SAFETY: as above.
+unsafe impl Sync for TimeControl {}
+
+impl TimeControl {
+    /// Returns `None` if there is another plugin that has it.
+    pub(crate) fn request() -> Option<Self> {
+        // SAFETY: has no precondition.
+        NonNull::new(unsafe { qemu_plugin_request_time_control() }.cast_mut()).map(Self)
+    }
+
+    /// Makes the CPU whose thread this is leave its loop after the present block. If the thread runs all CPUs, the next one
+    /// goes on.
+    pub(crate) fn end_turn(self) {
+        // Time is set outside of the loop, but never back.
+        // SAFETY: the handle is QEMU's, and a CPU's thread is running this, as the callers see to.
+        unsafe { qemu_plugin_update_ns(self.0.as_ptr(), 0) };
     }
 }
 

@@ -1,7 +1,7 @@
 //! A QEMU TCG plugin that counts what a virtual CPU executes, per exception level and to the instruction.
 //!
 //! ```text
-//! qemu-system-aarch64 ... -plugin file=libravelin_counter.so,out=COUNTS[,profile=on][,tables=on]
+//! qemu-system-aarch64 ... -plugin file=libravelin_counter.so,out=COUNTS[,profile=on][,tables=on][,turns=N]
 //! ```
 //!
 //! `COUNTS` receives one line of text per event, `EVENT KEY=VALUE..`, counters that are zero left out:
@@ -24,8 +24,12 @@
 //! `entry.*` counts entries into EL2 by vector, `class.*` entries from below by ESR_EL2.EC, and `call.*` HVC and SMC by the
 //! low half of x0.
 //!
-//! With several CPUs the plugin needs `-accel tcg,thread=multi`: QEMU 10.0 crashes on inline counters when one thread
-//! runs them all.
+//! With several CPUs the plugin needs `-accel tcg,thread=multi`, because where one thread runs all CPUs QEMU 10.0 takes the CPU
+//! that translates a block for the one that executes it, and crashes on inline counters.
+//!
+//! With `turns=N` it needs one thread: `-accel tcg,thread=single,one-insn-per-tb=on`. From a mark 0 to a mark 1 the CPUs take
+//! turns of N instructions each, as if all of them were equally fast, and with `-icount` the same run repeats. Only what is
+//! executed then counts, and only instructions and entries; `mark-all`, which is there for one CPU too, has all that is to be had.
 
 mod counters;
 mod decode;

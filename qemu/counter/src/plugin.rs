@@ -5,13 +5,13 @@ use std::collections::BTreeMap;
 use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::fs::File;
 use std::io::Write;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use crate::counters::{COUNTERS, Counts, class, instructions, loads, operation, stores, vector};
 use crate::decode::{Operation, decode};
-use crate::ffi::{self, Access, Block, Direction, Info, PluginId, Register, Scoreboard};
+use crate::ffi::{self, Access, Block, Direction, Info, PluginId, Register, Scoreboard, TimeControl};
 
 /// Tells QEMU the interface this plugin was written for.
 #[unsafe(export_name = "qemu_plugin_version")]
@@ -31,6 +31,17 @@ struct Plugin {
     profile: Option<Mutex<BTreeMap<u64, u64>>>,
     /// Whether marks say where the translation tables are.
     tables: bool,
+    /// Whether one thread runs all CPUs, which then take turns.
+    turns: Option<Turns>,
+}
+
+/// Turns of the CPUs, between a mark 0 and a mark 1.
+struct Turns {
+    control: TimeControl,
+    /// Instructions of a turn.
+    length: u64,
+    /// How many of them are left; 0 while there are no turns.
+    left: AtomicU64,
 }
 
 /// What is read in callbacks. ESR_EL2 and VBAR_EL2 are missing where the CPU has no EL2.
@@ -77,6 +88,11 @@ impl Plugin {
         sum
     }
 
+    /// Whether what is executed now counts.
+    fn counts_now(&self) -> bool {
+        self.turns.as_ref().is_none_or(|turns| turns.left.load(Ordering::Relaxed) != 0)
+    }
+
     /// Writes the profile and begins a new one.
     fn end_profile(&self, report: &mut Report) {
         let (Some(profile), Some(registers)) = (&self.profile, self.registers.get()) else { return };
@@ -109,7 +125,7 @@ impl Report {
     }
 }
 
-/// Called by QEMU when it loads the plugin. Arguments: `out=FILE`, and `profile=on` and `tables=on` if those are wanted.
+/// Called by QEMU when it loads the plugin. Arguments: `out=FILE`, and `profile=on`, `tables=on` and `turns=N` if those are wanted.
 ///
 /// # Safety
 ///
@@ -137,13 +153,19 @@ fn install(target: &str, arguments: &[String]) -> Result<Plugin, String> {
     if target != "aarch64" {
         return Err(format!("counts aarch64 only, not {target}"));
     }
-    let (mut path, mut profile, mut tables) = (None, None, false);
+    let (mut path, mut profile, mut tables, mut turns) = (None, None, false, None);
     for argument in arguments {
         match argument.split_once('=') {
             Some(("out", value)) => path = Some(value),
             // QEMU makes `profile=on` of a mere `profile`.
             Some(("profile", "on")) => profile = Some(Mutex::default()),
             Some(("tables", "on")) => tables = true,
+            Some(("turns", value)) => {
+                let length =
+                    value.parse().ok().filter(|length| *length != 0).ok_or("turns must be a number above 0")?;
+                let control = TimeControl::request().ok_or("time is controlled already")?;
+                turns = Some(Turns { control, length, left: AtomicU64::new(0) });
+            }
             _ => return Err(format!("unknown argument {argument}")),
         }
     }
@@ -157,6 +179,7 @@ fn install(target: &str, arguments: &[String]) -> Result<Plugin, String> {
         report: Mutex::new(Report { output, cpus: BTreeMap::new(), all_at_mark: Counts::default() }),
         profile,
         tables,
+        turns,
     })
 }
 
@@ -183,7 +206,7 @@ extern "C" fn on_translation(_: PluginId, block: *mut c_void) {
     let a64 = pstate & 0x10 == 0;
     let level = if a64 { (pstate >> 2 & 3) as usize } else { usize::from(pstate & 0xf != 0) };
 
-    if level < 2 && plugin.entered.load(Ordering::Relaxed) < ffi::cpus() as usize {
+    if level < 2 && plugin.turns.is_none() && plugin.entered.load(Ordering::Relaxed) < ffi::cpus() as usize {
         block.call(on_lower_level, Access::Read, level);
     }
     if let (2, Some(vbar)) = (level, &registers.vbar) {
@@ -199,11 +222,15 @@ extern "C" fn on_translation(_: PluginId, block: *mut c_void) {
             instruction.call(on_mark, Access::Read, number as usize * 4 + level);
             continue;
         }
-        instruction.count(plugin.board, instructions(level));
-        instruction.count_accesses(Direction::Load, plugin.board, loads(level));
-        instruction.count_accesses(Direction::Store, plugin.board, stores(level));
-        if let Some(counter) = kind.and_then(|kind| operation(level, kind)) {
-            instruction.count(plugin.board, counter);
+        if plugin.turns.is_some() {
+            instruction.call(on_turn, Access::None, level);
+        } else {
+            instruction.count(plugin.board, instructions(level));
+            instruction.count_accesses(Direction::Load, plugin.board, loads(level));
+            instruction.count_accesses(Direction::Store, plugin.board, stores(level));
+            if let Some(counter) = kind.and_then(|kind| operation(level, kind)) {
+                instruction.count(plugin.board, counter);
+            }
         }
         if level == 2 && plugin.profile.is_some() {
             instruction.call(on_profiled, Access::None, address as usize);
@@ -242,9 +269,23 @@ extern "C" fn on_lower_level(cpu: c_uint, level: *mut c_void) {
     });
 }
 
+/// A CPU executes an instruction of its turn. `cpu` may be another one, which matters to nobody: all that is reported are sums.
+extern "C" fn on_turn(cpu: c_uint, level: *mut c_void) {
+    let Some(plugin) = PLUGIN.get().filter(|plugin| plugin.counts_now()) else { return };
+    let Some(turns) = &plugin.turns else { return };
+    plugin.board.increment(cpu, instructions(level.addr()));
+    // No other thread changes it.
+    let left = turns.left.load(Ordering::Relaxed) - 1;
+    turns.left.store(if left == 0 { turns.length } else { left }, Ordering::Relaxed);
+    if left == 0 {
+        turns.control.end_turn();
+    }
+}
+
 /// A CPU executes the instruction at the address `data` at EL2.
 extern "C" fn on_profiled(_: c_uint, data: *mut c_void) {
-    if let Some(profile) = PLUGIN.get().and_then(|plugin| plugin.profile.as_ref()) {
+    let plugin = PLUGIN.get().filter(|plugin| plugin.counts_now());
+    if let Some(profile) = plugin.and_then(|plugin| plugin.profile.as_ref()) {
         *profile.lock().unwrap_or_else(PoisonError::into_inner).entry(data.addr() as u64).or_default() += 1;
     }
 }
@@ -255,19 +296,24 @@ extern "C" fn on_mark(cpu: c_uint, data: *mut c_void) {
     let (number, level) = (data.addr() / 4, data.addr() % 4);
     let time = plugin.started.elapsed().as_nanos();
     plugin.with_report(|report| {
-        let now = plugin.counts(report, cpu);
-        let before = std::mem::replace(&mut report.cpus.entry(cpu).or_default().at_mark, now.clone());
-        let counts = now.since(&before).report();
         plugin.end_profile(report);
         plugin.tables(report);
-        report.line(&format!("mark number={number} cpu={cpu} level={level} nanoseconds={time}{counts}"));
-        if ffi::cpus() > 1 {
+        if plugin.turns.is_none() {
+            let now = plugin.counts(report, cpu);
+            let before = std::mem::replace(&mut report.cpus.entry(cpu).or_default().at_mark, now.clone());
+            let counts = now.since(&before).report();
+            report.line(&format!("mark number={number} cpu={cpu} level={level} nanoseconds={time}{counts}"));
+        }
+        if plugin.turns.is_some() || ffi::cpus() > 1 {
             let now = plugin.sum(report);
             let before = std::mem::replace(&mut report.all_at_mark, now.clone());
             let counts = now.since(&before).report();
             report.line(&format!("mark-all number={number} nanoseconds={time}{counts}"));
         }
     });
+    if let Some(turns) = &plugin.turns {
+        turns.left.store(if number == 0 { turns.length } else { 0 }, Ordering::Relaxed);
+    }
 }
 
 extern "C" fn on_exit(_: PluginId, _: *mut c_void) {

@@ -81,6 +81,34 @@ const VECTOR: [u32; 2] = [
     0xd69f_03e0, // eret
 ];
 
+/// The same at EL2 alone: turns on a second CPU, which loops for ever, and then runs a loop of 1000 between marks.
+const TURNS_PROGRAM: [u32; 22] = [
+    0x5280_0060, // mov w0, #0x3
+    0x72b8_8000, // movk w0, #0xc400, lsl #16
+    0xd280_0021, // mov x1, #0x1
+    0x1000_01e2, // adr x2, <second>
+    0x1000_0224, // adr x4, <flag>
+    0xaa04_03e3, // mov x3, x4
+    0xd400_0003, // smc #0x0
+    0xb940_0082, // ldr w2, [x4]
+    0x34ff_ffe2, // cbz w2, <first+0x1c>
+    0xd503_281f, // hint #0x40
+    0xd280_7d05, // mov x5, #0x3e8
+    0xf100_04a5, // subs x5, x5, #0x1
+    0x54ff_ffe1, // b.ne <first+0x2c>
+    0xd503_283f, // hint #0x41
+    0x5280_0100, // mov w0, #0x8
+    0x72b0_8000, // movk w0, #0x8400, lsl #16
+    0xd400_0003, // smc #0x0
+    0x1400_0000, // b <first+0x44>
+    // second:
+    0x5280_0025, // mov w5, #0x1
+    0xb900_0005, // str w5, [x0]
+    0x1400_0000, // b <second+0x8>
+    // flag:
+    0,
+];
+
 fn plugin() -> PathBuf {
     let test = std::env::current_exe().expect("a test has a path");
     test.with_file_name("libravelin_counter.so")
@@ -103,20 +131,25 @@ fn qemu() -> Option<String> {
     None
 }
 
-/// Runs the program and returns the plugin's report without the times, which alone may differ between runs.
+/// Runs the program and returns the plugin's report.
 fn run(qemu: &str, name: &str, cpu: &str, cpus: u32, option: &str) -> Vec<String> {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let (image, report) = (folder.join(format!("{name}.bin")), folder.join(format!("{name}.txt")));
     let mut bytes = vec![0; VECTORS + 0x400];
     for (index, word) in PROGRAM.iter().enumerate() {
         bytes[index * 4..][..4].copy_from_slice(&word.to_le_bytes());
     }
     bytes.extend(VECTOR.iter().flat_map(|word| word.to_le_bytes()));
+    run_image(qemu, name, &bytes, &["-cpu", cpu, "-smp", &cpus.to_string(), "-accel", "tcg,thread=multi"], option)
+}
+
+/// Runs an image and returns the plugin's report without the times, which alone may differ between runs.
+fn run_image(qemu: &str, name: &str, bytes: &[u8], arguments: &[&str], option: &str) -> Vec<String> {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let (image, report) = (folder.join(format!("{name}.bin")), folder.join(format!("{name}.txt")));
     std::fs::write(&image, bytes).expect("the target folder can be written");
 
     let output = Command::new(qemu)
-        .args(["-machine", "virt,gic-version=3,virtualization=on", "-cpu", cpu, "-m", "128M"])
-        .args(["-smp", &cpus.to_string(), "-accel", "tcg,thread=multi"])
+        .args(["-machine", "virt,gic-version=3,virtualization=on", "-m", "128M"])
+        .args(arguments)
         .args(["-display", "none", "-monitor", "none", "-serial", "none", "-nodefaults", "-no-reboot"])
         .arg("-device")
         .arg(format!("loader,file={},addr={ENTRY:#x},cpu-num=0,force-raw=on", image.display()))
@@ -203,6 +236,23 @@ fn marks_say_where_translation_tables_are() {
     assert_eq!(report[..4], [tables(0), EXPECTED[0].into(), tables(0), EXPECTED[1].into()]);
     let mark = report.iter().position(|line| line == EXPECTED[3]).expect("the report has the same events");
     assert_eq!(report[mark - 1], tables(1 << 31));
+}
+
+#[test]
+fn two_cpus_take_turns() {
+    let Some(qemu) = qemu() else { return };
+    let program: Vec<_> = TURNS_PROGRAM.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let accelerator = ["-accel", "tcg,thread=single,one-insn-per-tb=on", "-icount", "shift=4,sleep=off"];
+    let arguments = [&["-cpu", "cortex-a72", "-smp", "2"], &accelerator[..]].concat();
+    for turn in [1, 10, 100] {
+        let run = || run_image(&qemu, &format!("turns-{turn}"), &program, &arguments, &format!(",turns={turn}"));
+        let report = run();
+        assert_eq!(report, run());
+        assert_eq!(report[0], "mark-all number=0");
+        // The first CPU executes 2001, and the other one as many, but for what a turn leaves undone.
+        let count = report[1].strip_prefix("mark-all number=1 el2.instructions=").map(str::parse::<u64>);
+        assert!(matches!(count, Some(Ok(count)) if count.abs_diff(4002) <= 2 * turn), "{report:?}");
+    }
 }
 
 #[test]
