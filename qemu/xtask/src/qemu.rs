@@ -49,6 +49,8 @@ pub(crate) struct Boot {
     pub(crate) trace: Option<PathBuf>,
     /// Whether time goes by with instructions.
     pub(crate) icount: bool,
+    /// With that, whether QEMU translates each instruction on its own.
+    pub(crate) one_insn_per_tb: bool,
     /// Further QEMU arguments.
     pub(crate) arguments: Vec<String>,
 }
@@ -103,7 +105,9 @@ pub(crate) fn prepare(boot: &Boot, scratch: &Scratch) -> Result<Prepared> {
     qemu.args(["-cpu", &machine.cpu, "-smp", &machine.smp.to_string()]);
     qemu.args(["-m", &format!("{}M", machine.memory_bytes()? >> 20)]);
     if boot.icount {
-        qemu.args(["-accel", "tcg,thread=single", "-icount", "shift=4,sleep=off", "-rtc", "clock=vm"]);
+        let steps = if boot.one_insn_per_tb { ",one-insn-per-tb=on" } else { "" };
+        qemu.args(["-accel", &format!("tcg,thread=single{steps}")]);
+        qemu.args(["-icount", "shift=4,sleep=off", "-rtc", "clock=vm"]);
     } else {
         qemu.args(["-accel", "tcg,thread=multi"]);
     }

@@ -89,6 +89,9 @@ pub(crate) struct Options {
     /// Leave the kernel module, the VMM and the guests out of the host's initramfs
     #[arg(long)]
     pub(crate) bare: bool,
+    /// With `icount`, whether QEMU translates each instruction on its own.
+    #[arg(skip)]
+    pub(crate) one_insn_per_tb: bool,
     /// Whether a host without the hypervisor starts at EL2.
     #[arg(skip)]
     pub(crate) el2: bool,
@@ -186,10 +189,22 @@ impl Ready {
             let image = image::build(Variant { checked: options.checked, trace, dev: options.dev })?;
             Some((image, hypervisor_arguments(options)))
         };
-        let Options { semihosting, icount, el2, .. } = *options;
+        let Options { semihosting, icount, one_insn_per_tb, el2, .. } = *options;
         let (trace, arguments) = (options.trace.clone(), options.qemu_arg.clone());
-        let boot =
-            Boot { machine, hypervisor, el2, kernel, address, initrd, bootargs, semihosting, trace, icount, arguments };
+        let boot = Boot {
+            machine,
+            hypervisor,
+            el2,
+            kernel,
+            address,
+            initrd,
+            bootargs,
+            semihosting,
+            trace,
+            icount,
+            one_insn_per_tb,
+            arguments,
+        };
         Ok(Self { boot, scratch, marker })
     }
 

@@ -270,5 +270,6 @@ tests! {
     bench.ranges("the same with ranges of 1 to 4096 pages", memory: 128 * MIB);
     bench.vms("the same with 1 to 255 VMs around", memory: 128 * MIB);
     bench.memory("pages of guests as blocks and one by one, and the translation tables that conversions take", memory: 64 * MIB);
+    bench.contention("conversions on all CPUs at once, by the host and by guests of one VM and of several", memory: 32 * MIB);
 
 }

@@ -2,6 +2,7 @@
 //! the method.
 
 mod baseline;
+mod contention;
 mod costs;
 mod event;
 mod growth;
@@ -167,6 +168,7 @@ impl Bench {
     /// Counts everything.
     fn measure_all(&self) -> Result<Report> {
         let mut report = self.measure(&MEMORY.map(|(size, _)| size))?;
+        self.contention(&mut report)?;
         report.section("Linux as the host, 2 CPUs: entries into EL2 without PSCI idle calls");
         self.host(&mut report)?;
         self.boots(&mut report)?;

@@ -10,8 +10,9 @@ use object::{Object, ObjectSegment, ObjectSymbol};
 use super::event::Event;
 use super::report::digits;
 use super::{Bench, CALLS, GUESTS, USUAL_MEMORY};
+use crate::image;
 use crate::qemu::{self, Outcome};
-use crate::run::Ready;
+use crate::run::{self, Ready};
 use crate::symbols::Symbols;
 
 impl Bench {
@@ -25,11 +26,7 @@ impl Bench {
 
     fn profile_test(&self, test: &str) -> Result<()> {
         let options = self.payload_options(USUAL_MEMORY, test);
-        let ready = Ready::new(&options)?;
-        let load_address = qemu::prepare(&ready.boot, &ready.scratch)?.load_address;
-        let elf = &ready.boot.hypervisor.as_ref().context("there is no hypervisor")?.0.elf;
-        let functions = Functions::load(elf, load_address)?;
-
+        let functions = Functions::of(&options)?;
         let (console, events) = self.run(&options, ",profile=on", Outcome::Ended(0))?;
         // The first one is the start's. Later the vectors may be those that are in place for guests.
         let vectors =
@@ -48,8 +45,10 @@ impl Bench {
 }
 
 /// Names the hypervisor's functions by the addresses that they are executed at.
-struct Functions {
+pub(super) struct Functions {
     symbols: Symbols,
+    /// The image.
+    code: Vec<u8>,
     /// Where QEMU loads the image; later it runs from a copy elsewhere, which has VBAR_EL2.
     load_address: u64,
     /// Offset of the vectors in the image.
@@ -57,26 +56,59 @@ struct Functions {
     size: u64,
 }
 
+/// An instruction of the hypervisor that has been executed.
+pub(super) struct Executed {
+    /// The instruction itself.
+    pub(super) word: u32,
+    /// How often.
+    pub(super) count: u64,
+    /// The function that it is in, followed by those that this was inlined into.
+    pub(super) frames: Vec<String>,
+}
+
 impl Functions {
+    /// Those of the hypervisor that these options boot.
+    pub(super) fn of(options: &run::Options) -> Result<Self> {
+        let ready = Ready::new(options)?;
+        let load_address = qemu::prepare(&ready.boot, &ready.scratch)?.load_address;
+        let elf = &ready.boot.hypervisor.as_ref().context("there is no hypervisor")?.0.elf;
+        Self::load(elf, load_address)
+    }
+
     fn load(elf: &Path, load_address: u64) -> Result<Self> {
         let bytes = fs::read(elf).with_context(|| elf.display().to_string())?;
         let file = object::File::parse(&*bytes).with_context(|| elf.display().to_string())?;
         let vectors = file.symbol_by_name("vectors").context("the image has no vectors")?.address();
         let size = file.segments().map(|segment| segment.address() + segment.size()).max().unwrap_or(0);
-        Ok(Self { symbols: Symbols::load(elf)?, load_address, vectors, size })
+        let (code, _) = image::flatten(&bytes)?;
+        Ok(Self { symbols: Symbols::load(elf)?, code, load_address, vectors, size })
+    }
+
+    /// The offsets of what has been executed, where it is in the image, and how often.
+    fn offsets(&self, profile: &Event, vectors: u64) -> impl Iterator<Item = (Option<u64>, u64)> {
+        let copies = [vectors.wrapping_sub(self.vectors), self.load_address];
+        profile.fields.iter().filter_map(move |(address, count)| {
+            let address = u64::from_str_radix(address.strip_prefix("0x")?, 16).unwrap_or(0);
+            let offsets = copies.map(|base| address.wrapping_sub(base));
+            Some((offsets.into_iter().find(|offset| *offset < self.size), *count))
+        })
+    }
+
+    /// The instructions that have been executed, those that are `wanted`.
+    pub(super) fn executed(&self, profile: &Event, wanted: impl Fn(u32) -> bool) -> Vec<Executed> {
+        let word = |offset: usize| Some(u32::from_le_bytes(*self.code.get(offset..)?.first_chunk()?));
+        let executed = self.offsets(profile, profile.get("vectors")).filter_map(|(offset, count)| {
+            let offset = offset?;
+            let word = word(usize::try_from(offset).ok()?).filter(|word| wanted(*word))?;
+            Some(Executed { word, count, frames: self.symbols.describe(offset) })
+        });
+        executed.collect()
     }
 
     /// Prints the functions that most instructions were executed in.
     fn print(&self, title: &str, profile: &Event, vectors: u64) {
-        let copy = vectors.wrapping_sub(self.vectors);
         let mut functions = BTreeMap::<String, u64>::new();
-        for (address, count) in &profile.fields {
-            let Some(digits) = address.strip_prefix("0x") else { continue };
-            let address = u64::from_str_radix(digits, 16).unwrap_or(0);
-            let offset = [copy, self.load_address]
-                .map(|base| address.wrapping_sub(base))
-                .into_iter()
-                .find(|offset| *offset < self.size);
+        for (offset, count) in self.offsets(profile, vectors) {
             let name = offset.map_or_else(|| "outside of the image".into(), |offset| self.name(offset));
             *functions.entry(name).or_default() += count;
         }

@@ -13,10 +13,12 @@ use crate::{
     tests::{Failure, Outcome, check, check_eq},
 };
 
+mod contention;
 mod growth;
 mod guests;
 mod memory;
 
+pub(crate) use contention::contention;
 pub(crate) use growth::{ranges, vms};
 pub(crate) use guests::guests;
 pub(crate) use memory::memory;
@@ -70,15 +72,15 @@ fn report(name: &str, pages: u64, round: u32, results: [u64; 4]) -> [u64; 4] {
     results
 }
 
-macro_rules! measure_call {
-    ($name:ident, $instruction:literal) => {
+macro_rules! call_by {
+    ($name:ident, $($instruction:literal),+) => {
         #[expect(unsafe_code, reason = "nothing but the call may run between the marks")]
         fn $name([x0, x1, x2, x3]: [u64; 4]) -> [u64; 4] {
             let (r0, r1, r2, r3);
             // SAFETY: A call changes x0 to x3 only, and gives away memory of the arena only.
             unsafe {
                 asm!(
-                    "hint #0x40", concat!($instruction, " #0"), "hint #0x41",
+                    $($instruction,)+
                     inlateout("x0") x0 => r0, inlateout("x1") x1 => r1,
                     inlateout("x2") x2 => r2, inlateout("x3") x3 => r3,
                     options(nostack),
@@ -89,8 +91,9 @@ macro_rules! measure_call {
     };
 }
 
-measure_call!(measure_hvc, "hvc");
-measure_call!(measure_smc, "smc");
+call_by!(measure_hvc, "hint #0x40", "hvc #0", "hint #0x41");
+call_by!(measure_smc, "hint #0x40", "smc #0", "hint #0x41");
+call_by!(hvc, "hvc #0");
 
 /// Runs `f` between marks. What it costs at EL2 is what it calls for.
 #[expect(unsafe_code, reason = "marks")]
