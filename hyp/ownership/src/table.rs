@@ -440,6 +440,9 @@ impl<'a> OwnershipTable<'a> {
         range: PhysRange,
         f: &mut dyn FnMut(PhysRange, Option<Entry>, u64) -> ControlFlow<B>,
     ) -> ControlFlow<B> {
+        if range.pages() == 1 {
+            return f(range, self.entry(range.base()), 1);
+        }
         let mut ended = ControlFlow::Continue(());
         // Compiled once, whatever it ends with.
         let _: ControlFlow<()> = self.visit_runs(range, &mut |run, entry, steps| {
