@@ -64,9 +64,18 @@ fn four_cpus_hammer_overlapping_ranges() {
     assert_eq!(pages(&counts), pages(&total));
 }
 
-/// A guest converts its pages and the host claims what it finds offered, both without a plan.
 #[test]
 fn a_guest_and_its_host_convert_the_same_pages() {
+    convert_the_same_pages(GuestKind::Pkvm);
+}
+
+#[test]
+fn a_realm_and_its_host_convert_the_same_pages() {
+    convert_the_same_pages(GuestKind::Realm);
+}
+
+/// A guest converts its pages and the host claims what it finds offered, both without a plan.
+fn convert_the_same_pages(kind: GuestKind) {
     const FRAME: u64 = 0x8000_0000;
     let layout = Layout { ram: vec![range(GIB, 1024)], carve_out: range(GIB + 2 * MIB, 512), ..small() };
     let mut store = Store::for_ram(&layout.ram);
@@ -74,9 +83,9 @@ fn a_guest_and_its_host_convert_the_same_pages() {
     let (memory, machine) = (&rig.memory, &rig.machine);
     let geometry = Geometry::stage2(40).unwrap();
     memory.keep(machine, range(GIB, 2)).unwrap();
-    let guest = memory.new_guest(machine, 0, GuestKind::Pkvm, geometry, addr(GIB)).unwrap();
+    let guest = memory.new_guest(machine, 0, kind, geometry, addr(GIB)).unwrap();
     machine.add_root(Stage::Guest(guest.vttbr().vmid), addr(GIB), geometry);
-    memory.add_guest_tables(machine, &guest, range(GIB + 2 * PAGE, 2)).unwrap();
+    memory.add_guest_tables(machine, &guest, range(GIB + 2 * PAGE, 6)).unwrap();
     let pages = range(GIB + 8 * PAGE, 4);
     memory.donate_to_guest(machine, &guest, pages, Ipa::new(FRAME).unwrap()).unwrap();
     let rounds = if cfg!(miri) { 3 } else { 300 };

@@ -4,14 +4,14 @@ use core::ops::ControlFlow;
 
 use arrayvec::ArrayVec;
 use ravelin_memory::{BLOCK_SIZE, IpaRange, PAGE_SIZE, PhysAddr, PhysRange};
-use ravelin_pgtable::{Machine, Stage2Usage, TablePool};
+use ravelin_pgtable::{Flush, Machine, Stage2Usage, TablePool};
 
 use super::{Change, Plan, look::Place};
 use crate::{
     entry::State,
     guest::{Guest, GuestMemory, View},
     memory::{Inner, Memory},
-    reason::GuestFailure,
+    reason::{GuestFailure, GuestReason},
 };
 
 /// What became of an unshare.
@@ -70,7 +70,9 @@ impl<P: TablePool> Memory<'_, P> {
         let mut inner = self.lock(machine);
         let mut tables = guest.lock(machine);
         let plan = inner.plan(machine, guest, &tables, range, &SHARE)?;
-        inner.convert(machine, guest, &mut tables, &plan, &SHARE)?;
+        let moves = inner.convert(machine, guest, &mut tables, &plan, &SHARE)?;
+        drop(inner);
+        tables.follow(machine, moves);
         Ok(plan.frames.pages())
     }
 
@@ -92,7 +94,9 @@ impl<P: TablePool> Memory<'_, P> {
         if plan.claimed {
             return Ok(Unshare::NeedsRelease(plan.frames));
         }
-        inner.convert(machine, guest, &mut tables, &plan, &UNSHARE)?;
+        let moves = inner.convert(machine, guest, &mut tables, &plan, &UNSHARE)?;
+        drop(inner);
+        tables.follow(machine, moves);
         Ok(Unshare::Done(plan.frames.pages()))
     }
 
@@ -125,8 +129,15 @@ impl<P: TablePool> Memory<'_, P> {
     }
 }
 
+/// From where to where pages of a realm move within its address space.
+struct Move {
+    from: IpaRange,
+    to: IpaRange,
+}
+
 impl<P: TablePool> Inner<'_, P> {
-    /// Makes a change between private and offered, which has been planned. A realm's pages move to the other view.
+    /// Makes a change between private and offered, which has been planned, in all but the guest's tables. A realm's pages have to
+    /// move to the other view then, by [`Guest::follow`], for which there are tables.
     fn convert<M: Machine>(
         &mut self,
         machine: &M,
@@ -134,26 +145,39 @@ impl<P: TablePool> Inner<'_, P> {
         tables: &mut Guest,
         plan: &Plan,
         change: &Change,
-    ) -> Result<(), GuestFailure> {
-        let Some(other) = guest.other(change.view) else {
-            self.set_state(machine, guest, tables, plan, change);
-            return Ok(());
-        };
-        let (from, to) = (guest.in_view(change.view, plan.frames), guest.in_view(other, plan.frames));
-        let needed = tables.tables_to_move(machine, from, to);
-        tables.have(needed).map_err(|reason| GuestFailure { reason, ipa: plan.frames.base() })?;
+    ) -> Result<Option<Move>, GuestFailure> {
+        let moves = guest
+            .other(change.view)
+            .map(|other| Move { from: guest.in_view(change.view, plan.frames), to: guest.in_view(other, plan.frames) });
+        if let Some(Move { from, to }) = moves {
+            tables
+                .have_to_move(machine, from, to)
+                .map_err(|reason| GuestFailure { reason, ipa: plan.frames.base() })?;
+            self.count_stage2_invalidation();
+        }
         self.set_state(machine, guest, tables, plan, change);
-        tables.for_each_part_moved(machine, from, to, &mut |tables, part, pages| {
-            let Guest { tables, spare, .. } = tables;
-            let done = tables.map(machine, &mut spare.pool(machine), part, pages.base(), Stage2Usage::Memory);
-            debug_assert_eq!(done, Ok(()));
-        });
-        self.unmap_guest(machine, tables, from);
-        Ok(())
+        Ok(moves)
     }
 }
 
 impl Guest {
+    /// Moves pages to the other view. One invalidation.
+    ///
+    /// This takes the lock of the guest alone: it is about nothing but its tables, and whatever else is done to the pages takes
+    /// this lock, too. Others need not wait until all CPUs have answered to the invalidation.
+    fn follow<M: Machine>(&mut self, machine: &M, moves: Option<Move>) {
+        let Some(Move { from, to }) = moves else { return };
+        self.for_each_part_moved(machine, from, to, &mut |guest, part, pages| {
+            let Self { tables, spare, .. } = guest;
+            let done = tables.map(machine, &mut spare.pool(machine), part, pages.base(), Stage2Usage::Memory);
+            debug_assert_eq!(done, Ok(()));
+        });
+        let Self { tables, spare, .. } = self;
+        let flush = tables.unmap(machine, &mut spare.pool(machine), from, Flush::new());
+        let flushed = tables.flush(machine, &mut spare.pool(machine), flush);
+        debug_assert!(flushed, "a page has moved");
+    }
+
     /// Calls `f` with parts of `to` and the pages that are mapped at the same place of `from`.
     fn for_each_part_moved<M: Machine>(
         &mut self,
@@ -174,7 +198,7 @@ impl Guest {
                     _ => ControlFlow::Continue(()),
                 }
             });
-            parts.into_iter().for_each(|(part, pages)| f(self, part, pages));
+            parts.iter().for_each(|&(part, pages)| f(self, part, pages));
             rest = full.break_value().and_then(|next| IpaRange::from_bounds(next.raw(), from.end()).ok());
         }
     }
@@ -186,8 +210,8 @@ impl Guest {
         self.tables.tables_to_map(machine, range, next_block, Stage2Usage::Memory)
     }
 
-    /// Returns a number of tables that is enough to map at `to` what is mapped at `from`, and to unmap it there.
-    fn tables_to_move<M: Machine>(&mut self, machine: &M, from: IpaRange, to: IpaRange) -> usize {
+    /// Makes sure that there are tables to map at `to` what is mapped at `from`, and to unmap it there.
+    fn have_to_move<M: Machine>(&mut self, machine: &M, from: IpaRange, to: IpaRange) -> Result<(), GuestReason> {
         let (mut by_leaf, mut blocks) = (0_usize, None::<IpaRange>);
         self.for_each_part_moved(machine, from, to, &mut |guest, part, pages| {
             // Pages that fill a table make a block if they lie as one.
@@ -205,10 +229,14 @@ impl Guest {
             }
         });
         by_leaf = by_leaf.saturating_add(self.tables_for_blocks(machine, blocks));
+        let to_unmap = self.tables.tables_to_unmap(machine, from, None);
+        if self.have(by_leaf.saturating_add(to_unmap)).is_ok() {
+            return Ok(());
+        }
         // Tables that neighbours have in common may have been counted more than once; as pages, there are no more than this.
         let unaligned =
             PhysAddr::from_bits_truncating(PAGE_SIZE.wrapping_add(to.base().raw() & BLOCK_SIZE.wrapping_sub(1)));
         let by_page = self.tables.tables_to_map(machine, to, unaligned, Stage2Usage::Memory);
-        by_leaf.min(by_page).saturating_add(self.tables.tables_to_unmap(machine, from, None))
+        self.have(by_leaf.min(by_page).saturating_add(to_unmap))
     }
 }
