@@ -41,7 +41,7 @@ static struct page *rv_gmem_make_usable(struct rv_gmem *gmem, pgoff_t index, boo
 	if (page && gmem->vm->kind != RV_ORDINARY &&
 	    xa_get_mark(&gmem->pages, index, RV_GMEM_GIVEN)) {
 		err = xa_get_mark(&gmem->pages, index, RV_GMEM_CLAIMED) ?
-			      0 : rv_gmem_claim(gmem, index);
+			      0 : rv_gmem_claim_ahead(gmem, index);
 		return err ? ERR_PTR(err) : page;
 	}
 	if (!rv_gmem_host_may(gmem, index))

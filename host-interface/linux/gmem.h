@@ -70,7 +70,8 @@ void rv_gmem_released(struct rv_gmem *gmem, pgoff_t first, unsigned long nr);
 void rv_gmem_returned(struct rv_gmem *gmem, pgoff_t first, unsigned long nr);
 
 /* gmem_convert.c: the lock is held for writing. */
-int rv_gmem_claim(struct rv_gmem *gmem, pgoff_t index);
+int rv_gmem_claim(struct rv_gmem *gmem, pgoff_t index, pgoff_t last);
+int rv_gmem_claim_ahead(struct rv_gmem *gmem, pgoff_t index);
 int rv_gmem_unclaim(struct rv_gmem *gmem, pgoff_t first, pgoff_t last, pgoff_t *busy);
 /* slots_lock is held, too. */
 int rv_gmem_take_back(struct rv_gmem *gmem, pgoff_t first, pgoff_t last);

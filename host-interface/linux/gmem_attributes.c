@@ -33,7 +33,7 @@ static int rv_gmem_make_shared(struct rv_gmem *gmem, pgoff_t first, pgoff_t last
 	for (page = xa_find(&gmem->pages, &index, last, RV_GMEM_GIVEN); page;
 	     page = xa_find_after(&gmem->pages, &index, last, RV_GMEM_GIVEN)) {
 		if (!xa_get_mark(&gmem->pages, index, RV_GMEM_CLAIMED) &&
-		    rv_gmem_claim(gmem, index)) {
+		    rv_gmem_claim(gmem, index, last)) {
 			*error = index;
 			return -EPERM;
 		}

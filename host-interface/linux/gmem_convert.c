@@ -58,27 +58,22 @@ static unsigned long rv_gmem_claimable(struct rv_gmem *gmem, pgoff_t index, unsi
 }
 
 /*
- * Claims pages of a slot: the first is what matters, and some behind it, which the guest may have
- * offered, too. How many is twice what it was the last time, or what it could have been.
+ * Claims up to @most pages of a slot: the first is what matters, and those behind it that the guest
+ * has offered, too. Returns how many.
  */
-static int rv_gmem_claim_slot(struct rv_slot *slot, pgoff_t index)
+static long rv_gmem_claim_run(struct rv_slot *slot, pgoff_t index, unsigned long most)
 {
-	struct rv_gmem *gmem = slot->gmem;
 	u64 gpa = rv_gmem_gpa(slot, index);
 	struct rv_result result;
 	unsigned long nr;
 	long status;
 
-	nr = min(gmem->claim_ahead + 1, rv_gmem_slot_last(slot) - index + 1);
-	nr = rv_gmem_claimable(gmem, index, nr);
+	most = min(most, rv_gmem_slot_last(slot) - index + 1);
+	nr = rv_gmem_claimable(slot->gmem, index, most);
 	status = rv_vm_hyp(slot->vm, RAVELIN_CALL_CLAIM, &result, gpa, nr);
-	if (!status) {
-		gmem->claim_ahead = max(gmem->claim_ahead, min(2 * nr, RV_BLOCK_PAGES) - 1);
-	} else if (nr > 1) {
-		/* The address of the first page that is not offered, which it still may be. */
-		nr = status == RAVELIN_STATUS_NOT_OFFERED && result.x1 > gpa ?
-			     min_t(u64, nr - 1, (result.x1 - gpa) >> PAGE_SHIFT) : 1;
-		gmem->claim_ahead = nr - 1;
+	if (status == RAVELIN_STATUS_NOT_OFFERED && result.x1 > gpa) {
+		/* The address of the first page that is not offered. */
+		nr = min_t(u64, nr, (result.x1 - gpa) >> PAGE_SHIFT);
 		status = rv_vm_hyp(slot->vm, RAVELIN_CALL_CLAIM, NULL, gpa, nr);
 	}
 	if (status && nr > 1) {
@@ -87,20 +82,43 @@ static int rv_gmem_claim_slot(struct rv_slot *slot, pgoff_t index)
 	}
 	if (status)
 		return -EFAULT;
-	rv_gmem_claimed(gmem, index, nr);
-	return 0;
+	rv_gmem_claimed(slot->gmem, index, nr);
+	return nr;
 }
 
-/* Asks for access to a page that a guest has. */
-int rv_gmem_claim(struct rv_gmem *gmem, pgoff_t index)
+static struct rv_slot *rv_gmem_slot(struct rv_gmem *gmem, pgoff_t index)
 {
 	struct rv_slot *slot;
 
 	list_for_each_entry(slot, &gmem->slots, gmem_link) {
 		if (index >= slot->gmem_index && index <= rv_gmem_slot_last(slot))
-			return rv_gmem_claim_slot(slot, index);
+			return slot;
 	}
-	return -EFAULT;
+	return NULL;
+}
+
+/* Asks for access to a page that a guest has, and perhaps to others up to @last. */
+int rv_gmem_claim(struct rv_gmem *gmem, pgoff_t index, pgoff_t last)
+{
+	struct rv_slot *slot = rv_gmem_slot(gmem, index);
+	long nr = slot ? rv_gmem_claim_run(slot, index, last - index + 1) : -EFAULT;
+
+	return min(nr, 0L);
+}
+
+/*
+ * The same for a page that is touched, and some behind it: twice as many as the last time, or as
+ * many as it were then.
+ */
+int rv_gmem_claim_ahead(struct rv_gmem *gmem, pgoff_t index)
+{
+	unsigned long most = gmem->claim_ahead + 1;
+	struct rv_slot *slot = rv_gmem_slot(gmem, index);
+	long nr = slot ? rv_gmem_claim_run(slot, index, most) : -EFAULT;
+
+	if (nr > 0)
+		gmem->claim_ahead = min(nr == most ? 2 * most : nr, RV_BLOCK_PAGES) - 1;
+	return min(nr, 0L);
 }
 
 static int rv_gmem_give(struct rv_slot *slot, const struct rv_run *run)

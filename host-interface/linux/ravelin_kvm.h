@@ -34,7 +34,7 @@
 #include "uapi_compat.h"
 
 #define RV_MAX_SLOTS	512
-#define RV_BLOCK_PAGES	512		/* of a 2 MiB block of stage 2 */
+#define RV_BLOCK_PAGES	512UL		/* of a 2 MiB block of stage 2 */
 
 struct rv_gmem;
 

@@ -49,8 +49,9 @@ fn word(at: u64, pages: u64, unshare: bool) -> u64 {
     ConversionRequest { address: at, pages, unshare }.word()
 }
 
-/// Makes a page the ring of a vCPU.
+/// Makes a page the ring of a vCPU, in which nothing is posted.
 fn attach(guest: &mut Guest<'_>, at: u64) -> Outcome {
+    guest.store(at, 0)?;
     check_eq!(guest.call(&[MEM_RING, at, 1, 0])?[0], 0, "MEM_RING");
     Ok(())
 }
