@@ -281,6 +281,43 @@ fn a_pkvm_guest_from_the_cradle_to_the_grave() {
 }
 
 #[test]
+fn a_ring_and_what_it_converts() {
+    in_world(|world| {
+        let World { memory, vms } = world;
+        let handle = world.create(VmKind::Pkvm, 8);
+        world.map(handle, GUEST, pages(PAYLOAD, 8)).unwrap();
+        world.seal(handle);
+        vms.with_guest(handle, |guest| {
+            let guest = guest.memory();
+            let ring = Ipa::new(GUEST).unwrap();
+            assert_eq!(memory.pin_page(guest, ring), Ok(PhysAddr::new(PAYLOAD).unwrap()));
+            assert_eq!(memory.pin_page(guest, ring), Err(GuestFailure::Refused));
+            let absent = Ipa::new(GUEST + 8 * PAGE_SIZE).unwrap();
+            assert_eq!(memory.pin_page(guest, absent), Err(GuestFailure::Absent(absent)));
+            let wanted = |share, released| {
+                let conversion = |first| {
+                    let range = frames(GUEST + first * PAGE_SIZE, 2);
+                    Some(Conversion { range, share, released })
+                };
+                [conversion(0), conversion(1), conversion(5)]
+            };
+            // The first has the ring in it.
+            let done = Batch { seen: 3, done: 0b110, claimed: 0 };
+            assert_eq!(memory.convert(guest, &mut wanted(true, false).into_iter()), done);
+            memory.claim(guest, frames(GUEST + 5 * PAGE_SIZE, 1)).unwrap();
+            let waits = Batch { seen: 3, done: 0b010, claimed: 0b100 };
+            assert_eq!(memory.convert(guest, &mut wanted(false, false).into_iter()), waits);
+            let released = Batch { seen: 3, done: 0b100, claimed: 0 };
+            assert_eq!(memory.convert(guest, &mut wanted(false, true).into_iter()), released);
+            memory.unpin_page(guest, ring);
+            assert_eq!(memory.share(guest, IpaRange::single(ring)), Ok(1));
+        })
+        .unwrap();
+        world.end(handle, VmKind::Pkvm);
+    });
+}
+
+#[test]
 fn a_realm_there_and_back() {
     const SET: u64 = 0xc400_0197;
     in_world(|world| {
