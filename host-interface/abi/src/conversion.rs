@@ -31,6 +31,14 @@ pub const RING_ENTRIES: usize = 1024;
 /// Offset in a ring: their results, in the same order: 0 or -3. The hypervisor's.
 pub const RING_RESULTS: usize = 2048;
 
+// The parts of a ring do not touch.
+const _: () = {
+    const LIST: usize = 8 * MAX_CONVERSIONS;
+    assert!(RING_POSTED + 8 <= RING_DONE && RING_DONE + 8 <= RING_ENTRIES);
+    assert!(RING_ENTRIES + LIST <= RING_RESULTS && RING_RESULTS + LIST <= 4096);
+    assert!(MAX_CONVERSION_PAGES.is_power_of_two());
+};
+
 /// What a guest wants of some of its pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConversionRequest {
@@ -92,13 +100,5 @@ mod tests {
         for word in [1 << 10, 1 << 11, 0x8000_1c00] {
             assert_eq!(ConversionRequest::from_word(word), None, "{word:#x}");
         }
-    }
-
-    #[test]
-    fn the_parts_of_a_ring_do_not_touch() {
-        let bytes = 8 * MAX_CONVERSIONS;
-        assert!(RING_POSTED + 8 <= RING_DONE && RING_DONE + 8 <= RING_ENTRIES);
-        assert!(RING_ENTRIES + bytes <= RING_RESULTS && (RING_RESULTS + bytes) as u64 <= PAGE_SIZE);
-        assert!(MAX_CONVERSION_PAGES.is_power_of_two());
     }
 }

@@ -325,7 +325,7 @@ fn a_vcpu_that_starts_anew_has_no_ring() {
     // It is turned on by another one, which was on before.
     let power = |world: &World| world.vms.run(world.handle, 1, |vm, _| Ok(vm.power(0).unwrap().is_on())).unwrap();
     assert!(!power(&world));
-    world.vms.run(world.handle, 1, |vm, _| Ok(vm.power(0).unwrap().turn_on(GUEST, 5).unwrap())).unwrap();
+    world.vms.run(world.handle, 1, |vm, _| Ok(vm.power(0).unwrap().turn_on(GUEST, 5))).unwrap().unwrap();
     world.goes_on();
     assert_eq!(world.look(RING_PAGE), GuestPage::Private);
     assert_eq!(world.memory.owner_of(RING), Owner::Guest { slot: 0, frame: GUEST >> 12, state: GuestState::Private });
