@@ -154,8 +154,13 @@ pub(super) fn plots(rows: &Rows) -> Vec<(&'static str, Plot)> {
         crossovers: true,
     };
     let instructions = |load: &str| {
-        let names =
-            [("bounce", "bounce buffer"), ("map", "mmap, munmap"), ("stand", "standing mapping"), ("ring", "ring")];
+        let names = [
+            ("bounce", "bounce buffer"),
+            ("map", "mmap, munmap"),
+            ("stand", "standing mapping"),
+            ("ring", "ring"),
+            ("read", "ring, and read"),
+        ];
         names
             .map(|(scheme, name)| {
                 let row = format!("scheme.{scheme}-{load}");
@@ -181,7 +186,7 @@ pub(super) fn plots(rows: &Rows) -> Vec<(&'static str, Plot)> {
                 let low = line(&format!("{name}, low"), &row, &|columns| Some(core.cycles(columns).0)).dashed();
                 [line(&format!("{name}, high"), &row, &|columns| Some(core.cycles(columns).1)), low]
             };
-            let series = [ends("bounce", "bounce buffer"), ends("ring", "ring")].concat();
+            let series = [ends("bounce", "bounce buffer"), ends("read", "ring, and read")].concat();
             plots.push((file, Plot { crossovers: false, ..plot(title, "cycles of a transfer", series) }));
         }
     }
@@ -245,7 +250,7 @@ mod tests {
             row("scheme.ring-1-aligned.4096", 600.0),
         ]);
         let (name, plot) = &plots(&rows)[0];
-        assert_eq!((*name, plot.series.len()), ("schemes-1", 4));
+        assert_eq!((*name, plot.series.len()), ("schemes-1", 5));
         assert_eq!(plot.series[0].points, [(512.0, 100.0), (4096.0, 1000.0)]);
         assert_eq!(plot.series[3].points, [(512.0, 500.0), (4096.0, 600.0)]);
     }

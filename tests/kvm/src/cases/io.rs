@@ -1,5 +1,6 @@
-//! Output of a protected guest in four ways: it copies to a buffer that it shares for good, it shares its data where it is and takes
-//! it back by calls while the VMM maps it for each transfer or for good, or it posts both in its ring.
+//! Output of a protected guest in five ways: it copies to a buffer that it shares for good, it shares its data where it is and takes
+//! it back by calls while the VMM maps it for each transfer or for good, or it posts both in its ring,
+//! and the VMM maps or reads it.
 //!
 //! The guest rings the bell of a device for so many transfers at once, and the VMM copies what they are about to its disk. Between
 //! marks that QEMU's counter sees, elsewhere NOPs. A line `bench io.SCHEME.SIZE.TRANSFERS.ALIGNMENT ROUNDS` names each measurement.
@@ -7,6 +8,7 @@
 use std::os::fd::AsFd;
 
 use nix::sys::mman::MapFlags;
+use nix::sys::uio::pread;
 use ravelin_abi::{ConversionRequest, MAX_CONVERSION_PAGES, MAX_CONVERSIONS};
 use ravelin_guest::{DEVICE, pattern};
 
@@ -121,9 +123,11 @@ enum Scheme {
     Stand,
     /// In place, by the ring; mapped for good.
     Ring,
+    /// In place, by the ring; the VMM maps nothing, and reads from the file.
+    Read,
 }
 
-const SCHEMES: [Scheme; 4] = [Scheme::Bounce, Scheme::Map, Scheme::Stand, Scheme::Ring];
+const SCHEMES: [Scheme; 5] = [Scheme::Bounce, Scheme::Map, Scheme::Stand, Scheme::Ring, Scheme::Read];
 
 /// Transfers at once.
 #[derive(Clone, Copy, Debug)]
@@ -228,7 +232,7 @@ impl Load {
     fn run(&self, machine: &Machine, guest: &mut Guest<'_>, disk: &mut [u8]) -> Outcome {
         let halves = [self.write(machine, 0)?, self.write(machine, 1)?];
         let plan = MEMORY + PLANS as u64;
-        let ring = if self.scheme == Scheme::Ring { MEMORY + RING as u64 } else { 0 };
+        let ring = if matches!(self.scheme, Scheme::Ring | Scheme::Read) { MEMORY + RING as u64 } else { 0 };
         if ring != 0 {
             guest.run(clear(), &[ring])?;
             check_eq!(guest.call(&[MEM_RING, ring, 1, 0])?[0], 0, "MEM_RING");
@@ -268,6 +272,9 @@ impl Load {
                 let length = span.size.next_multiple_of(PAGE);
                 let mapping = Mapping::new(memory.file()?.as_fd(), span.offset, length, MapFlags::MAP_SHARED);
                 copy(&works("mmap", mapping)?, 0, target);
+            } else if self.scheme == Scheme::Read && span.offset >= DATA {
+                let length = target.len();
+                check_eq!(pread(memory.file()?, target, i64::try_from(span.offset)?), Ok(length), "pread");
             } else {
                 copy(&memory.mapping, span.offset, target);
             }
