@@ -8,7 +8,6 @@ use super::event::Event;
 use super::profile::{Executed, Functions};
 use super::report::{Report, digits};
 use super::{Bench, USUAL_MEMORY};
-use crate::qemu::Outcome;
 
 /// The payload's test.
 const TEST: &str = "bench.contention";
@@ -61,11 +60,10 @@ impl Bench {
         let mut options = self.payload_options(USUAL_MEMORY, TEST);
         (options.smp, options.icount, options.one_insn_per_tb) = (Some(cpus), true, true);
         let functions = Functions::of(&options)?;
-        let (console, events) = self.run(&options, &format!(",profile=on,turns={TURN}"), Outcome::Ended(0))?;
+        let (console, events) = self.run_payload(&options, &format!(",profile=on,turns={TURN}"))?;
         let names: Vec<_> = console.lines().filter_map(|line| line.trim().strip_prefix("bench ")).collect();
         let marks: Vec<_> = events.windows(2).filter(|pair| pair[1].get("number") == 1).collect();
-        let passed = console.contains(" 0 failed");
-        ensure!(passed && names.len() == marks.len(), "{} measurements; the console:\n{console}", marks.len());
+        ensure!(names.len() == marks.len(), "{} measurements; the console:\n{console}", marks.len());
         names
             .into_iter()
             .zip(marks)

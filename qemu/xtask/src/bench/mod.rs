@@ -251,9 +251,16 @@ impl Bench {
         }
     }
 
+    /// Runs a test of the payload, which must pass: a machine ends in the same way if it does not.
+    fn run_payload(&self, options: &run::Options, plugin_option: &str) -> Result<(String, Vec<Event>)> {
+        let (console, events) = self.run(options, plugin_option, Outcome::Ended(0))?;
+        ensure!(console.contains(" 0 failed"), "the test has failed; the console:\n{console}");
+        Ok((console, events))
+    }
+
     /// Runs a test of the payload in that many MiB of RAM.
     fn payload(&self, memory: u64, test: &str) -> Result<PayloadRun> {
-        let (console, events) = self.run(&self.payload_options(memory, test), "", Outcome::Ended(0))?;
+        let (console, events) = self.run_payload(&self.payload_options(memory, test), "")?;
         let words = |line: &str, first: &str| -> Option<Vec<String>> {
             Some(line.trim().strip_prefix(first)?.strip_prefix(' ')?.split(' ').map(str::to_owned).collect())
         };
