@@ -5,9 +5,9 @@ use ravelin_pgtable::{Machine, MapError, Stage2Usage, TablePool};
 
 use crate::memory::{Inner, Memory};
 
-/// Pages that are looked at around one that is missing in a last-level table, as a power of two: the others were mapped when
-/// the table was made, if they are the host's since then.
-const NEIGHBOURHOOD: u64 = 64;
+/// How much is looked at around a page that is missing in a last-level table, in bytes, a power of two: the rest was mapped
+/// when the table was made, if it has been the host's since then.
+const NEIGHBOURHOOD: u64 = 64 * PAGE_SIZE;
 
 /// What to do after a translation fault of the host at stage 2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,12 +61,10 @@ impl<P: TablePool> Inner<'_, P> {
     /// the walk came upon an invalid one; without such a block, every page of its last-level table, or of the neighbourhood if
     /// there is such a table.
     fn fill<M: Machine>(&mut self, machine: &M, ipa: Ipa, ended: Level, usage: Stage2Usage) -> Result<(), MapError> {
-        let around = |level: Level| {
-            let base = ipa.align_down(level.size()).raw();
-            PhysRange::new(base, level.size() / PAGE_SIZE).map_err(|_| MapError::OutOfRange)
-        };
+        let around =
+            |size: u64| PhysRange::new(ipa.align_down(size).raw(), size / PAGE_SIZE).map_err(|_| MapError::OutOfRange);
         for level in [Level::L1, Level::L2] {
-            let range = around(level)?;
+            let range = around(level.size())?;
             if level >= ended
                 && range.end() <= self.host.geometry().end()
                 && self.table.is_uniform_for_host(range, usage)
@@ -74,8 +72,7 @@ impl<P: TablePool> Inner<'_, P> {
                 return self.host.map(machine, &mut self.pool, range.identity_ipa(), range.base(), usage);
             }
         }
-        let size = if ended == Level::L3 { NEIGHBOURHOOD * PAGE_SIZE } else { Level::L2.size() };
-        let range = PhysRange::new(ipa.align_down(size).raw(), size / PAGE_SIZE).map_err(|_| MapError::OutOfRange)?;
+        let range = around(if ended == Level::L3 { NEIGHBOURHOOD } else { Level::L2.size() })?;
         let mut result = Ok(());
         let Self { table, host, pool, .. } = self;
         table.host_runs(range, &mut |run, usage| {

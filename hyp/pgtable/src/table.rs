@@ -296,8 +296,8 @@ impl<R: Regime> PageTable<R> {
     }
 
     /// Calls `f` in ascending order with parts of `range` and what is there, until `f` breaks. A part is what one descriptor
-    /// translates, or pages that follow each other, or frames without pages that do, as far as one table goes. A part without any table costs one call, however
-    /// large it is.
+    /// translates, or pages that follow each other, or frames without pages that do, as far as one table goes. A part without
+    /// any table costs one call, however large it is.
     pub fn visit<M: Machine, B>(
         &self,
         machine: &M,
