@@ -308,24 +308,14 @@ impl<P: TablePool> Inner<'_, P> {
         if needed == 0 {
             return Ok(());
         }
-        if self.make_room(machine, needed) {
-            Ok(())
-        } else {
-            Err(Failure { reason: Reason::NoMemory, page: range.base() })
-        }
-    }
-
-    /// Makes sure that the pool has so many tables, apart from those kept for the host. Returns whether it has.
-    pub(crate) fn make_room<M: Machine>(&mut self, machine: &M, needed: usize) -> bool {
-        let available = self.pool.available();
         // The host's own tables count as left to it: it can be made to build them anew.
         if needed.saturating_add(HOST_RESERVE) > available.saturating_add(self.host.tables()) {
-            return false;
+            return Err(Failure { reason: Reason::NoMemory, page: range.base() });
         }
         if needed > available {
             self.evict_host(machine);
         }
-        true
+        Ok(())
     }
 
     /// Does to the EL2 stage 1 what `step` asks for.

@@ -24,7 +24,7 @@ use crate::{
 use look::{Content, Place};
 
 pub use look::GuestPage;
-pub use ring::{Batch, Conversion, MAX_BATCH, MAX_CONVERSION_PAGES};
+pub use ring::{Batch, Conversion, MAX_BATCH};
 pub use share::Unshare;
 
 /// What one call does at most. A step is a page, or a block of 2 MiB where the call covers one as a whole. Where pages are

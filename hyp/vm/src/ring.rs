@@ -7,11 +7,11 @@
 use core::mem::offset_of;
 
 use ravelin_abi::{
-    ConversionRequest, MAX_CONVERSIONS, RING_DONE, RING_ENTRIES, RING_POSTED, RING_RESULTS, RUN_QUIET_SHARES, RunEntry,
-    RunPage,
+    ConversionRequest, MAX_CONVERSION_PAGES, MAX_CONVERSIONS, RING_DONE, RING_ENTRIES, RING_POSTED, RING_RESULTS,
+    RUN_QUIET_SHARES, RunEntry, RunPage,
 };
 use ravelin_memory::{Ipa, PhysAddr};
-use ravelin_ownership::{Batch, Conversion, MAX_BATCH};
+use ravelin_ownership::{Batch, Conversion, MAX_BATCH, MAX_STEPS};
 
 use crate::{
     GuestCpu, GuestFailure, PageAccess, Transitions,
@@ -19,7 +19,8 @@ use crate::{
     guest_call::{INVALID_PARAMETER, SUCCESS},
 };
 
-const _: () = assert!(MAX_CONVERSIONS == MAX_BATCH && MAX_CONVERSIONS == 64);
+// A bit of a word for each, and none is done in part.
+const _: () = assert!(MAX_CONVERSIONS == MAX_BATCH && MAX_CONVERSIONS == 64 && MAX_CONVERSION_PAGES <= MAX_STEPS);
 
 /// What a guest calls for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -166,17 +167,17 @@ impl Ring {
             let left = bits(&self.words).filter(|&(_, bit, _)| waiting & bit != 0).map(|(index, bit, &word)| {
                 let record = (told & bit.wrapping_sub(1)).count_ones();
                 let consents = released.checked_shr(record).is_some_and(|released| released & 1 != 0);
-                (index, conversion(guest, word, consents))
+                (index, bit, conversion(guest, word, consents))
             });
-            let batch = transitions.convert(&guest.memory, &mut left.clone().map(|(_, wanted)| wanted));
+            let batch = transitions.convert(&guest.memory, &mut left.clone().map(|(_, _, wanted)| wanted));
             if batch.seen == 0 {
                 break;
             }
-            for ((_, bit, _), (index, _)) in bits(&self.words).zip(left.clone()).take(batch.seen) {
+            for ((_, bit, _), (index, own, _)) in bits(&self.words).zip(left.clone()).take(batch.seen) {
                 write(cpu, page, RING_RESULTS, self.done.wrapping_add(index), result(batch.done & bit));
-                self.waiting &= !(1_u64.checked_shl(u32::try_from(index).unwrap_or(0)).unwrap_or(0));
+                self.waiting &= !own;
             }
-            let all = bits(&self.words).zip(left).map(|((_, bit, _), (_, wanted))| (bit, wanted));
+            let all = bits(&self.words).zip(left).map(|((_, bit, _), (.., wanted))| (bit, wanted));
             note(transitions, cpu, guest, all, batch);
         }
         self.waiting = 0;

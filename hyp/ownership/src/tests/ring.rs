@@ -9,10 +9,7 @@ use super::{
     },
     *,
 };
-use crate::{
-    Batch, Conversion, GuestFailure, GuestKind, GuestMemory, GuestPage, GuestReason, MAX_BATCH, MAX_CONVERSION_PAGES,
-    MAX_STEPS,
-};
+use crate::{Batch, Conversion, GuestFailure, GuestKind, GuestMemory, GuestPage, GuestReason, MAX_BATCH, MAX_STEPS};
 
 /// Where the pages of the guest are.
 const PAGES: u64 = GIB + 5 * PAGE;
@@ -104,7 +101,7 @@ fn what_is_wrong_in_a_batch_changes_nothing_and_stops_nothing() {
             share(COUNT - 1, 2),
             // It is private.
             unshare(5, 1, true),
-            share(2, MAX_CONVERSION_PAGES + 1),
+            share(2, MAX_STEPS + 1),
             Some(Conversion { range: IpaRange::new(guest.end() - PAGE, 1).unwrap(), share: true, released: true }),
             share(1, 1),
         ];
@@ -212,7 +209,7 @@ fn pinned_pages_come_back_scrubbed_with_the_others() {
 fn a_pin_leaves_the_tables_that_the_host_needs() {
     // The pins take tables of their own, in two regions.
     let pinned = [3, 4, 6].map(|spare| {
-        let layout = Layout { tables: HOST_RESERVE as u64 + spare, ..small() };
+        let layout = Layout { tables: 2 * HOST_RESERVE as u64 + spare, ..small() };
         let mut store = Store::for_ram(&layout.ram);
         let rig = Rig::new(&layout, &mut store);
         let guest = rig.guest(3, GuestKind::Pkvm, 12);
@@ -227,7 +224,7 @@ fn a_pin_leaves_the_tables_that_the_host_needs() {
                     assert_eq!(rig.everything(), before);
                 }
                 rig.check_guest(&guest);
-                assert!(rig.memory.counts().free_tables + rig.memory.counts().host_tables >= HOST_RESERVE);
+                assert!(rig.memory.counts().free_tables + rig.memory.counts().host_tables >= 2 * HOST_RESERVE);
                 pinned.is_ok()
             })
             .count()

@@ -8,14 +8,15 @@ use super::{
     share::{SHARE, UNSHARE},
 };
 use crate::{
+    HOST_RESERVE,
     entry::State,
     guest::{GuestKind, GuestMemory, View},
     memory::{Inner, Memory},
     reason::{GuestFailure, GuestReason},
 };
 
-/// The most pages of a conversion in a batch, so that none is done in part: what one call does at most.
-pub const MAX_CONVERSION_PAGES: u64 = MAX_STEPS;
+/// Translation tables that pages which guests pin leave to all else: those of the host, and as many for its calls.
+const KEPT_FROM_GUESTS: usize = 2 * HOST_RESERVE;
 
 /// The most conversions in a batch.
 pub const MAX_BATCH: usize = 64;
@@ -27,7 +28,7 @@ const UNPIN: Change = Change { from: &[State::GUEST_PINNED], to: State::GUEST_OW
 /// What a guest wants of some of its pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Conversion {
-    /// The pages: at most [`MAX_CONVERSION_PAGES`].
+    /// The pages: at most [`MAX_STEPS`], so that none is done in part.
     pub range: IpaRange,
     /// Whether they are to be offered to the host. If not, they are to be the guest's alone again.
     pub share: bool,
@@ -66,7 +67,7 @@ impl<P: TablePool> Memory<'_, P> {
         let (mut flush, mut left) = (Flush::new(), MAX_STEPS);
         let bits = (0..MAX_BATCH).filter_map(|bit| 1_u64.checked_shl(u32::try_from(bit).ok()?));
         for (bit, conversion) in bits.zip(conversions) {
-            let wanted = conversion.filter(|wanted| wanted.range.pages() <= MAX_CONVERSION_PAGES);
+            let wanted = conversion.filter(|wanted| wanted.range.pages() <= MAX_STEPS);
             if let Some(Conversion { range, share, released }) = wanted {
                 let change = if share { &SHARE } else { &UNSHARE };
                 let plan = inner.plan(machine, guest, &tables, range, change);
@@ -106,7 +107,9 @@ impl<P: TablePool> Memory<'_, P> {
         let failure = |reason| GuestFailure { reason, ipa: page };
         let Some(pages) = plan.row else { return Err(failure(GuestReason::Denied)) };
         let needed = inner.el2.tables_to_map(machine, pages.identity_va(), pages.base(), El2Usage::Data);
-        if !inner.make_room(machine, needed) {
+        let (free, evictable) = (inner.pool.available(), inner.host.tables());
+        // No guest drops the host's mappings, nor takes what the host's own calls may need.
+        if needed > free || needed.saturating_add(KEPT_FROM_GUESTS) > free.saturating_add(evictable) {
             return Err(failure(GuestReason::NoMemory));
         }
         let Inner { el2, pool, .. } = &mut *inner;
