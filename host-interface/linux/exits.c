@@ -178,7 +178,7 @@ static bool rv_wants_conversions(struct rv_vm *vm)
  * One conversion of a ring that takes pages back. Whether the hypervisor may end the claims on
  * them.
  */
-static bool rv_let_go(struct rv_vm *vm, u64 gpa, u64 pages)
+static bool rv_let_go(struct rv_vm *vm, u64 gpa, u64 pages, unsigned long deadline)
 {
 	u64 end = gpa + (pages << PAGE_SHIFT);
 	struct rv_slot *slot;
@@ -190,26 +190,29 @@ static bool rv_let_go(struct rv_vm *vm, u64 gpa, u64 pages)
 	down_read(&vm->slots_lock);
 	slot = rv_slot_find(vm, gpa);
 	if (slot && end <= slot->gpa + ((u64)rv_slot_pages(slot) << PAGE_SHIFT))
-		done = !rv_gmem_let_go(slot, gpa >> PAGE_SHIFT, pages);
+		done = !rv_gmem_let_go(slot, gpa >> PAGE_SHIFT, pages, deadline);
 	up_read(&vm->slots_lock);
 	return done;
 }
 
 /*
  * What the guest's ring has had done comes with any exit. A share needs nothing: the first access
- * to a page claims it. What the guest takes back has not happened yet.
+ * to a page claims it. What the guest takes back has not happened yet. References are waited for as
+ * long as for one conversion, however many there are: the VMM wants its thread back.
  */
 static void rv_handle_conversions(struct rv_vcpu *vcpu)
 {
 	struct ravelin_run_entry *entry = vcpu->el2 + RAVELIN_RUN_ENTRY;
 	const u64 *words = vcpu->el2 + RAVELIN_RUN_CONVERSIONS;
+	unsigned long deadline = jiffies + RV_GMEM_PATIENCE;
 	u64 released = 0, n;
 
 	for (n = 0; n < rv_exit(vcpu)->conversions; n++) {
 		u64 gpa = words[n] & RAVELIN_CONVERSION_ADDRESS;
 		u64 pages = (words[n] & RAVELIN_CONVERSION_PAGES) + 1;
 
-		if (words[n] & RAVELIN_CONVERSION_UNSHARE && rv_let_go(vcpu->vm, gpa, pages))
+		if (words[n] & RAVELIN_CONVERSION_UNSHARE &&
+		    rv_let_go(vcpu->vm, gpa, pages, deadline))
 			released |= BIT_ULL(n);
 	}
 	entry->released = released;

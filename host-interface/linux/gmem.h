@@ -9,7 +9,6 @@
 #define RV_GMEM_H
 
 #include <linux/fs.h>
-#include <linux/jiffies.h>
 #include <linux/list.h>
 #include <linux/maple_tree.h>
 #include <linux/mm.h>
@@ -30,9 +29,6 @@ struct rv_vm;
 #define RV_GMEM_GIVEN	XA_MARK_0
 #define RV_GMEM_CLAIMED	XA_MARK_1
 #define RV_GMEM_TOUCHED	XA_MARK_2
-
-/* How long to wait for references that are about to go, such as those of a copy. */
-#define RV_GMEM_PATIENCE msecs_to_jiffies(100)
 
 struct rv_gmem {
 	struct rv_vm *vm;

@@ -296,9 +296,8 @@ int rv_gmem_unshare(struct rv_slot *slot, u64 gfn, u64 pages)
  * Forgets claims that the hypervisor ends when the vCPU runs next, many at once. Until then the
  * pages are claimed and we do not know it: who touches one gets SIGBUS, as ever after.
  */
-int rv_gmem_let_go(struct rv_slot *slot, u64 gfn, u64 pages)
+int rv_gmem_let_go(struct rv_slot *slot, u64 gfn, u64 pages, unsigned long deadline)
 {
-	unsigned long deadline = jiffies + RV_GMEM_PATIENCE;
 	struct rv_gmem *gmem = slot->gmem;
 	pgoff_t first, last, busy;
 	struct rv_run run;

@@ -16,6 +16,7 @@
 #define RAVELIN_KVM_H
 
 #include <linux/hrtimer.h>
+#include <linux/jiffies.h>
 #include <linux/kref.h>
 #include <linux/list.h>
 #include <linux/maple_tree.h>
@@ -35,6 +36,9 @@
 
 #define RV_MAX_SLOTS	512
 #define RV_BLOCK_PAGES	512UL		/* of a 2 MiB block of stage 2 */
+
+/* How long to wait for references that are about to go, such as those of a copy. */
+#define RV_GMEM_PATIENCE msecs_to_jiffies(100)
 
 struct rv_gmem;
 
@@ -275,7 +279,7 @@ int rv_gmem_populate(struct rv_slot *slot);
 int rv_gmem_fault(struct rv_slot *slot, u64 gfn);
 /* The guest takes pages back. -EBUSY if one stays pinned. */
 int rv_gmem_unshare(struct rv_slot *slot, u64 gfn, u64 pages);
-int rv_gmem_let_go(struct rv_slot *slot, u64 gfn, u64 pages);
+int rv_gmem_let_go(struct rv_slot *slot, u64 gfn, u64 pages, unsigned long deadline);
 void rv_gmem_relinquished(struct rv_slot *slot, u64 gfn, u64 pages);
 /* After the teardown of the VM: all pages of the slot are the host's. slots_lock is held. */
 void rv_gmem_reclaim(struct rv_slot *slot);
