@@ -16,6 +16,9 @@ use crate::memory::PAGE;
 
 pub(crate) use ravelin_guest::snippets;
 
+/// The call that makes a page a ring.
+const MEM_RING: u64 = 0xc600_0038;
+
 snippets! {
     /// Loads a word: x0 = address. Returns it.
     load: "ldr x0, [x0]";
@@ -28,6 +31,9 @@ snippets! {
 
     /// Calls the hypervisor with x0 to x7 by SMC.
     smc: "smc #0";
+
+    /// Clears the page at x0.
+    clear: "mov x1, #4096", "4: stp xzr, xzr, [x0], #16", "subs x1, x1, #16", "b.ne 4b";
 
     /// Never ends.
     spin: "4: b 4b";
@@ -239,6 +245,21 @@ impl<'a> Guest<'a> {
     /// Stores a word.
     pub(crate) fn store(&mut self, address: u64, value: u64) -> Outcome {
         self.run(store(), &[address, value]).map(drop)
+    }
+
+    /// Makes a page the ring of the vCPU, in which nothing is posted.
+    pub(crate) fn attach_ring(&mut self, at: u64) -> Outcome {
+        self.run(clear(), &[at])?;
+        let [status, ..] = self.call(&[MEM_RING, at, 1, 0])?;
+        ensure!(status == 0, "MEM_RING of {at:#x}: {status:#x}");
+        Ok(())
+    }
+
+    /// Makes its ring an ordinary page again.
+    pub(crate) fn detach_ring(&mut self, at: u64) -> Outcome {
+        let [status, ..] = self.call(&[MEM_RING, at, 0, 0])?;
+        ensure!(status == 0, "MEM_RING of {at:#x}, no more: {status:#x}");
+        Ok(())
     }
 
     /// Fills pages with the pattern of `key` and `seed`.

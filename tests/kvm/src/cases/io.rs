@@ -50,8 +50,6 @@ const SEGMENTS: usize = 0x4000;
 /// Distance of an unaligned buffer from its page.
 const UNALIGNED: usize = 512;
 
-const MEM_RING: u64 = 0xc600_0038;
-
 snippets! {
     /// Carries out plans: x0 = address of the first one, x1 = that of the other one, x2 = how often both, x3 = the bell, x4 = the ring
     /// or 0 for calls. A plan has: number of pieces, their address, number of segments, their address, whether they have more pages
@@ -102,9 +100,6 @@ snippets! {
         "hvc #0",
         "31: hint #0x41",
         "mov x0, x28";
-
-    /// Clears the page at x0.
-    clear: "mov x1, #4096", "4: stp xzr, xzr, [x0], #16", "subs x1, x1, #16", "b.ne 4b";
 
     /// Returns what the ring at x0 says: posted, done, and all results ored.
     ring_state:
@@ -234,8 +229,7 @@ impl Load {
         let plan = MEMORY + PLANS as u64;
         let ring = if matches!(self.scheme, Scheme::Ring | Scheme::Read) { MEMORY + RING as u64 } else { 0 };
         if ring != 0 {
-            guest.run(clear(), &[ring])?;
-            check_eq!(guest.call(&[MEM_RING, ring, 1, 0])?[0], 0, "MEM_RING");
+            guest.attach_ring(ring)?;
         }
         guest.begin_code(transfer(), &[plan, plan + PLAN_SIZE as u64, self.rounds, BELL, ring])?;
         let mut rung = 0;
@@ -256,7 +250,7 @@ impl Load {
             let [posted, done, results, ..] = guest.run(ring_state(), &[ring])?;
             let conversions = 4 * self.rounds * halves[0].segments.len() as u64;
             check_eq!([posted, done, results], [conversions, conversions, 0], "{self:?}: the ring");
-            check_eq!(guest.call(&[MEM_RING, ring, 0, 0])?[0], 0, "MEM_RING");
+            guest.detach_ring(ring)?;
         }
         self.check(disk, 1)
     }

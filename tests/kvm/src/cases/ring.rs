@@ -28,7 +28,6 @@ const RING: u64 = MEMORY + PAGES * P;
 /// A device that the case plays.
 const BELL: u64 = DEVICE + P;
 
-const MEM_RING: u64 = 0xc600_0038;
 const REFUSED: u64 = u64::MAX - 2;
 
 snippets! {
@@ -39,9 +38,6 @@ snippets! {
         "add x9, x9, #1", "add x1, x1, #4096",
         "subs x2, x2, #1", "b.ne 4b",
         "stlr x9, [x0]", "str x9, [x3]";
-
-    /// Clears the page at x0.
-    clear: "mov x1, #4096", "4: stp xzr, xzr, [x0], #16", "subs x1, x1, #16", "b.ne 4b";
 }
 
 /// Lets the guest post a conversion for each page. It is at the bell then.
@@ -68,8 +64,7 @@ fn results(guest: &mut Guest<'_>, done: u64, expected: [u64; PAGES as usize]) ->
 fn shared(machine: &Machine) -> Outcome<Guest<'_>> {
     let mut guest = machine.boot()?;
     guest.fill(MEMORY, PAGES, 0, 9)?;
-    guest.run(clear(), &[RING])?;
-    check_eq!(guest.call(&[MEM_RING, RING, 1, 0])?[0], 0, "MEM_RING");
+    guest.attach_ring(RING)?;
     machine.memory.mapping.check_bus_error(0)?;
     post(&mut guest, false)?;
     // The exit that is the bell has shared them already.
