@@ -4,10 +4,11 @@
 //! in program order. The image gives places in the stream under one lock. That the order of the stream is the order of the
 //! events, as far as any event depends on another, is for these reasons:
 //!
-//! * Table pages and what they hold belong to one lock at a time, that of `Memory` or of a guest. A record *lock* comes after
+//! * Table pages and what they hold belong to one lock at a time, that of a region of `Memory` or of a guest. A record *lock* comes after
 //!   its acquisition, *unlock* before its release, all that is done in between lies between the two, and what the next holder
 //!   does lies behind. So the stores to, and the maintenance of, one tree are in the order in which they happen.
-//! * A page goes from one tree to another through the pool, a list of spare pages, or the host, with the lock held.
+//! * A page goes from one tree or region to another through the pool, a list of spare pages, or the host: it is recorded as free before
+//!   it gets there.
 //! * Registers are a CPU's own, and so are barriers.
 //!
 //! Records of different CPUs that none of this relates may be in either order, and then so may be the events.
@@ -122,12 +123,16 @@ pub(crate) fn init(table: PhysAddr) {
 
 /// Records a hint of the page tables'.
 pub(crate) fn hint(hint: pgtable::Hint) {
-    use pgtable::Hint::{Free, Lock, Owner, Release, RootLock, Unlock};
+    use pgtable::Hint::{Free, Lock, Owner, RegionLock, Release, RootLock, Unlock};
     let about = |kind, location: PhysAddr, value| Record::Hint { kind, location: location.raw(), value };
     record(match hint {
         Lock(lock) => Record::Lock(lock.raw()),
         Unlock(lock) => Record::Unlock(lock.raw()),
         RootLock { root, lock } => about(Hint::SetRootLock, root, lock.raw()),
+        // The size is a power of two, so its logarithm fits below the address.
+        RegionLock { lock, base, size } => {
+            about(Hint::SetRegionLock, lock, base.raw() | u64::from(size.trailing_zeros()))
+        }
         Owner { table, root } => about(Hint::SetOwnerRoot, table, root.raw()),
         pgtable::Hint::Overwrite(table) => Record::MemInit { address: table.raw(), size: PAGE_SIZE },
         Free(table) => Record::MemFree { address: table.raw(), size: PAGE_SIZE },

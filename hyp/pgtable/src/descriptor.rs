@@ -9,6 +9,8 @@ const ADDRESS: u64 = (1 << 48) - PAGE_SIZE;
 /// Bits 11 to 2 of a table descriptor, which walkers ignore: how many entries of that table are in use.
 const ENTRIES_SHIFT: u32 = 2;
 const ENTRIES: u64 = 0x3ff << ENTRIES_SHIFT;
+/// Bit 55 of a table descriptor, which walkers ignore: the table stays when it is empty, and not all of its entries are counted.
+const KEPT: u64 = 1 << 55;
 /// Set in an invalid descriptor that is neither empty nor pending: nothing may be mapped there any more.
 const POISON: u64 = 1 << 2;
 
@@ -85,6 +87,18 @@ impl Descriptor {
         Self((self.0 & !ENTRIES) | (entries << ENTRIES_SHIFT))
     }
 
+    /// Returns this descriptor of a table that is to stay when it is empty.
+    #[must_use]
+    pub const fn kept(self) -> Self {
+        Self(self.0 | KEPT)
+    }
+
+    /// Returns whether the table that this descriptor points to stays when it is empty.
+    #[must_use]
+    pub const fn is_kept(self) -> bool {
+        self.0 & KEPT != 0
+    }
+
     /// Returns how many entries of the table that this descriptor points to are in use.
     #[must_use]
     pub const fn entries(self) -> u64 {
@@ -125,7 +139,7 @@ impl Descriptor {
     /// Returns whether the hardware sees the same in both, whatever the number of entries that they note.
     #[must_use]
     pub const fn same_for_hardware(self, other: Self, level: Level) -> bool {
-        let ignored = if matches!(self.kind(level), Kind::Table(_)) { ENTRIES } else { 0 };
+        let ignored = if matches!(self.kind(level), Kind::Table(_)) { ENTRIES | KEPT } else { 0 };
         self.0 & !ignored == other.0 & !ignored
     }
 }

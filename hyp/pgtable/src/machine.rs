@@ -19,6 +19,16 @@ pub enum Hint {
         /// The lock.
         lock: PhysAddr,
     },
+    /// This lock, and not the one that guards the roots which `lock` with its low bits clear is, guards what translates these
+    /// input addresses.
+    RegionLock {
+        /// The lock.
+        lock: PhysAddr,
+        /// The first address, a multiple of the size.
+        base: PhysAddr,
+        /// The size, a power of two.
+        size: u64,
+    },
     /// This page is a table under this root.
     Owner {
         /// The table.

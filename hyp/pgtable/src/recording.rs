@@ -131,6 +131,8 @@ struct Table {
     entries: Vec<u64>,
     place: Option<Place>,
     unpublished: bool,
+    /// Entries that walkers may not see yet, although they have been written.
+    unseen: BTreeSet<usize>,
     root: bool,
     /// Whether it is a page of EL2's that may wait to be used.
     spare: bool,
@@ -139,7 +141,8 @@ struct Table {
 impl Table {
     /// A table that holds what looks like valid descriptors, to find one that is used without having been written.
     fn unwritten(spare: bool) -> Self {
-        Self { entries: vec![0xdead_b000 | 3; 512], place: None, unpublished: false, root: false, spare }
+        let unseen = BTreeSet::new();
+        Self { entries: vec![0xdead_b000 | 3; 512], place: None, unpublished: false, unseen, root: false, spare }
     }
 }
 
@@ -282,9 +285,12 @@ impl RecordingMachine {
                 panic!("leak: table {addr:#x} is in use but not linked");
             };
             assert!(place.linked, "leak: table {addr:#x} is in use but not linked");
-            assert!(!table.unpublished, "missing publish: table {addr:#x} has unpublished writes");
+            let published = !table.unpublished && table.unseen.is_empty();
+            assert!(published, "missing publish: table {addr:#x} has unpublished writes");
             for descriptor in table.entries.iter().map(|&bits| Descriptor::from_bits(bits)) {
-                if let Kind::Table(next) = descriptor.kind(place.level) {
+                if let Kind::Table(next) = descriptor.kind(place.level)
+                    && !descriptor.is_kept()
+                {
                     let used = state.table(next).entries.iter().filter(|&&bits| bits != 0).count();
                     assert_eq!(descriptor.entries(), used as u64, "entries noted for table {next}");
                     assert_ne!(used, 0, "table {next} is empty");
@@ -377,10 +383,10 @@ impl State {
 
     fn walk(&self, table: PhysAddr, level: Level, addr: u64, answers: &mut BTreeSet<Option<Translation>>) {
         let table = self.table(table);
-        if table.unpublished {
+        let index = (addr >> level.shift()) as usize % 512;
+        if table.unpublished || table.unseen.contains(&index) {
             answers.insert(None);
         }
-        let index = (addr >> level.shift()) as usize % 512;
         self.follow(Descriptor::from_bits(table.entries[index]), level, addr, answers);
     }
 
@@ -451,7 +457,7 @@ impl State {
             );
             return;
         }
-        table.unpublished = true;
+        table.unseen.insert(index);
         let start = place.base + index as u64 * place.level.size();
         let end = start + place.level.size();
         if valid(old) {
@@ -471,7 +477,10 @@ impl State {
 
     fn publish(&mut self) {
         self.log.push(Op::Publish);
-        self.tables.values_mut().for_each(|table| table.unpublished = false);
+        for table in self.tables.values_mut() {
+            table.unpublished = false;
+            table.unseen.clear();
+        }
         self.stale.iter_mut().for_each(|stale| stale.published = true);
     }
 

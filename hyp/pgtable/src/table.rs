@@ -13,11 +13,16 @@ use crate::{
 
 /// A tree of translation tables of the regime `R`.
 ///
-/// It owns the tables below the root; the root's pages belong to whoever made it.
+/// It owns the tables below the root; the root's pages belong to whoever made it. One made by [`PageTable::part`] is a part of a
+/// tree, and owns only what translates its part of the addresses.
 pub struct PageTable<R: Regime> {
     root: PhysAddr,
     geometry: Geometry,
     vmid: Vmid,
+    /// The addresses that this may change.
+    window: Span,
+    /// The table of level 1 that translates the window, if the root is of level 0 and this is a part.
+    top: Option<PhysAddr>,
     /// Level of the largest blocks that are made.
     largest: Level,
     tables: usize,
@@ -81,6 +86,10 @@ struct Span {
     end: u64,
 }
 
+/// That the TLBs hold nothing stale of some addresses.
+#[must_use = "what was invalidated has to be settled"]
+pub struct Invalidated(Span);
+
 /// What a table's entry has to do with a span.
 #[derive(Clone, Copy)]
 struct Slot {
@@ -108,6 +117,10 @@ impl Span {
 
     fn contains(self, addr: u64) -> bool {
         self.start <= addr && addr < self.end
+    }
+
+    fn covers(self, other: Self) -> bool {
+        self.start <= other.start && other.end <= self.end
     }
 
     fn intersection(self, other: Self) -> Self {
@@ -207,7 +220,49 @@ impl<R: Regime> PageTable<R> {
     /// other tree uses them.
     #[must_use]
     pub const fn new(root: PhysAddr, geometry: Geometry) -> Self {
-        Self { root, geometry, vmid: Vmid::HOST, largest: Level::L1, tables: 0, regime: PhantomData }
+        let window = Span { start: 0, end: geometry.end() };
+        Self { root, geometry, vmid: Vmid::HOST, window, top: None, largest: Level::L1, tables: 0, regime: PhantomData }
+    }
+
+    /// Returns the part of this tree that translates `range`, which can be changed independently of other parts that do not
+    /// overlap it, on other CPUs too: it never writes a descriptor above level 1. This here must not be used for `range` from now
+    /// on. `range` begins and ends at multiples of 1 GiB, and lies in one table of level 1 if the root is of level 0; that table
+    /// is made now and stays.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError::OutOfRange`] for another range; [`MapError::OutOfTables`].
+    pub fn part<M: Machine, P: TablePool>(
+        &mut self,
+        machine: &M,
+        pool: &mut P,
+        range: PageRange<R::Space>,
+    ) -> Result<Self, MapError> {
+        let window = Span::of(range);
+        let apart = Level::L1.size().wrapping_sub(1);
+        if (window.start | window.end) & apart != 0 || window.end > self.geometry.end() {
+            return Err(MapError::OutOfRange);
+        }
+        let mut top = None;
+        if self.geometry.start() == Level::L0 {
+            let mut slots = window.slots(self.root, Level::L0);
+            let (Some(slot), None) = (slots.next(), slots.next()) else { return Err(MapError::OutOfRange) };
+            let old = slot.read(machine);
+            let table = if let Kind::Table(table) = old.kind(slot.level) {
+                slot.write(machine, old.kept());
+                table
+            } else {
+                let table = self.allocate(&mut Means { machine, pool }).ok_or(MapError::OutOfTables)?;
+                machine.clear_table(table);
+                machine.hint(Hint::Owner { table, root: self.root });
+                machine.publish();
+                slot.write(machine, Descriptor::table(table, 0).kept());
+                table
+            };
+            machine.publish();
+            top = Some(table);
+        }
+        Ok(Self { window, top, tables: 0, ..*self })
     }
 
     /// Returns the address of the first root table, for the TTBR.
@@ -255,11 +310,11 @@ impl<R: Regime> PageTable<R> {
     /// Walks the tables for `addr`.
     pub fn lookup<M: Machine>(&self, machine: &M, addr: Addr<R::Space>) -> Walk<R::Usage> {
         let raw = addr.raw();
-        let mut level = self.geometry.start();
-        if raw >= self.geometry.end() {
+        let mut level = self.start();
+        if !self.window.contains(raw) {
             return Walk { level, mapping: None, poisoned: false };
         }
-        let mut table = self.geometry.root_table(self.root, raw);
+        let mut table = self.top_table(raw);
         loop {
             let descriptor = Descriptor::from_bits(machine.read(table, index_of(raw, level.shift())));
             // As where the devices of guests are.
@@ -285,7 +340,7 @@ impl<R: Regime> PageTable<R> {
         machine: &M,
         mut f: impl FnMut(PageRange<R::Space>, Option<Mapping<R::Usage>>),
     ) {
-        if let Ok(all) = PageRange::from_bounds(0, self.geometry.end()) {
+        if let Ok(all) = PageRange::from_bounds(self.window.start, self.window.end) {
             let _: ControlFlow<()> = self.visit(machine, all, &mut |range, found| {
                 if let Found::Leaf { mapping, .. } = found {
                     f(range, mapping);
@@ -311,7 +366,7 @@ impl<R: Regime> PageTable<R> {
             if ended.is_break() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
         for (table, span) in self.roots(range) {
-            if visit_in::<R, M>(machine, table, self.geometry.start(), span, &mut visitor).is_break() {
+            if visit_in::<R, M>(machine, table, self.start(), span, &mut visitor).is_break() {
                 break;
             }
         }
@@ -336,7 +391,7 @@ impl<R: Regime> PageTable<R> {
     ) -> usize {
         let wanted = self.wanted(range, to, usage);
         self.roots(range)
-            .map(|(table, span)| count_to_map(machine, Some(table), self.geometry.start(), span, wanted))
+            .map(|(table, span)| count_to_map(machine, Some(table), self.start(), span, wanted))
             .fold(0, usize::saturating_add)
     }
 
@@ -356,7 +411,7 @@ impl<R: Regime> PageTable<R> {
         to: PhysAddr,
         usage: R::Usage,
     ) -> Result<(), MapError> {
-        if range.end() > self.geometry.end() || to.checked_add(range.size().wrapping_sub(1)).is_none() {
+        if !self.window.covers(Span::of(range)) || to.checked_add(range.size().wrapping_sub(1)).is_none() {
             return Err(MapError::OutOfRange);
         }
         let available = pool.available();
@@ -366,7 +421,7 @@ impl<R: Regime> PageTable<R> {
         let wanted = self.wanted(range, to, usage);
         let mut means = Means { machine, pool };
         for (table, span) in self.roots(range) {
-            self.map_in(&mut means, table, self.geometry.start(), span, wanted)?;
+            self.map_in(&mut means, table, self.start(), span, wanted)?;
         }
         machine.publish();
         Ok(())
@@ -384,7 +439,7 @@ impl<R: Regime> PageTable<R> {
         after: Option<Addr<R::Space>>,
     ) -> usize {
         self.roots(range)
-            .map(|(table, span)| count_to_unmap(machine, table, self.geometry.start(), span, after))
+            .map(|(table, span)| count_to_unmap(machine, table, self.start(), span, after))
             .fold(0, usize::saturating_add)
     }
 
@@ -429,43 +484,76 @@ impl<R: Regime> PageTable<R> {
     ) -> Flush<R> {
         let mut means = Means { machine, pool };
         for (table, span) in self.roots(range) {
-            self.take_out_in(&mut means, table, self.geometry.start(), span, left, &mut flush);
+            self.take_out_in(&mut means, table, self.start(), span, left, &mut flush);
         }
         flush
     }
 
     /// Takes everything out of the tables and adds what that owes to `flush`.
     pub fn unmap_all<M: Machine, P: TablePool>(&mut self, machine: &M, pool: &mut P, flush: Flush<R>) -> Flush<R> {
-        match PageRange::from_bounds(0, self.geometry.end()) {
+        match PageRange::from_bounds(self.window.start, self.window.end) {
             Ok(all) => self.unmap(machine, pool, all, flush),
             Err(_) => flush,
         }
     }
 
-    /// Settles `flush`, which stems from this tree: invalidates the TLBs once, maps again what is left of broken blocks,
+    /// Pays `flush`, which stems from this tree: invalidates the TLBs once, maps again what is left of broken blocks,
     /// and gives tables that are out of use back to the pool. Returns whether an invalidation was necessary.
     pub fn flush<M: Machine, P: TablePool>(&mut self, machine: &M, pool: &mut P, flush: Flush<R>) -> bool {
-        let Some(range) = flush.span else {
-            return false;
-        };
-        // Also for the contents of the tables that are linked below.
+        let Some(invalidated) = self.invalidate(machine, core::iter::once(&flush)) else { return false };
+        self.settle(machine, pool, flush, &invalidated);
+        true
+    }
+
+    /// The first half of [`PageTable::flush`], for parts of one tree together: invalidates the TLBs once for all of `flushes`, unless
+    /// they owe nothing. Each of them has to be settled with what this returns by the part that it stems from.
+    pub fn invalidate<'f, M: Machine>(
+        &self,
+        machine: &M,
+        flushes: impl Iterator<Item = &'f Flush<R>>,
+    ) -> Option<Invalidated>
+    where
+        R: 'f,
+    {
+        let mut all = Flush::<R>::new();
+        for flush in flushes {
+            if let Some(span) = flush.span {
+                all.add(span);
+                all.tables |= flush.tables;
+            }
+        }
+        let range = all.span?;
+        // Also for the contents of the tables that are linked when this is settled.
         machine.publish();
-        R::invalidate(machine, self.vttbr(), range, !flush.tables);
+        R::invalidate(machine, self.vttbr(), range, !all.tables);
+        Some(Invalidated(Span::of(range)))
+    }
+
+    /// The second half of [`PageTable::flush`], for a flush that stems from this part of a tree.
+    pub fn settle<M: Machine, P: TablePool>(
+        &mut self,
+        machine: &M,
+        pool: &mut P,
+        flush: Flush<R>,
+        invalidated: &Invalidated,
+    ) {
+        let Some(range) = flush.span else { return };
+        debug_assert!(invalidated.0.covers(Span::of(range)), "the TLBs may hold some of it");
         if flush.pending {
             for (table, span) in self.roots(range) {
-                link_pending(machine, table, self.geometry.start(), span);
+                link_pending(machine, table, self.start(), span);
             }
             machine.publish();
         }
         let mut detached = flush.detached;
         while detached.raw() != 0 {
             let next = Addr::from_bits_truncating(machine.read(detached, 0));
-            pool.free(detached);
+            // First, because others may get it from the pool at once.
             machine.hint(Hint::Free(detached));
+            pool.free(detached);
             self.tables = self.tables.saturating_sub(1);
             detached = next;
         }
-        true
     }
 
     fn wanted(&self, range: PageRange<R::Space>, to: PhysAddr, usage: R::Usage) -> Wanted {
@@ -476,13 +564,24 @@ impl<R: Regime> PageTable<R> {
         }
     }
 
-    /// Yields the root tables that translate `range` and which part of it.
+    /// Returns the level of the tables at which walks of this start.
+    const fn start(&self) -> Level {
+        if self.top.is_some() { Level::L1 } else { self.geometry.start() }
+    }
+
+    /// Returns the table at which the walk for `addr` starts.
+    fn top_table(&self, addr: u64) -> PhysAddr {
+        self.top.unwrap_or_else(|| self.geometry.root_table(self.root, addr))
+    }
+
+    /// Yields the tables at which walks for `range` start, and which part of it each translates.
     fn roots(&self, range: PageRange<R::Space>) -> impl Iterator<Item = (PhysAddr, Span)> + use<R> {
-        let (root, geometry) = (self.root, self.geometry);
+        let (root, top, geometry) = (self.root, self.top, self.geometry);
         Span::of(range)
-            .intersection(Span { start: 0, end: geometry.end() })
+            .intersection(self.window)
+            // What a part has of a table of level 1 lies in that table, so nothing cuts it.
             .pieces(geometry.table_shift())
-            .map(move |span| (geometry.root_table(root, span.start), span))
+            .map(move |span| (top.unwrap_or_else(|| geometry.root_table(root, span.start)), span))
     }
 
     fn allocate<M, P: TablePool>(&mut self, means: &mut Means<'_, M, P>) -> Option<PhysAddr> {
@@ -580,7 +679,7 @@ impl<R: Regime> PageTable<R> {
                         self.take_out_in(means, next, below, slot.part, left, flush)
                     };
                     let remaining = old.entries().wrapping_sub(gone);
-                    if remaining == 0 {
+                    if remaining == 0 && !old.is_kept() {
                         let left = if slot.whole { left } else { Descriptor::INVALID };
                         slot.write(means.machine, left);
                         detach(means.machine, next, below, if slot.whole { gone } else { 0 }, flush);

@@ -14,9 +14,10 @@
 //!
 //! A TLBI for any address that a descriptor covers removes all that was cached of it, and one that is not for the last level
 //! only the table descriptors on the way, too. What only this CPU does to its own TLB changes nothing here, because all CPUs
-//! may have cached what is stale. A tree is followed from the moment when a CPU has its root and its shape in its registers;
-//! what was in its tables before that, no walker has seen. VTTBR_EL2 alone, written for TLB maintenance while VTCR_EL2 is
-//! another tree's, is no such moment: nothing is translated with it.
+//! may have cached what is stale. What CPUs do meanwhile that hold other locks does not count for it either. A tree is followed
+//! from the moment when a CPU has its root and its shape in its registers; what was in its tables before that, no walker has
+//! seen. VTTBR_EL2 alone, written for TLB maintenance while VTCR_EL2 is another tree's, is no such moment: nothing is translated
+//! with it.
 
 use alloc::{
     collections::{BTreeMap, BTreeSet},
@@ -62,6 +63,8 @@ enum Phase {
 #[derive(Debug)]
 struct Stale {
     phase: Phase,
+    /// The CPU that has made it stale.
+    by: u8,
     root: u64,
     /// The address of the descriptor.
     at: u64,
@@ -128,6 +131,9 @@ struct Root {
 struct Change {
     regime: Regime,
     root: u64,
+    /// The input address.
+    start: u64,
+    level: u8,
     /// The address of the descriptor.
     at: u64,
 }
@@ -168,6 +174,8 @@ pub struct Checker {
     live: BTreeMap<Regime, u64>,
     /// Roots by their lock.
     guarded: BTreeMap<u64, BTreeSet<u64>>,
+    /// Where another lock than that of the root guards the tables: by the first address, the first behind, and the lock.
+    regions: BTreeMap<u64, (u64, u64)>,
     /// Who has which lock.
     held: BTreeMap<u64, u8>,
     stale: BTreeMap<Key, Stale>,
@@ -275,6 +283,13 @@ impl Checker {
                 self.guarded.entry(value).or_default().insert(location);
                 Ok(())
             }
+            Hint::SetRegionLock => {
+                let base = value & !PAGE.wrapping_sub(1);
+                let size =
+                    u32::try_from(value % PAGE).ok().and_then(|shift| 1_u64.checked_shl(shift)).unwrap_or_default();
+                self.regions.insert(base, (base.wrapping_add(size), location));
+                Ok(())
+            }
             Hint::SetOwnerRoot => match self.tables.get_mut(&location) {
                 Some(table) => {
                     table.owner = (value != 0).then_some(value);
@@ -329,11 +344,15 @@ impl Checker {
         }
         let unseen = self.take_unseen(tid, lock);
         let mut first = None;
-        for root in self.guarded.get(&lock).into_iter().flatten() {
-            let Some(root) = self.roots.get_mut(root) else { continue };
-            first = first.or(root.outstanding.first().copied());
+        for root in self.guarded.get(&self.group(lock)).cloned().unwrap_or_default() {
+            let outstanding = self.roots.get(&root).map(|root| root.outstanding.clone()).unwrap_or_default();
             // Said once, not at each unlock that follows.
-            root.outstanding.clear();
+            let (ours, others): (BTreeSet<_>, _) =
+                outstanding.into_iter().partition(|key| self.lock_of(root, key.start, key.level) == Some(lock));
+            first = first.or(ours.first().copied());
+            if let Some(root) = self.roots.get_mut(&root) {
+                root.outstanding = others;
+            }
         }
         let Some(key) = first else { return unseen };
         let invalidated = self.cpus.get(&tid).map(|cpu| &cpu.invalidated);
@@ -352,18 +371,16 @@ impl Checker {
     /// change, and for what follows in program order it takes a context synchronisation event, too (Arm ARM DDI 0487, D8.2.6
     /// and D8.17.5). EL1 has one in the ERET that leads to it; EL2 needs an ISB.
     fn take_unseen(&mut self, tid: u8, lock: u64) -> Result<(), Violation> {
-        let Self { guarded, cpus, .. } = self;
-        let (Some(roots), Some(cpu)) = (guarded.get(&lock), cpus.get_mut(&tid)) else { return Ok(()) };
-        let take = |changes: &mut Vec<Change>| {
-            let mut first = None;
-            changes.retain(|change| {
-                let ours = roots.contains(&change.root);
-                first = first.or(ours.then_some(change.at));
-                !ours
-            });
-            first
+        let Some(cpu) = self.cpus.get_mut(&tid) else { return Ok(()) };
+        let (made, unsynchronised) = (mem::take(&mut cpu.made), mem::take(&mut cpu.unsynchronised));
+        let take = |changes: Vec<Change>| {
+            let is_ours = |change: &Change| self.lock_of(change.root, change.start, change.level) == Some(lock);
+            let (ours, others): (Vec<_>, _) = changes.into_iter().partition(is_ours);
+            (ours.first().map(|change| change.at), others)
         };
-        let (made, unsynchronised) = (take(&mut cpu.made), take(&mut cpu.unsynchronised));
+        let ((made, others_made), (unsynchronised, others_unsynchronised)) = (take(made), take(unsynchronised));
+        let cpu = self.cpu(tid);
+        (cpu.made, cpu.unsynchronised) = (others_made, others_unsynchronised);
         match (made, unsynchronised) {
             (Some(at), _) => Err(self.violation(Fault::NotVisible, at)),
             (None, Some(at)) => Err(self.violation(Fault::NoIsb, at)),
@@ -377,17 +394,17 @@ impl Checker {
         let table = self.tables.get_mut(&page).ok_or(no_table)?;
         let slot = usize::try_from(index).ok().and_then(|index| table.entries.get_mut(index)).ok_or(no_table)?;
         let old = mem::replace(slot, value);
-        let root = table.place.map(|place| place.root).or(table.owner);
+        let owner = table.owner;
         let Some(place) = table.place else {
             let cached = table.cached != 0 && value & 1 != 0 && value != old;
             if table.unpublished.insert(tid) {
                 self.cpu(tid).unpublished.push(page);
             }
-            self.locked(tid, root, address)?;
+            self.locked_for(tid, owner, address)?;
             // Walkers that have cached the way to the table still get here.
             return if cached { Err(self.violation(Fault::TableCached, address)) } else { Ok(()) };
         };
-        let locked = self.locked(tid, root, address);
+        let locked = self.locked(tid, self.lock_of(place.root, place.start(index), place.level), address);
         let is_valid = |descriptor| geometry::kind(descriptor, place.level) != Kind::Invalid;
         let done = match (is_valid(old), is_valid(value)) {
             (false, false) => Ok(()),
@@ -401,7 +418,8 @@ impl Checker {
                 Ok(())
             }
             (false, true) => {
-                let change = Change { regime: place.regime, root: place.root, at: address };
+                let start = place.start(index);
+                let change = Change { regime: place.regime, root: place.root, start, level: place.level, at: address };
                 self.cpu(tid).made.push(change);
                 self.make_valid(tid, order, place, index, value)
             }
@@ -409,18 +427,43 @@ impl Checker {
         locked.and(done)
     }
 
-    fn locked(&self, tid: u8, root: Option<u64>, address: u64) -> Result<(), Violation> {
-        let lock = root.and_then(|root| self.roots.get(&root)).and_then(|root| root.lock);
+    /// Returns the lock that guards the descriptor of this level for the input address `start` under a root. No region has those of
+    /// level 0.
+    fn lock_of(&self, root: u64, start: u64, level: u8) -> Option<u64> {
+        let lock = self.roots.get(&root)?.lock?;
+        let region = self.regions.range(..=start).next_back().map(|(_, region)| *region);
+        match region {
+            Some((end, of_region)) if level != 0 && start < end && self.group(of_region) == lock => Some(of_region),
+            _ => Some(lock),
+        }
+    }
+
+    /// Returns the lock that guards all of what this one, of a region, guards a part of; other locks are groups of their own.
+    fn group(&self, lock: u64) -> u64 {
+        let is_of_region = self.regions.values().any(|&(_, of_region)| of_region == lock);
+        if is_of_region { lock & !PAGE.wrapping_sub(1) } else { lock }
+    }
+
+    /// Makes sure that the CPU has `lock`, if there is one.
+    fn locked(&self, tid: u8, lock: Option<u64>, address: u64) -> Result<(), Violation> {
         match lock {
             Some(lock) if self.held.get(&lock) != Some(&tid) => Err(self.violation(Fault::Unlocked, address)),
             _ => Ok(()),
         }
     }
 
+    /// As [`Checker::locked`] for a table that is not linked yet: one of the locks of its root.
+    fn locked_for(&self, tid: u8, root: Option<u64>, address: u64) -> Result<(), Violation> {
+        let lock = root.and_then(|root| self.roots.get(&root)?.lock);
+        let group = lock.map(|lock| self.group(lock));
+        let holds = self.held.iter().any(|(&held, &by)| by == tid && Some(self.group(held)) == group);
+        if holds { Ok(()) } else { self.locked(tid, lock, address) }
+    }
+
     /// The descriptor, and all that it leads to, can be reached no more, and may be cached.
     fn make_stale(&mut self, tid: u8, place: Place, index: u64, at: u64, descriptor: u64) {
         let key = place.key(index);
-        let stale = Stale { phase: Phase::Written(tid), root: place.root, at, descriptor, since: self.id };
+        let stale = Stale { phase: Phase::Written(tid), by: tid, root: place.root, at, descriptor, since: self.id };
         self.stale.insert(key, stale);
         self.cpu(tid).written.push(key);
         self.roots.entry(place.root).or_default().outstanding.insert(key);
@@ -521,7 +564,8 @@ impl Checker {
                 continue;
             };
             if key.regime == Regime::El2 {
-                let change = Change { regime: key.regime, root: stale.root, at: stale.at };
+                let change =
+                    Change { regime: key.regime, root: stale.root, start: key.start, level: key.level, at: stale.at };
                 self.cpu(tid).unsynchronised.push(change);
             }
             self.clean(key);
@@ -570,7 +614,8 @@ impl Checker {
         self.cpu(tid).invalidated.insert(regime);
         if matches!(op, TlbiOp::Vmalls12e1is | TlbiOp::Alle2is) {
             let range = Key { regime, start: 0, level: 0 }..=Key { regime, start: u64::MAX, level: u8::MAX };
-            let keys: Vec<_> = self.stale.range(range).map(|(key, _)| *key).collect();
+            let ours = self.stale.range(range).filter(|(_, stale)| stale.by == tid);
+            let keys: Vec<_> = ours.map(|(key, _)| *key).collect();
             return keys.into_iter().map(|key| self.finish(tid, key)).fold(Ok(()), Result::and);
         }
         // Bits 63 to 48 are an address space identifier; EL2 has none here.
@@ -578,7 +623,7 @@ impl Checker {
         let mut result = Ok(());
         for level in (0..=LAST).filter(|level| geometry::is_for(operand, *level)) {
             let key = Key { regime, start: address & !geometry::size(level).wrapping_sub(1), level };
-            let Some(stale) = self.stale.get_mut(&key) else { continue };
+            let Some(stale) = self.stale.get_mut(&key).filter(|stale| stale.by == tid) else { continue };
             if op == TlbiOp::Ipas2le1is && matches!(geometry::kind(stale.descriptor, level), Kind::Table(_)) {
                 continue;
             }
@@ -612,7 +657,11 @@ impl Checker {
     /// Combined translations go once those of stage 2 have gone.
     fn stage1_of(&mut self, tid: u8, regime: Regime) -> Result<(), Violation> {
         let Regime::Stage2(vmid) = regime else { return Ok(()) };
-        for key in self.stage2_gone.remove(&vmid).unwrap_or_default() {
+        let is_ours = |key: &Key| self.stale.get(key).is_none_or(|stale| stale.by == tid);
+        let (ours, others): (Vec<_>, _) =
+            self.stage2_gone.remove(&vmid).unwrap_or_default().into_iter().partition(is_ours);
+        self.stage2_gone.insert(vmid, others);
+        for key in ours {
             if self.proceed(key, Phase::Stage2Gone, Phase::Finishing(tid)) {
                 self.cpu(tid).finishing.push(key);
             }

@@ -45,6 +45,9 @@ named! {
     Hint {
         /// The lock that guards the tables under a root.
         SetRootLock = "set_root_lock",
+        /// A lock, the location, guards what translates some addresses in the trees whose lock it names with its low 12 bits clear:
+        /// those from the value on, whose low 12 bits are the binary logarithm of how many there are.
+        SetRegionLock = "set_region_lock",
         /// The root that a table page belongs to.
         SetOwnerRoot = "set_owner_root",
         /// A root is given up; the value is 0.

@@ -9,6 +9,8 @@ const SPARE: u64 = 0x4000;
 const OTHER_ROOT: u64 = 0x5000;
 const LOCK: u64 = 0x100;
 const OTHER_LOCK: u64 = 0x200;
+/// Of a root that is in regions.
+const GROUP: u64 = 0x7000;
 
 /// 39 bits of stage 2: one root of level 1.
 const VTCR: u64 = 0x8002_3559;
@@ -310,6 +312,68 @@ fn locks() {
     assert_eq!(faults(stage2(), [TAKE, TAKE]), [Fault::Lock]);
     assert_eq!(faults(stage2(), [LEAVE]), [Fault::Lock]);
     assert_eq!(faults_of([(0, TAKE), (1, LEAVE)]), [Fault::Lock]);
+}
+
+/// As [`stage2`], in two regions: the first GiB and the second have locks of their own, which are not those of the root.
+fn regions() -> Vec<Record> {
+    let region = |number: u64| Record::Hint {
+        kind: Hint::SetRegionLock,
+        location: GROUP | number,
+        value: (number - 1) << 30 | 30,
+    };
+    let mut records = stage2();
+    records[3] = root_lock(ROOT, GROUP);
+    records[7] = Record::Lock(GROUP);
+    records[15] = Record::Unlock(GROUP);
+    records.splice(16..16, [region(1), region(2)]);
+    records
+}
+
+#[test]
+fn regions_have_locks() {
+    let held = |lock: u64, record: Record| faults(regions(), [Record::Lock(lock), record]);
+    for (table, index, lock) in [(L3, 2, GROUP | 1), (ROOT, 0, GROUP | 1), (ROOT, 1, GROUP | 2), (ROOT, 2, GROUP)] {
+        for other in [GROUP, GROUP | 1, GROUP | 2, LOCK] {
+            let found = held(other, write(table, index, 0));
+            let expected = if other == lock { vec![] } else { vec![Fault::Unlocked] };
+            assert_eq!(found, expected, "{table:#x} {index} under {other:#x}");
+        }
+    }
+    // A table that is not linked yet: any lock of its root.
+    let spare = |lock| {
+        let records = [init(SPARE), owner(SPARE, ROOT), Record::Lock(lock), write(SPARE, 0, PAGE)];
+        faults(regions(), records)
+    };
+    assert_eq!([GROUP, GROUP | 1, GROUP | 2].map(spare), [vec![], vec![], vec![]]);
+    assert_eq!(spare(LOCK), [Fault::Unlocked]);
+}
+
+#[test]
+fn a_region_is_clean_when_its_lock_is_released() {
+    let (first, second) = (GROUP | 1, GROUP | 2);
+    let trace = |records: &[(u8, Record)]| {
+        let other = [set(Sysreg::VtcrEl2, VTCR), set(Sysreg::VttbrEl2, VTTBR), ISB].map(|record| (1, record));
+        let before = regions().into_iter().map(|record| (0, record)).chain(other);
+        faults_of(before.chain(records.iter().copied()))
+    };
+    let gone = [(0, Record::Lock(first)), (0, write(L3, 0, 0)), (1, Record::Lock(second)), (0, PUBLISH)];
+    let flush = unmap()[3..7].iter().map(|&record| (0, record)).collect::<Vec<_>>();
+    // The other region owes nothing.
+    let apart = [&gone[..], &[(1, Record::Unlock(second))], &flush, &[(0, Record::Unlock(first))]].concat();
+    assert_eq!(trace(&apart), []);
+    assert_eq!(trace(&[&gone[..], &[(0, Record::Unlock(first))]].concat()), [Fault::NotInvalidated]);
+    // Another CPU's maintenance is its own affair, in whatever state this is.
+    let all = [(1, tlbi(TlbiOp::Vmalls12e1is, 0)), (1, DSB), (1, Record::Unlock(second))];
+    let ours = [&gone[..3], &all, &gone[3..], &flush, &[(0, Record::Unlock(first))]].concat();
+    assert_eq!(trace(&ours), []);
+    assert_eq!(trace(&[&gone[..], &all, &[(0, Record::Unlock(first))]].concat()), [Fault::NotInvalidated]);
+    let stage1 = [(1, STAGE1), (1, DSB), (1, Record::Unlock(second))];
+    let late = [&gone[..], &flush[..2], &stage1, &[(0, Record::Unlock(first))]].concat();
+    assert_eq!(trace(&late), [Fault::NotInvalidated]);
+    // What has been made is not visible yet.
+    let made =
+        [(0, Record::Lock(first)), (0, write(L3, 2, PAGE)), (1, Record::Lock(second)), (1, Record::Unlock(second))];
+    assert_eq!(trace(&[&made[..], &[(0, Record::Unlock(first))]].concat()), [Fault::NotVisible]);
 }
 
 #[test]

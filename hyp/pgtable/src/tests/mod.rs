@@ -4,6 +4,7 @@ mod guest;
 mod model;
 #[cfg(not(miri))]
 mod oracle;
+mod parts;
 mod seeded;
 mod tree;
 
