@@ -4,13 +4,16 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::Bench;
 use super::event::Event;
 use super::profile::{Executed, Functions};
 use super::report::{Report, digits};
-use super::{Bench, USUAL_MEMORY};
 
 /// The payload's test.
 const TEST: &str = "bench.contention";
+
+/// MiB of RAM: enough for a GiB for each CPU.
+const MEMORY: u64 = 10 << 10;
 
 /// Numbers of CPUs.
 const CPUS: [u32; 4] = [1, 2, 4, 8];
@@ -57,7 +60,7 @@ impl Bench {
     }
 
     fn contend(&self, cpus: u32) -> Result<Vec<Run>> {
-        let mut options = self.payload_options(USUAL_MEMORY, TEST);
+        let mut options = self.payload_options(MEMORY, TEST);
         (options.smp, options.icount, options.one_insn_per_tb) = (Some(cpus), true, true);
         let functions = Functions::of(&options)?;
         let (console, events) = self.run_payload(&options, &format!(",profile=on,turns={TURN}"))?;
@@ -116,7 +119,10 @@ fn is_look(word: u32) -> bool {
 fn lock_name(frames: &[String]) -> Option<&str> {
     let functions = || frames.iter().map(|frame| frame.split(" at ").next().unwrap_or(frame));
     let lock = functions().position(|function| function.contains("TicketMutex<") && function.ends_with("::lock"))?;
-    let mut path = functions().nth(lock + 1)?.rsplit("::");
+    let function = functions().nth(lock + 1)?;
+    // Of a method of a trait, that is the type which has it.
+    let of = function.strip_prefix('<').and_then(|function| function.split(" as ").next()).unwrap_or(function);
+    let mut path = of.rsplit("::");
     let name = path.find(|part| part.starts_with(|first: char| first.is_ascii_uppercase()))?;
     name.split('<').next()
 }
@@ -182,6 +188,8 @@ mod tests {
         let gic = "<ravelin_vm::vm::Vm<O,G,V>>::with_gic::{{closure}} at hyp/vm/src/vm.rs:210";
         assert_eq!(name(&[spin, lock, memory, gic]).as_deref(), Some("Memory"));
         assert_eq!(name(&[lock, gic]).as_deref(), Some("Vm"));
+        let tables = "<ravelin_ownership::pool::Tables<P> as ravelin_pgtable::machine::TablePool>::free at pool.rs:7";
+        assert_eq!(name(&[spin, lock, tables]).as_deref(), Some("Tables"));
         assert_eq!(name(&[spin, "ravelin::psci::Psci::turn_off at psci.rs:299"]), None);
         assert_eq!(name(&[lock]), None);
         assert!(is_look(0xc8df_fd29) && !is_look(ISB)); // ldar x9, [x9]

@@ -1,5 +1,5 @@
 //! Conversions on all CPUs at once, each of a page in a block of its own: the host's, and those of guests, of one VM with a vCPU
-//! on each CPU and of a VM on each.
+//! on each CPU and of a VM on each. The blocks are next to each other and, if there is so much RAM, also in a GiB of RAM for each.
 
 use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
@@ -13,13 +13,17 @@ use crate::{
         console::println,
         cpu::{MAX_CPUS, instruction},
         memory::{self, BLOCK},
-        platform::platform,
+        platform::{Region, platform},
         vm::{Guest, MEMORY, PROTECTED, Pages, Vm, code::snippets},
     },
-    tests::{Failure, Op, Outcome, check, number, on_all_cpus},
+    tests::{Failure, OWNED, Op, Outcome, check, check_eq, number, on_all_cpus, state},
 };
 
 const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+
+/// A block for each CPU.
+type Blocks = ArrayVec<u64, MAX_CPUS>;
 
 /// How often the boot CPU converts its page there and back before this is measured.
 const WARM_UP: u64 = 2;
@@ -63,29 +67,50 @@ snippets! {
 pub(crate) fn contention() -> Outcome {
     println!();
     let pages = Pages::new(32 * MIB);
+    let cpus = platform().cpus.len() as u64;
     let mark = pages.mark();
-    for (name, there, back) in [("host.share", Op::Share, Op::Unshare), ("host.donate", Op::Donate, Op::TakeBack)] {
-        let numbers = [there.number(), back.number()];
-        contend(name, |cpu| {
-            let page = mark + cpu as u64 * BLOCK;
-            for number in numbers {
-                let [x0, x1, ..] = hvc([number, page, 1, 0]);
-                check!(x0 == 0, "call {number:#x}: {} at {x1:#x}", x0 as i64);
+    let together: Blocks = (0..cpus).map(|cpu| mark + cpu * BLOCK).collect();
+    for (suffix, blocks) in [(".together", Some(together)), (".apart", apart(mark))] {
+        let Some(blocks) = blocks else { continue };
+        for (name, there, back) in [("host.share", Op::Share, Op::Unshare), ("host.donate", Op::Donate, Op::TakeBack)] {
+            let numbers = [there.number(), back.number()];
+            contend((name, suffix), |cpu| {
+                for number in numbers {
+                    let [x0, x1, ..] = hvc([number, blocks[cpu], 1, 0]);
+                    check!(x0 == 0, "call {number:#x}: {} at {x1:#x}", x0 as i64);
+                }
+                Ok(())
+            })?;
+        }
+        for kind in PROTECTED {
+            for several in [false, true] {
+                // Behind the blocks that are next to each other.
+                pages.reset(mark + cpus * BLOCK);
+                guests(&pages, &blocks, kind, several, suffix)?;
             }
-            Ok(())
-        })?;
-    }
-    for kind in PROTECTED {
-        for several in [false, true] {
-            pages.reset(mark);
-            guests(&pages, kind, several)?;
+        }
+        for &block in &blocks {
+            check_eq!(state(block)?, OWNED, "state of {block:#x} at the end");
         }
     }
     pages.are_owned()
 }
 
+/// Finds a free block for each CPU, each in a GiB of its own, if there are so many. `arena` is the start of that of the test.
+fn apart(arena: u64) -> Option<Blocks> {
+    let platform = platform();
+    let arena = Region { start: arena, end: arena + 32 * MIB };
+    let is_free = |block: &u64| {
+        let block = Region { start: *block, end: block + BLOCK };
+        !platform.taken.iter().chain([&arena]).any(|taken| taken.overlaps(block))
+    };
+    let gibs = platform.ram.iter().flat_map(|ram| (ram.start.div_ceil(GIB)..ram.end / GIB).map(|gib| gib * GIB));
+    let blocks: Blocks = gibs.map(|gib| gib + GIB / 2).filter(is_free).take(platform.cpus.len()).collect();
+    (blocks.len() == platform.cpus.len()).then_some(blocks)
+}
+
 /// Measures guests: a vCPU on each CPU, of one VM or of several.
-fn guests(pages: &Pages, kind: VmKind, several: bool) -> Outcome {
+fn guests(pages: &Pages, blocks: &Blocks, kind: VmKind, several: bool, suffix: &str) -> Outcome {
     let cpus = platform().cpus.len() as u64;
     let run = number("VCPU_RUN");
     let mut vms = ArrayVec::<Vm<'_>, MAX_CPUS>::new();
@@ -101,7 +126,7 @@ fn guests(pages: &Pages, kind: VmKind, several: bool) -> Outcome {
     for cpu in 0..cpus {
         let (vm, index) = if several { (&vms[cpu as usize], 0) } else { (&vms[0], cpu) };
         let at = MEMORY + cpu * BLOCK;
-        vm.map(at, pages.take_aligned(1, 512)?, 1)?;
+        vm.map(at, blocks[cpu as usize], 1)?;
         let mut guest = vm.guest(index);
         let code = if kind == VmKind::Realm { there_and_back_by_smc() } else { there_and_back_by_hvc() };
         let ([there, at, end, how, _], [back, .., how_back, _]) =
@@ -121,7 +146,7 @@ fn guests(pages: &Pages, kind: VmKind, several: bool) -> Outcome {
         (_, false) => "pkvm.one-vm",
         (_, true) => "pkvm.vms",
     };
-    contend(name, |cpu| shares(&converters[cpu].lock(), run))?;
+    contend((name, suffix), |cpu| shares(&converters[cpu].lock(), run))?;
     for guest in converters {
         let [status, ..] = guest.into_inner().finish()?.x;
         check!(status == 0, "a conversion: {status:#x}");
@@ -137,9 +162,9 @@ fn shares(guest: &Guest<'_>, run: u64) -> Outcome {
     Ok(())
 }
 
-/// Lets each CPU do rounds of two conversions, and measures while the boot CPU does its: `bench NAME CPUS CONVERSIONS`, where the
+/// Lets each CPU do rounds of two conversions, and measures while the boot CPU does its: `bench NAME.WHERE CPUS CONVERSIONS`, where the
 /// CPUs are those that have not come to an end before. A second mark 0 comes when all of them are at work.
-fn contend(name: &str, round: impl Fn(usize) -> Outcome + Sync) -> Outcome {
+fn contend((name, suffix): (&str, &str), round: impl Fn(usize) -> Outcome + Sync) -> Outcome {
     let (ready, begun) = (AtomicUsize::new(0), AtomicBool::new(false));
     let rounds = [const { AtomicU64::new(0) }; MAX_CPUS];
     let cpus = platform().cpus.len();
@@ -168,7 +193,7 @@ fn contend(name: &str, round: impl Fn(usize) -> Outcome + Sync) -> Outcome {
         let before: u64 = done().iter().sum();
         let after = measured(|| work(ROUNDS).map(|()| done()))?;
         let busy = after[..cpus].iter().filter(|&&rounds| rounds < OTHERS_ROUNDS).count();
-        println!("bench {name} {busy} {}", 2 * (after.iter().sum::<u64>() - before));
+        println!("bench {name}{suffix} {busy} {}", 2 * (after.iter().sum::<u64>() - before));
         Ok(())
     })
 }
