@@ -144,14 +144,14 @@ impl<'a, P: TablePool, F: Firmware, O: ObjectMemory> Host<'a, P, F, O> {
     fn write_statistics<M: Machine + PageAccess>(&self, machine: &M, page: PhysRange) -> Result<u64, Refusal> {
         let _ours_stays = self.unpin.lock();
         self.memory.pin(machine, page)?;
-        let statistics = self.statistics();
-        self.memory.with_stable_map(|| machine.write_bytes(page.base(), &statistics.to_bytes()));
+        let statistics = self.statistics(machine);
+        self.memory.with_stable_map(page.base(), || machine.write_bytes(page.base(), &statistics.to_bytes()));
         self.memory.unpin(machine, page)?;
         Ok(statistics.size)
     }
 
-    fn statistics(&self) -> Statistics {
-        let memory = self.memory.counts();
+    fn statistics<M: Machine>(&self, machine: &M) -> Statistics {
+        let memory = self.memory.counts(machine);
         let pages = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);
         Statistics {
             version: Statistics::VERSION,

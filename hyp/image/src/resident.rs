@@ -17,7 +17,7 @@ use ravelin_hypercall::{
 };
 use ravelin_memory::{Ipa, PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_ownership::{Memory, OwnershipTable, PAGES_PER_BLOCK};
-use ravelin_pgtable::{El2, Geometry, Machine, PageTable, PhysicalSize, Stage2};
+use ravelin_pgtable::{El2, Geometry, Hint, Machine, PageTable, PhysicalSize, Stage2};
 use ravelin_platform::{Layout, LogLevel, MAX_RAM_REGIONS, MAX_REDISTRIBUTOR_REGIONS};
 use spin::once::Once;
 
@@ -80,7 +80,7 @@ pub(crate) struct Inheritance {
 
 impl Inheritance {
     /// Pages of [`Inheritance::stack`].
-    pub(crate) const STACK_PAGES: u64 = if cfg!(feature = "checked") { 16 } else { 4 };
+    pub(crate) const STACK_PAGES: u64 = 32;
 
     const PAGES: u64 = (size_of::<Self>() as u64).div_ceil(PAGE_SIZE).next_power_of_two();
 
@@ -182,7 +182,11 @@ fn take_over(mut inheritance: Inheritance) {
     #[cfg(feature = "checked")]
     let machine = checked::Checked(machine);
     let host_tables = PageTable::<Stage2>::new(stage2_root, geometry);
-    let memory = MEMORY.call_once(|| Memory::new(table, host_tables, inheritance.el2, inheritance.pool));
+    let el2_root = inheritance.el2.root();
+    machine.hint(Hint::Lock(el2_root));
+    let memory = Memory::new(&machine, table, host_tables, inheritance.el2, inheritance.pool);
+    machine.hint(Hint::Unlock(el2_root));
+    let memory = MEMORY.call_once(|| memory.expect("the pool is large enough to start"));
     #[cfg(feature = "trace")]
     memory.announce(&machine);
     let entry = PhysAddr::from_bits_truncating(secondary_entry(layout.image.base()));

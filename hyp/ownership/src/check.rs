@@ -7,7 +7,9 @@ use crate::{
     counts::Counts,
     entry::{Entry, State},
     guest::{GuestKind, GuestMemory},
-    memory::{Inner, Memory},
+    locked::{Locked, Mask},
+    memory::Memory,
+    region::Region,
     table::OwnershipTable,
 };
 
@@ -47,10 +49,10 @@ impl<P: TablePool> Memory<'_, P> {
     ///
     /// The first inconsistency.
     pub fn check<M: Machine>(&self, machine: &M) -> Result<(), Inconsistency> {
-        let inner = self.lock(machine);
-        inner.check_counts()?;
-        inner.check_stage2(machine)?;
-        inner.check_el2(machine)
+        let locked = self.lock(machine, Mask::ALL);
+        locked.check_counts()?;
+        locked.check_stage2(machine)?;
+        locked.regions().try_for_each(|region| region.check_el2(machine))
     }
 
     /// Checks the stage 2 of a guest against the ownership table. Its time grows with RAM.
@@ -59,18 +61,20 @@ impl<P: TablePool> Memory<'_, P> {
     ///
     /// The first inconsistency.
     pub fn check_guest<M: Machine>(&self, machine: &M, guest: &GuestMemory) -> Result<(), Inconsistency> {
-        let inner = self.lock(machine);
         let tables = guest.lock(machine);
+        let locked = self.lock(machine, Mask::ALL);
         if tables.tables.tables() != tables.spare.in_use {
             return Err(Inconsistency::Tables);
         }
         let (mut result, mut mapped) = (Ok(()), 0_u64);
         tables.tables.for_each_leaf(machine, |range, mapping| {
             mapped = mapped.wrapping_add(range.pages());
-            result = result.and_then(|()| inner.check_leaf(guest, range, mapping));
+            result = result.and_then(|()| locked.check_leaf(guest, range, mapping));
         });
         result?;
-        if mapped == tables.pages && mapped == inner.table.count_guest(guest.slot()) {
+        if mapped == tables.pages
+            && mapped == locked.regions().map(|region| region.table.count_guest(guest.slot())).sum::<u64>()
+        {
             Ok(())
         } else {
             Err(Inconsistency::GuestLacks)
@@ -78,33 +82,39 @@ impl<P: TablePool> Memory<'_, P> {
     }
 }
 
-impl<P: TablePool> Inner<'_, P> {
+impl<P: TablePool, M: Machine> Locked<'_, '_, P, M> {
     fn check_counts(&self) -> Result<(), Inconsistency> {
-        let mut counted = Counts::default();
-        self.table.count_pages(&mut counted);
-        if counted.pages() != self.counts.pages() {
-            return Err(Inconsistency::Counts);
-        }
-        for (block, owned) in self.table.blocks() {
-            let count = || block.iter().filter(|&page| self.table.is_host_owned(page)).count();
-            if owned.is_some_and(|owned| u64::try_from(count()) != Ok(owned)) {
-                return Err(Inconsistency::Block(block.base()));
+        let mut in_use = 0_usize;
+        for Region { table, host, el2, counts, .. } in self.regions() {
+            let mut counted = Counts::default();
+            table.count_pages(&mut counted);
+            if counted.pages() != counts.pages() {
+                return Err(Inconsistency::Counts);
             }
+            for (block, owned) in table.blocks() {
+                let count = || block.iter().filter(|&page| table.is_host_owned(page)).count();
+                if owned.is_some_and(|owned| u64::try_from(count()) != Ok(owned)) {
+                    return Err(Inconsistency::Block(block.base()));
+                }
+            }
+            in_use = in_use.saturating_add(host.tables()).saturating_add(el2.tables());
         }
-        if self.host.tables().saturating_add(self.el2.tables()) > self.pool.in_use() {
-            return Err(Inconsistency::Tables);
-        }
-        Ok(())
+        if in_use > self.tables.in_use() { Err(Inconsistency::Tables) } else { Ok(()) }
     }
 
-    fn check_stage2<M: Machine>(&self, machine: &M) -> Result<(), Inconsistency> {
+    fn check_stage2(&self, machine: &M) -> Result<(), Inconsistency> {
         let mut result = Ok(());
-        self.host.for_each_leaf(machine, |range, mapping| {
+        let Some(whole) = self.whole() else { return result };
+        whole.host.for_each_leaf(machine, |range, mapping| {
             let pages = PhysRange::new(range.base().raw(), range.pages());
             let bad = match (pages, mapping) {
                 (Ok(pages), Some(mapping)) if mapping.to == pages.base() => {
-                    let whole = pages.size() >= BLOCK_SIZE && self.table.is_uniform_for_host(pages, mapping.usage);
-                    let refused = |page: &PhysAddr| self.table.host_access(*page) != Some(mapping.usage);
+                    let refused = |page: &PhysAddr| {
+                        self.of(*page).and_then(|region| region.table.host_access(*page)) != Some(mapping.usage)
+                    };
+                    // A block lies in one region.
+                    let region = self.of(pages.base()).filter(|_| pages.size() >= BLOCK_SIZE);
+                    let whole = region.is_some_and(|region| region.table.is_uniform_for_host(pages, mapping.usage));
                     if whole { None } else { pages.iter().find(refused) }
                 }
                 _ => Some(range.base().identity_pa()),
@@ -136,14 +146,16 @@ impl<P: TablePool> Inner<'_, P> {
         };
         let frame = range.base().page_number() & (guest.end() / PAGE_SIZE).wrapping_sub(1);
         for (index, page) in (0..).zip(PhysRange::new(to.raw(), range.pages()).into_iter().flat_map(PhysRange::iter)) {
-            let owner = self.table.entry(page).filter(|entry| allowed(entry.state())).and_then(Entry::guest);
+            let owner = self.entry(page).filter(|entry| allowed(entry.state())).and_then(Entry::guest);
             if owner != Some((guest.slot(), frame.wrapping_add(index))) {
                 return Err(Inconsistency::Guest(page));
             }
         }
         Ok(())
     }
+}
 
+impl Region<'_> {
     fn check_el2<M: Machine>(&self, machine: &M) -> Result<(), Inconsistency> {
         for (block, _) in self.table.blocks() {
             let mut addr = block.base();

@@ -1,6 +1,6 @@
 //! What the hypervisor counts about memory.
 
-use crate::entry::State;
+use crate::{entry::State, region::Region};
 
 /// Numbers about memory, kept as it changes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -53,6 +53,31 @@ impl Counts {
         if let Some(count) = self.of(after) {
             *count = count.wrapping_add(pages);
         }
+    }
+
+    /// Adds what is counted of a region.
+    pub(crate) fn add(&mut self, region: &Region<'_>) {
+        let its = &region.counts;
+        for (sum, more) in [
+            (&mut self.host_owned, its.host_owned),
+            (&mut self.host_shared, its.host_shared),
+            (&mut self.hyp_owned, its.hyp_owned),
+            (&mut self.hyp_donated, its.hyp_donated),
+            (&mut self.hyp_kept, its.hyp_kept),
+            (&mut self.host_lent, its.host_lent),
+            (&mut self.guest_owned, its.guest_owned),
+            (&mut self.guest_offered, its.guest_offered),
+            (&mut self.guest_claimed, its.guest_claimed),
+            (&mut self.stage2_invalidations, its.stage2_invalidations),
+            (&mut self.el2_invalidations, its.el2_invalidations),
+            (&mut self.evictions, its.evictions),
+            (&mut self.faults_resolved, its.faults_resolved),
+            (&mut self.faults_denied, its.faults_denied),
+        ] {
+            *sum = sum.wrapping_add(more);
+        }
+        self.host_tables = self.host_tables.wrapping_add(region.host.tables());
+        self.el2_tables = self.el2_tables.wrapping_add(region.el2.tables());
     }
 
     /// Returns how many pages are in each state.

@@ -22,7 +22,7 @@ pub enum GuestKind {
 
 /// The stage 2 of a guest, the pages for its tables, and how much it maps.
 ///
-/// Behind a lock of its own, which is only taken while [`Memory`](crate::Memory)'s is held, but may be held longer. Nobody else may
+/// Behind a lock of its own, which comes before those of the regions of [`Memory`](crate::Memory), and may be held longer. Nobody else may
 /// break the mappings of its tables in the EL2 stage 1: a page that was kept is mapped by itself or in a block of pages that were
 /// kept for the same guest at once, and those for tables are only given back under this lock.
 pub struct GuestMemory {

@@ -5,7 +5,7 @@ use core::ops::ControlFlow;
 use ravelin_memory::{HypRange, Ipa, IpaRange, PhysRange};
 use ravelin_pgtable::{El2Usage, Found, Machine, Stage2Usage, TablePool};
 
-use crate::{entry::State, guest::GuestMemory, memory::Memory, transfer::address};
+use crate::{entry::State, guest::GuestMemory, locked::Mask, memory::Memory, transfer::address};
 
 /// What the entries of a run of pages say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,9 +21,9 @@ pub struct Entries {
 impl<P: TablePool> Memory<'_, P> {
     /// Calls `f` in ascending order with runs of pages of `range` and what their entries say, from the first page to the first that is
     /// not RAM. `f` must not call methods of this.
-    pub fn visit_entries(&self, range: PhysRange, f: &mut dyn FnMut(PhysRange, Entries)) {
-        let inner = self.lock_entries();
-        let _: ControlFlow<()> = inner.table.visit(range, &mut |run, entry, _| {
+    pub fn visit_entries<M: Machine>(&self, machine: &M, range: PhysRange, f: &mut dyn FnMut(PhysRange, Entries)) {
+        let locked = self.lock(machine, self.mask(range));
+        let _: ControlFlow<()> = locked.visit(range, &mut |run, entry, _| {
             if let Some(entry) = entry {
                 let guest = entry.guest().and_then(|(slot, frame)| Some((slot, address(frame)?)));
                 f(run, Entries { state: entry.state(), pins: entry.pins(), guest });
@@ -40,20 +40,24 @@ impl<P: TablePool> Memory<'_, P> {
         range: IpaRange,
         f: &mut dyn FnMut(IpaRange, Found<Stage2Usage>),
     ) {
-        let inner = self.lock(machine);
-        let _: ControlFlow<()> = inner.host.visit(machine, range, &mut |part, found| {
-            f(part, found);
-            ControlFlow::Continue(())
+        let locked = self.lock(machine, Mask::ALL);
+        let _ = locked.whole().map(|whole| {
+            whole.host.visit(machine, range, &mut |part, found| {
+                f(part, found);
+                ControlFlow::<()>::Continue(())
+            })
         });
     }
 
     /// Calls `f` in ascending order with parts of `range` and what the EL2 stage 1 has there. `f` must not call methods of
     /// this.
     pub fn visit_el2<M: Machine>(&self, machine: &M, range: HypRange, f: &mut dyn FnMut(HypRange, Found<El2Usage>)) {
-        let inner = self.lock(machine);
-        let _: ControlFlow<()> = inner.el2.visit(machine, range, &mut |part, found| {
-            f(part, found);
-            ControlFlow::Continue(())
+        let locked = self.lock(machine, Mask::ALL);
+        let _ = locked.whole().map(|whole| {
+            whole.el2.visit(machine, range, &mut |part, found| {
+                f(part, found);
+                ControlFlow::<()>::Continue(())
+            })
         });
     }
 
@@ -66,7 +70,6 @@ impl<P: TablePool> Memory<'_, P> {
         range: IpaRange,
         f: &mut dyn FnMut(IpaRange, Found<Stage2Usage>),
     ) {
-        let _inner = self.lock(machine);
         let _: ControlFlow<()> = guest.lock(machine).tables.visit(machine, range, &mut |part, found| {
             f(part, found);
             ControlFlow::Continue(())

@@ -1,7 +1,7 @@
 //! Who owns each physical page, and the transitions between owners.
 //!
 //! [`OwnershipTable`] is the one truth about memory. The host's stage 2 is a cache of it, filled by faults, and the EL2
-//! stage 1 maps what EL2 was given or has pinned. [`Memory`] holds all three behind one lock and keeps them in step: each
+//! stage 1 maps what EL2 was given or has pinned. [`Memory`] holds all three, in regions with a lock each, and keeps them in step: each
 //! operation first checks all of its range and makes sure of the translation tables that it needs, and then cannot fail.
 //!
 //! A guest's part is [`GuestMemory`]: its stage 2, which is no cache, with the pages for its tables. Methods of [`Memory`] that
@@ -28,8 +28,11 @@ mod fault;
 mod guest;
 mod held;
 mod inspect;
+mod locked;
 mod memory;
+mod pool;
 mod reason;
+mod region;
 mod step;
 mod table;
 #[cfg(test)]

@@ -1,34 +1,43 @@
-//! All of memory behind one lock.
+//! All of memory.
 
-use core::{mem, ops::DerefMut};
-
-use ravelin_memory::{HypAddr, Level, PhysAddr, PhysRange};
-use ravelin_pgtable::{El2, El2Usage, Flush, Hint, Machine, PageTable, Stage2, TablePool};
+use arrayvec::ArrayVec;
+use ravelin_memory::{ADDRESS_BITS, PhysAddr, PhysRange};
+use ravelin_pgtable::{El2, Hint, Machine, MapError, PageTable, Stage2, TablePool};
 use ravelin_sync::TicketMutex;
 
 use crate::{
-    HOST_RESERVE,
     counts::Counts,
     entry::{Entry, State},
-    held::Held,
-    step::{El2Change, Step},
-    table::{OwnershipTable, RamRange},
+    locked::{Locked, Mask},
+    pool::Pool,
+    region::Region,
+    step::Step,
+    table::OwnershipTable,
 };
+
+/// The most parts of memory with locks of their own.
+pub(crate) const MAX_REGIONS: usize = 16;
+
+/// With what is in none of them.
+pub(crate) const MAX_LOCKS: usize = MAX_REGIONS.saturating_add(1);
+
+/// The least and the largest size of a region, as binary logarithms: what a descriptor of level 1 translates, and what a table of
+/// level 1 does.
+const REGION_SHIFTS: core::ops::RangeInclusive<u32> = 30..=39;
 
 /// Who owns memory and what is mapped: the ownership table, the host's stage 2, the EL2 stage 1 and the tables for both.
 ///
-/// One lock guards all of it; no method calls out while it is held, but for the machine, the pool, and closures of which it says
-/// that they must not call methods of this.
+/// It consists of regions, each with a lock, so that CPUs that work in different ones do not wait for each other. An operation
+/// takes the locks of all regions that it has to do with, in ascending order and behind that of the guest, before it looks
+/// at anything, and keeps them to its end. No method calls out while it holds any, but for the machine, the pool, and closures of
+/// which it says that they must not call methods of this.
 pub struct Memory<'a, P> {
-    inner: TicketMutex<Inner<'a, P>>,
-}
-
-pub(crate) struct Inner<'a, P> {
-    pub(crate) table: OwnershipTable<'a>,
-    pub(crate) host: PageTable<Stage2>,
-    pub(crate) el2: PageTable<El2>,
-    pub(crate) pool: P,
-    pub(crate) counts: Counts,
+    /// Where each region but the first is, in ascending order. All else is the first one's: what is not RAM, and RAM for which there
+    /// are not enough regions.
+    spans: ArrayVec<PhysRange, MAX_REGIONS>,
+    regions: [Option<TicketMutex<Region<'a>>>; MAX_LOCKS],
+    /// The lock that comes last.
+    pool: TicketMutex<Pool<P>>,
 }
 
 /// Why a transition was refused, and where. Nothing has changed.
@@ -87,17 +96,33 @@ impl<'a, P: TablePool> Memory<'a, P> {
     /// Joins the ownership table, an empty host stage 2, the EL2 stage 1 that is in use and the pool for both.
     ///
     /// None of the pages that the host owns by `table` is mapped in `el2`.
-    #[must_use]
-    pub fn new(table: OwnershipTable<'a>, host: PageTable<Stage2>, el2: PageTable<El2>, pool: P) -> Self {
-        let counts = table.first_counts();
-        Self { inner: TicketMutex::new(Inner { table, host, el2, pool, counts }) }
-    }
-
-    /// Returns the EL2 stage 1 and the pool, for mappings of what the hypervisor owns, before this is shared with other
-    /// CPUs.
-    pub fn el2(&mut self) -> (&mut PageTable<El2>, &mut P) {
-        let inner = self.inner.get_mut();
-        (&mut inner.el2, &mut inner.pool)
+    ///
+    /// # Errors
+    ///
+    /// [`MapError::OutOfTables`], of which a region takes up to two.
+    pub fn new<M: Machine>(
+        machine: &M,
+        mut table: OwnershipTable<'a>,
+        mut host: PageTable<Stage2>,
+        mut el2: PageTable<El2>,
+        mut pool: P,
+    ) -> Result<Self, MapError> {
+        let mut regions = [const { None }; MAX_LOCKS];
+        let few = |shift: &u32| table.parts(*shift).take(MAX_REGIONS.saturating_add(1)).count() <= MAX_REGIONS;
+        let shift = REGION_SHIFTS.clone().find(few).unwrap_or(*REGION_SHIFTS.end());
+        let spans: ArrayVec<_, MAX_REGIONS> = table.parts(shift).take(MAX_REGIONS).collect();
+        let [first, rest @ ..] = &mut regions;
+        for (index, (span, region)) in (1..).zip(spans.iter().zip(rest)) {
+            // A stage 2 of few address bits need not have all that a region could.
+            let end = span.end().min(host.geometry().end());
+            let part = PhysRange::from_bounds(span.base().raw(), end).map_err(|_| MapError::OutOfRange)?;
+            let host = host.part(machine, &mut pool, part.identity_ipa())?;
+            let el2 = el2.part(machine, &mut pool, span.identity_va())?;
+            *region =
+                Some(TicketMutex::new(Region::new(index, Some(*span), table.split_off_below(span.end()), host, el2)));
+        }
+        *first = Some(TicketMutex::new(Region::new(0, None, table, host, el2)));
+        Ok(Self { spans, regions, pool: TicketMutex::new(Pool::new(pool)) })
     }
 
     /// Lends pages of the host to the hypervisor; the host keeps its access. They may be pinned then. Costs no TLB
@@ -107,7 +132,7 @@ impl<'a, P: TablePool> Memory<'a, P> {
     ///
     /// [`Reason::NotRam`]; [`Reason::Denied`] unless the host owns every page and shares it with nobody.
     pub fn share<M: Machine>(&self, machine: &M, range: PhysRange) -> Result<(), Failure> {
-        self.lock(machine).take(machine, range, &Step::SHARE)
+        self.take(machine, range, &Step::SHARE)
     }
 
     /// Ends what [`Memory::share`] began.
@@ -116,7 +141,7 @@ impl<'a, P: TablePool> Memory<'a, P> {
     ///
     /// [`Reason::NotRam`]; [`Reason::Denied`] for a page that is not shared; [`Reason::Busy`] for one that is pinned.
     pub fn unshare<M: Machine>(&self, machine: &M, range: PhysRange) -> Result<(), Failure> {
-        self.lock(machine).take(machine, range, &Step::UNSHARE)
+        self.take(machine, range, &Step::UNSHARE)
     }
 
     /// Makes pages of the host the hypervisor's, with their contents. They are mapped in EL2 for reading and writing, and
@@ -127,7 +152,7 @@ impl<'a, P: TablePool> Memory<'a, P> {
     /// [`Reason::NotRam`]; [`Reason::Denied`] unless the host owns every page and shares it with nobody;
     /// [`Reason::NoMemory`].
     pub fn donate<M: Machine>(&self, machine: &M, range: PhysRange) -> Result<(), Failure> {
-        self.lock(machine).take(machine, range, &Step::DONATE)
+        self.take(machine, range, &Step::DONATE)
     }
 
     /// Returns donated pages to the host, scrubbed.
@@ -137,7 +162,7 @@ impl<'a, P: TablePool> Memory<'a, P> {
     /// [`Reason::NotRam`]; [`Reason::Denied`] for a page that the host has not donated; [`Reason::Busy`] for one in use;
     /// [`Reason::NoMemory`] if a large mapping of EL2 would have to be split.
     pub fn take_back<M: Machine>(&self, machine: &M, range: PhysRange) -> Result<(), Failure> {
-        self.lock(machine).take(machine, range, &Step::TAKE_BACK)
+        self.take(machine, range, &Step::TAKE_BACK)
     }
 
     /// Pins shared pages once more. While a page is pinned the host can neither unshare it nor give it away, and it is
@@ -147,7 +172,7 @@ impl<'a, P: TablePool> Memory<'a, P> {
     ///
     /// [`Reason::NotRam`]; [`Reason::Denied`] for a page that is not shared; [`Reason::PinLimit`]; [`Reason::NoMemory`].
     pub fn pin<M: Machine>(&self, machine: &M, range: PhysRange) -> Result<(), Failure> {
-        self.lock(machine).take(machine, range, &Step::PIN)
+        self.take(machine, range, &Step::PIN)
     }
 
     /// Undoes one [`Memory::pin`] of each page.
@@ -157,7 +182,7 @@ impl<'a, P: TablePool> Memory<'a, P> {
     /// [`Reason::NotRam`]; [`Reason::Denied`] for a page that is not pinned; [`Reason::NoMemory`] if a large mapping of
     /// EL2 would have to be split.
     pub fn unpin<M: Machine>(&self, machine: &M, range: PhysRange) -> Result<(), Failure> {
-        self.lock(machine).take(machine, range, &Step::UNPIN)
+        self.take(machine, range, &Step::UNPIN)
     }
 
     /// Borrows a page of the host's for the hypervisor's own use. It is mapped in EL2 for reading and writing, and the host
@@ -169,7 +194,7 @@ impl<'a, P: TablePool> Memory<'a, P> {
     /// [`Reason::NotRam`]; [`Reason::Denied`] unless the host owns the page and shares it with nobody;
     /// [`Reason::NoMemory`].
     pub fn borrow_from_host<M: Machine>(&self, machine: &M, page: PhysAddr) -> Result<(), Failure> {
-        self.lock(machine).take(machine, PhysRange::single(page), &Step::BORROW)
+        self.take(machine, PhysRange::single(page), &Step::BORROW)
     }
 
     /// Ends what [`Memory::borrow_from_host`] began, which is always possible. The contents stay.
@@ -178,22 +203,21 @@ impl<'a, P: TablePool> Memory<'a, P> {
     ///
     /// [`Reason::NotRam`]; [`Reason::Denied`] for a page that is not borrowed.
     pub fn return_to_host<M: Machine>(&self, machine: &M, page: PhysAddr) -> Result<(), Failure> {
-        self.lock(machine).take(machine, PhysRange::single(page), &Step::RETURN)
+        self.take(machine, PhysRange::single(page), &Step::RETURN)
     }
 
-    /// Runs `f` while nothing is mapped or unmapped.
+    /// Runs `f` while nothing is mapped or unmapped around `page`.
     ///
     /// Whoever accesses a page through the EL2 stage 1 does it in here, because another CPU may be taking a neighbour out
     /// of the same block mapping, which breaks the block for a moment. `f` must not call methods of this.
-    pub fn with_stable_map<T>(&self, f: impl FnOnce() -> T) -> T {
-        let _guard = self.inner.lock();
-        f()
+    pub fn with_stable_map<T>(&self, page: PhysAddr, f: impl FnOnce() -> T) -> T {
+        self.with_region(page, |_| f())
     }
 
     /// Returns what the page that `addr` lies in is to the host.
     #[must_use]
     pub fn page_state(&self, addr: PhysAddr) -> PageReport {
-        let Some(entry) = self.inner.lock().table.entry(addr.page()) else {
+        let Some(entry) = self.entry(addr) else {
             return PageReport { state: HostState::NoPage, pins: 0 };
         };
         let state = match entry.state() {
@@ -207,178 +231,137 @@ impl<'a, P: TablePool> Memory<'a, P> {
 
     /// Returns the counts as they are now.
     #[must_use]
-    pub fn counts(&self) -> Counts {
-        let inner = self.inner.lock();
-        Counts {
-            host_tables: inner.host.tables(),
-            el2_tables: inner.el2.tables(),
-            free_tables: inner.pool.available(),
-            ..inner.counts
-        }
+    pub fn counts<M: Machine>(&self, machine: &M) -> Counts {
+        let locked = self.lock(machine, Mask::ALL);
+        let mut counts = Counts { free_tables: locked.tables.available(), ..Counts::default() };
+        locked.regions().for_each(|region| counts.add(region));
+        counts
     }
 
-    /// Tells a trace which roots the lock guards.
+    /// Tells a trace which tables the locks guard.
     pub fn announce<M: Machine>(&self, machine: &M) {
-        let inner = self.lock(machine);
-        let lock = inner.host.root();
-        inner.host.announce(machine, lock);
-        machine.hint(Hint::RootLock { root: inner.el2.root(), lock });
-    }
-
-    pub(crate) fn lock<M: Machine>(&self, machine: &M) -> impl DerefMut<Target = Inner<'a, P>> {
-        let guard = self.inner.lock();
-        let lock = guard.host.root();
-        Held::new(guard, machine, lock)
-    }
-
-    /// The same for what has nothing to do with tables, and no machine.
-    pub(crate) fn lock_entries(&self) -> impl DerefMut<Target = Inner<'a, P>> {
-        self.inner.lock()
-    }
-}
-
-impl<P: TablePool> Inner<'_, P> {
-    /// Takes `step` for all pages of `range` or, if that is not possible, for none.
-    pub(crate) fn take<M: Machine>(&mut self, machine: &M, range: PhysRange, step: &Step) -> Result<(), Failure> {
-        let ram = self.table.check(range, step)?;
-        if step.el2 != El2Change::None {
-            self.reserve(machine, ram, range, step)?;
-            // Nothing fails from here on.
-            self.change_el2(machine, ram, range, step);
-        }
-        let mut flush = Flush::new();
-        if step.takes_from_host() {
-            flush = self.host.unmap(machine, &mut self.pool, range.identity_ipa(), flush);
-        }
-        let Self { table, host, pool, .. } = self;
-        table.commit(ram, step, &mut |block| rejoin(machine, host, pool, block, &mut flush));
-        self.flush_host(machine, flush);
-        self.counts.moved(step.before, step.after, range.pages());
-        Ok(())
-    }
-
-    /// Sets the entries of `run`, which is RAM, to `entry` and what follows it. Adds what that owes to `flush`, of the host.
-    pub(crate) fn assign<M: Machine>(
-        &mut self,
-        machine: &M,
-        run: PhysRange,
-        entry: Entry,
-        mut flush: Flush<Stage2>,
-    ) -> Flush<Stage2> {
-        let Self { table, host, pool, counts, .. } = self;
-        table.assign(run, entry, &mut |old, pages| counts.moved(old, entry.state(), pages), &mut |block| {
-            rejoin(machine, host, pool, block, &mut flush)
-        });
-        flush
-    }
-
-    /// Makes sure that the pool has the tables that `step` takes for the EL2 stage 1, and leaves enough to the host.
-    fn reserve<M: Machine>(
-        &mut self,
-        machine: &M,
-        ram: RamRange,
-        range: PhysRange,
-        step: &Step,
-    ) -> Result<(), Failure> {
-        let available = self.pool.available();
-        if PageTable::<El2>::most_tables(range.pages()).saturating_add(HOST_RESERVE) <= available {
-            return Ok(());
-        }
-        let mut needed = 0_usize;
-        let mut after = None;
-        let Self { table, el2, .. } = self;
-        let mut plan = |run: PhysRange| {
-            let va = run.identity_va();
-            let tables = match step.el2 {
-                El2Change::None => 0,
-                El2Change::Map | El2Change::MapFirst => {
-                    // Between two runs lie pages that are mapped already, so the runs have no new table in common.
-                    el2.tables_to_map(machine, va, run.base(), El2Usage::Data)
+        let locked = self.lock(machine, Mask::ALL);
+        for region in locked.regions() {
+            let lock = region.lock_name();
+            match self.spans.get(region.index.wrapping_sub(1)) {
+                Some(span) => machine.hint(Hint::RegionLock { lock, base: span.base(), size: span.size() }),
+                None => {
+                    region.host.announce(machine, lock);
+                    machine.hint(Hint::RootLock { root: region.el2.root(), lock });
                 }
-                El2Change::Unmap | El2Change::Scrub | El2Change::UnmapLast => el2.tables_to_unmap(machine, va, after),
-            };
-            needed = needed.saturating_add(tables);
-            after = Some(HypAddr::from_bits_truncating(va.end().wrapping_sub(1)));
-        };
-        match step.el2 {
-            El2Change::None => {}
-            El2Change::Map | El2Change::Unmap | El2Change::Scrub => plan(range),
-            El2Change::MapFirst | El2Change::UnmapLast => table.el2_runs(ram, step, &mut plan),
-        }
-        if needed == 0 {
-            return Ok(());
-        }
-        // The host's own tables count as left to it: it can be made to build them anew.
-        if needed.saturating_add(HOST_RESERVE) > available.saturating_add(self.host.tables()) {
-            return Err(Failure { reason: Reason::NoMemory, page: range.base() });
-        }
-        if needed > available {
-            self.evict_host(machine);
-        }
-        Ok(())
-    }
-
-    /// Does to the EL2 stage 1 what `step` asks for.
-    fn change_el2<M: Machine>(&mut self, machine: &M, ram: RamRange, range: PhysRange, step: &Step) {
-        let Self { table, el2, pool, .. } = self;
-        let mut flush = Flush::new();
-        let mut change = |run: PhysRange| match step.el2 {
-            El2Change::None => {}
-            El2Change::Map | El2Change::MapFirst => {
-                // The tables have been reserved, and RAM lies in the address space.
-                let mapped = el2.map(machine, pool, run.identity_va(), run.base(), El2Usage::Data);
-                debug_assert_eq!(mapped, Ok(()));
             }
-            El2Change::Scrub => {
-                machine.scrub(run);
-                flush = el2.unmap(machine, pool, run.identity_va(), mem::take(&mut flush));
+        }
+    }
+
+    /// Takes `step` for all pages of `range` or, if that is not possible, for none.
+    pub(crate) fn take<M: Machine>(&self, machine: &M, range: PhysRange, step: &Step) -> Result<(), Failure> {
+        self.with(machine, self.mask(range), |locked| locked.take(machine, range, step))
+    }
+
+    /// Cuts a range at the borders of regions.
+    pub(crate) fn cut(&self, range: PhysRange) -> Cut<'_> {
+        Cut { spans: &self.spans, rest: Some(range) }
+    }
+
+    /// Returns the region with this number.
+    pub(crate) fn region(&self, index: usize) -> Option<&TicketMutex<Region<'a>>> {
+        self.regions.get(index)?.as_ref()
+    }
+
+    /// Returns how many regions there are.
+    pub(crate) fn region_count(&self) -> usize {
+        self.spans.len().saturating_add(1)
+    }
+
+    pub(crate) const fn pool(&self) -> &TicketMutex<Pool<P>> {
+        &self.pool
+    }
+
+    /// Calls `f` with all addresses that only the first region has.
+    pub(crate) fn between(&self, f: &mut dyn FnMut(PhysRange)) {
+        let ends = self.spans.iter().map(|span| span.end());
+        let bases = self.spans.iter().map(|span| span.base().raw()).chain([1 << ADDRESS_BITS]);
+        [0].into_iter().chain(ends).zip(bases).flat_map(|(end, base)| PhysRange::from_bounds(end, base)).for_each(f);
+    }
+
+    /// Returns the number of the region in which an address lies.
+    pub(crate) fn index_of(&self, addr: PhysAddr) -> usize {
+        self.spans.iter().zip(1..).find(|(span, _)| span.contains(addr)).map_or(0, |(_, index)| index)
+    }
+
+    /// Returns the regions that `range` lies in.
+    pub(crate) fn mask(&self, range: PhysRange) -> Mask {
+        // Most lie in one.
+        match self.spans.iter().zip(1..).find(|(span, _)| span.covers(&range)) {
+            Some((_, index)) => Mask::NONE.with(index),
+            None => self.cut(range).fold(Mask::NONE, |mask, (index, _)| mask.with(index)),
+        }
+    }
+
+    /// Takes the locks of these regions.
+    #[inline(always)]
+    #[expect(clippy::inline_always, reason = "not to copy what it returns, which is large")]
+    pub(crate) fn lock<'m, M: Machine>(&'m self, machine: &'m M, mask: Mask) -> Locked<'m, 'a, P, M> {
+        let mut locked = Locked::new(self, machine);
+        locked.take_locks(mask);
+        locked
+    }
+
+    /// Does `f` with the locks of these regions. If it finds that it must drop the host's mappings, does it again with all locks:
+    /// it has changed nothing then.
+    pub(crate) fn with<M: Machine, T>(
+        &self,
+        machine: &M,
+        mut mask: Mask,
+        mut f: impl FnMut(&mut Locked<'_, 'a, P, M>) -> T,
+    ) -> T {
+        loop {
+            let mut locked = Locked::new(self, machine);
+            locked.take_locks(mask);
+            let result = f(&mut locked);
+            if !locked.is_short() {
+                return result;
             }
-            El2Change::Unmap | El2Change::UnmapLast => {
-                flush = el2.unmap(machine, pool, run.identity_va(), mem::take(&mut flush));
-            }
-        };
-        match step.el2 {
-            El2Change::None => {}
-            El2Change::Map | El2Change::Unmap | El2Change::Scrub => change(range),
-            El2Change::MapFirst | El2Change::UnmapLast => table.el2_runs(ram, step, &mut change),
-        }
-        self.flush_el2(machine, flush);
-    }
-
-    pub(crate) fn flush_el2<M: Machine>(&mut self, machine: &M, flush: Flush<El2>) {
-        if self.el2.flush(machine, &mut self.pool, flush) {
-            self.counts.el2_invalidations = self.counts.el2_invalidations.wrapping_add(1);
+            mask = Mask::ALL;
         }
     }
 
-    /// Drops the whole host stage 2; faults fill it again.
-    pub(crate) fn evict_host<M: Machine>(&mut self, machine: &M) {
-        let flush = self.host.unmap_all(machine, &mut self.pool, Flush::new());
-        self.flush_host(machine, flush);
-        self.counts.evictions = self.counts.evictions.wrapping_add(1);
+    /// Does `f` with the region in which `page` lies: for what has nothing to do with tables, and no machine.
+    pub(crate) fn with_region<T>(&self, page: PhysAddr, f: impl FnOnce(Option<&Region<'a>>) -> T) -> T {
+        let index = self.index_of(page);
+        let guard = self.region(index).map(TicketMutex::lock);
+        f(guard.as_deref())
     }
 
-    pub(crate) fn flush_host<M: Machine>(&mut self, machine: &M, flush: Flush<Stage2>) {
-        if self.host.flush(machine, &mut self.pool, flush) {
-            self.count_stage2_invalidation();
-        }
-    }
-
-    pub(crate) const fn count_stage2_invalidation(&mut self) {
-        self.counts.stage2_invalidations = self.counts.stage2_invalidations.wrapping_add(1);
+    /// Returns the entry of the page that `addr` lies in, if it is RAM.
+    pub(crate) fn entry(&self, addr: PhysAddr) -> Option<Entry> {
+        self.with_region(addr, |region| region?.table.entry(addr.page()))
     }
 }
 
-/// Takes the host's last-level table of `block` out of the way, so that the next fault maps the block as one.
-fn rejoin<M: Machine, P: TablePool>(
-    machine: &M,
-    host: &mut PageTable<Stage2>,
-    pool: &mut P,
-    block: PhysRange,
-    flush: &mut Flush<Stage2>,
-) {
-    let block = block.identity_ipa();
-    if host.lookup(machine, block.base()).level == Level::L3 {
-        *flush = host.unmap(machine, pool, block, mem::take(flush));
+/// The parts of a range and the numbers of the regions that they lie in, in ascending order of addresses.
+#[derive(Clone)]
+pub(crate) struct Cut<'m> {
+    spans: &'m [PhysRange],
+    rest: Option<PhysRange>,
+}
+
+impl Iterator for Cut<'_> {
+    type Item = (usize, PhysRange);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let range = self.rest.take()?;
+        let base = range.base().raw();
+        let next = self.spans.iter().zip(1..).find(|(span, _)| base < span.end());
+        let (index, end) = match next {
+            Some((span, index)) if span.base().raw() <= base => (index, span.end()),
+            Some((span, _)) => (0, span.base().raw()),
+            None => (0, range.end()),
+        };
+        if end >= range.end() {
+            return Some((index, range));
+        }
+        self.rest = PhysRange::from_bounds(end, range.end()).ok();
+        Some((index, PhysRange::from_bounds(base, end).unwrap_or(range)))
     }
 }

@@ -16,7 +16,8 @@ use crate::{
 /// Pages in a block, and page entries that go with a block entry.
 pub const PAGES_PER_BLOCK: usize = 512;
 
-const MAX_REGIONS: usize = 32;
+/// Regions of RAM that there may be.
+pub(crate) const RAM_REGIONS: usize = 32;
 const MAX_RESERVED: usize = 8;
 const BLOCK_PAGE_SHIFT: u32 = 9;
 const PAGES_PER_BLOCK_U64: u64 = 1 << BLOCK_PAGE_SHIFT;
@@ -59,7 +60,7 @@ struct Region {
     index: usize,
 }
 
-type Regions = ArrayVec<Region, MAX_REGIONS>;
+type Regions = ArrayVec<Region, RAM_REGIONS>;
 
 /// Who owns each page of RAM.
 ///
@@ -67,7 +68,8 @@ type Regions = ArrayVec<Region, MAX_REGIONS>;
 /// page entries may hold anything until the block is split.
 pub struct OwnershipTable<'a> {
     regions: Regions,
-    carve_out: PhysRange,
+    /// What of RAM the hypervisor owns from the start.
+    carve_out: Option<PhysRange>,
     /// Device ranges that the hypervisor keeps to itself.
     reserved: ArrayVec<PhysRange, MAX_RESERVED>,
     blocks: &'a mut [u64],
@@ -181,11 +183,11 @@ fn to_u64(number: usize) -> u64 {
 
 /// Sorts `ranges`, joins those that touch, and gives each its place in the table. Returns the number of block entries too.
 fn plan(ranges: &[PhysRange]) -> Result<(Regions, usize), SetupError> {
-    let mut sorted = ArrayVec::<PhysRange, MAX_REGIONS>::new();
+    let mut sorted = ArrayVec::<PhysRange, RAM_REGIONS>::new();
     sorted.try_extend_from_slice(ranges).map_err(|_| SetupError::TooMany)?;
     sorted.sort_unstable_by_key(|range| range.base());
 
-    let mut joined = ArrayVec::<PhysRange, MAX_REGIONS>::new();
+    let mut joined = ArrayVec::<PhysRange, RAM_REGIONS>::new();
     for range in sorted {
         match joined.last_mut() {
             Some(last) if range.base().raw() < last.end() => return Err(SetupError::Overlap(range.base())),
@@ -247,7 +249,7 @@ impl<'a> OwnershipTable<'a> {
         reserved_ranges.try_extend_from_slice(reserved).map_err(|_| SetupError::TooMany)?;
 
         blocks.fill(Block::uniform(Entry::NOBODY).bits());
-        let mut table = Self { regions, carve_out, reserved: reserved_ranges, blocks, pages };
+        let mut table = Self { regions, carve_out: Some(carve_out), reserved: reserved_ranges, blocks, pages };
         for region in table.regions.clone() {
             table.set(RamRange { range: region.range, index: region.index }, Entry::new(State::HOST_OWNED, 0));
         }
@@ -256,6 +258,48 @@ impl<'a> OwnershipTable<'a> {
         };
         table.set(ram, Entry::new(State::HYP_OWNED, 0));
         Ok(table)
+    }
+
+    /// Yields the parts of memory of `1 << shift` bytes that have RAM in them, in ascending order.
+    pub(crate) fn parts(&self, shift: u32) -> impl Iterator<Item = PhysRange> {
+        let pages = 1_u64.wrapping_shl(shift.wrapping_sub(PAGE_SHIFT));
+        let mut behind = 0;
+        self.regions.iter().flat_map(move |region| {
+            let first = (region.range.base().raw() >> shift).max(behind);
+            behind = region.range.end().wrapping_sub(1).wrapping_shr(shift).wrapping_add(1).max(behind);
+            (first..behind).filter_map(move |number| PhysRange::new(number << shift, pages).ok())
+        })
+    }
+
+    /// Returns a table of the RAM below `end`, a multiple of the size of a block, and keeps the rest.
+    pub(crate) fn split_off_below(&mut self, end: u64) -> Self {
+        let (mut below, mut rest) = (Regions::new(), Regions::new());
+        let mut entries = self.blocks.len();
+        for region in self.regions.drain(..) {
+            let cut = end / BLOCK_SIZE;
+            let part =
+                |from, to| PhysRange::from_bounds(region.range.base().raw().max(from), region.range.end().min(to));
+            if let Ok(range) = part(0, end) {
+                below.push(Region { range, end: region.end.min(cut), ..region });
+            }
+            if let Ok(range) = part(end, u64::MAX) {
+                let index = region.index.saturating_add(to_usize(cut.saturating_sub(region.first)));
+                entries = entries.min(index);
+                rest.push(Region { range, first: region.first.max(cut), index, ..region });
+            }
+        }
+        rest.iter_mut().for_each(|region| region.index = region.index.saturating_sub(entries));
+        let (blocks, rest_blocks) = core::mem::take(&mut self.blocks).split_at_mut(entries);
+        let (pages, rest_pages) = core::mem::take(&mut self.pages).split_at_mut(entries);
+        let carve_out = |from, to| {
+            let all = self.carve_out?;
+            PhysRange::from_bounds(all.base().raw().max(from), all.end().min(to)).ok()
+        };
+        let below =
+            Self { regions: below, carve_out: carve_out(0, end), reserved: self.reserved.clone(), blocks, pages };
+        self.carve_out = carve_out(end, u64::MAX);
+        (self.regions, self.blocks, self.pages) = (rest, rest_blocks, rest_pages);
+        below
     }
 
     /// Returns the part of `range` that is RAM from its first page on, if that page is.
@@ -356,7 +400,7 @@ impl<'a> OwnershipTable<'a> {
     }
 
     /// Checks that `step` may be taken from every page of `range`, which is RAM then.
-    pub(crate) fn check(&self, range: PhysRange, step: &Step) -> Result<RamRange, Failure> {
+    pub(crate) fn check(&self, range: PhysRange, step: &Step) -> Result<(), Failure> {
         let not_ram = |page| Failure { reason: Reason::NotRam, page };
         let ram = self.ram_range(range).ok_or(not_ram(range.base()))?;
         for piece in ram.pieces() {
@@ -375,13 +419,14 @@ impl<'a> OwnershipTable<'a> {
         }
         match PhysAddr::new(ram.range.end()) {
             Some(end) if ram.range.end() < range.end() => Err(not_ram(end)),
-            _ => Ok(ram),
+            _ => Ok(()),
         }
     }
 
-    /// Calls `f` in ascending order with each run of pages of `ram` that `step`, which has been checked, puts into the EL2
+    /// Calls `f` in ascending order with each run of pages of `range` that `step`, which has been checked, puts into the EL2
     /// stage 1 or takes out of it.
-    pub(crate) fn el2_runs(&self, ram: RamRange, step: &Step, f: &mut dyn FnMut(PhysRange)) {
+    pub(crate) fn el2_runs(&self, range: PhysRange, step: &Step, f: &mut dyn FnMut(PhysRange)) {
+        let Some(ram) = self.ram_range(range) else { return };
         let mut run: Option<(u64, u64)> = None;
         let mut extend = |start: u64, pages: usize| {
             let end = start.wrapping_add(to_u64(pages));
@@ -410,9 +455,10 @@ impl<'a> OwnershipTable<'a> {
         }
     }
 
-    /// Takes `step`, which has been checked, from every page of `ram`. Calls `collapsed` with each block of which the host
+    /// Takes `step`, which has been checked, from every page of `range`. Calls `collapsed` with each block of which the host
     /// has become the sole owner of all pages.
-    pub(crate) fn commit(&mut self, ram: RamRange, step: &Step, collapsed: &mut dyn FnMut(PhysRange)) {
+    pub(crate) fn commit(&mut self, range: PhysRange, step: &Step, collapsed: &mut dyn FnMut(PhysRange)) {
+        let Some(ram) = self.ram_range(range) else { return };
         for piece in ram.pieces() {
             if let (Some(entry), true) = (self.block(piece.index).as_uniform(), piece.is_whole()) {
                 self.set_block(piece.index, Block::uniform(step.apply(entry)));
@@ -533,6 +579,29 @@ impl<'a> OwnershipTable<'a> {
         }
     }
 
+    /// Gives one page of a split block, or all of a uniform one, the entry `new` and what follows it, if it has `old` and what follows
+    /// that. Returns whether it had. Neither is [`State::HOST_OWNED`].
+    #[inline]
+    pub(crate) fn exchange(&mut self, pages: PhysRange, old: Entry, new: Entry) -> bool {
+        let Some(RamRange { index, .. }) = self.ram_range(pages) else { return false };
+        let is_split = self.block(index).as_uniform().is_none();
+        if pages.pages() == PAGES_PER_BLOCK_U64 && pages.base().is_aligned(BLOCK_SIZE) {
+            let has = self.block(index).as_uniform() == Some(old);
+            if has {
+                self.set_block(index, Block::uniform(new));
+            }
+            return has;
+        }
+        let in_block = to_usize(pages.base().page_number() & PAGES_PER_BLOCK_U64.wrapping_sub(1));
+        match self.pages.get_mut(index).and_then(|entries| entries.get_mut(in_block)) {
+            Some(bits) if is_split && pages.pages() == 1 && *bits == old.bits() => {
+                *bits = new.bits();
+                true
+            }
+            _ => false,
+        }
+    }
+
     /// Yields every block of RAM with its number of pages in state `HostOwned`, if it is split.
     pub(crate) fn blocks(&self) -> impl Iterator<Item = (PhysRange, Option<u64>)> {
         // A block in which one region ends and the next begins counts once.
@@ -607,7 +676,7 @@ impl<'a> OwnershipTable<'a> {
     /// Returns how many pages are in which state when nothing has changed hands yet.
     pub(crate) fn first_counts(&self) -> Counts {
         let ram = self.regions.iter().map(|region| region.range.pages()).fold(0, u64::wrapping_add);
-        let hyp_owned = self.carve_out.pages();
+        let hyp_owned = self.carve_out.map_or(0, |range| range.pages());
         Counts { host_owned: ram.wrapping_sub(hyp_owned), hyp_owned, ..Counts::default() }
     }
 

@@ -1,7 +1,7 @@
 //! The transitions that guests take part in.
 //!
-//! Each checks first what it asks of frames and pages and makes sure of tables, and then cannot fail. The lock of memory is
-//! taken before that of the guest.
+//! Each checks first what it asks of frames and pages and makes sure of tables, and then cannot fail. The lock of the guest is taken
+//! before those of the regions in which its pages lie, which its tables tell.
 
 mod give;
 mod look;
@@ -18,12 +18,13 @@ use ravelin_pgtable::{Flush, Machine, PageTable, Stage2, TablePool};
 use crate::{
     entry::{Entry, State},
     guest::{Guest, GuestMemory, View, first_pages, frame_number},
-    memory::Inner,
+    locked::Locked,
     reason::{GuestFailure, GuestReason},
 };
-use look::{Content, Place};
+use look::Content;
 
 pub use look::GuestPage;
+pub(crate) use look::{Place, Run};
 pub use ring::{Batch, Conversion, MAX_BATCH};
 pub use share::Unshare;
 
@@ -59,9 +60,9 @@ struct Plan {
     steps: u64,
 }
 
-impl<P: TablePool> Inner<'_, P> {
+impl<P: TablePool, M: Machine> Locked<'_, '_, P, M> {
     /// Returns how far `change` may go from the start of `range`: at least one frame.
-    fn plan<M: Machine>(
+    fn plan(
         &self,
         machine: &M,
         guest: &GuestMemory,
@@ -111,7 +112,7 @@ impl<P: TablePool> Inner<'_, P> {
         if let ControlFlow::Break(Err(failure)) = checked {
             // A second walk, for which the first has to be over: walks within walks take too much of the stack.
             let reason = match failure.reason {
-                GuestReason::Absent => self.reason_for_absence(machine, guest, tables, failure.ipa, change),
+                GuestReason::Absent => tables.reason_for_absence(machine, guest, failure.ipa, change),
                 reason => reason,
             };
             return Err(GuestFailure { reason, ..failure });
@@ -121,8 +122,8 @@ impl<P: TablePool> Inner<'_, P> {
         Ok(Plan { frames, row, claimed, steps: MAX_STEPS.saturating_sub(left) })
     }
 
-    /// As [`Inner::plan`], for all of `range` or nothing.
-    fn plan_all<M: Machine>(
+    /// As [`Locked::plan`], for all of `range` or nothing.
+    fn plan_all(
         &self,
         machine: &M,
         guest: &GuestMemory,
@@ -138,92 +139,79 @@ impl<P: TablePool> Inner<'_, P> {
         }
     }
 
-    /// Returns why `change` does not start from a frame that has nothing in the change's view.
-    fn reason_for_absence<M: Machine>(
-        &self,
-        machine: &M,
-        guest: &GuestMemory,
-        tables: &Guest,
-        frame: Ipa,
-        change: &Change,
-    ) -> GuestReason {
-        let Some(other) = guest.other(change.view) else {
-            return GuestReason::Absent;
-        };
-        let found = self.look(machine, guest, tables, IpaRange::single(frame), other, &mut |_, content, _| {
-            ControlFlow::Break(match content {
-                Content::Absent => GuestReason::Absent,
-                Content::Poisoned => GuestReason::Poisoned,
-                Content::Pages(_, entry) => refusal(change, entry.state()),
-            })
-        });
-        match found {
-            ControlFlow::Break(reason) => reason,
-            ControlFlow::Continue(()) => GuestReason::Absent,
-        }
-    }
-
     /// Makes the change, which has been planned, in the ownership table and in the host's stage 2. The guest's tables are as
     /// they were.
-    fn set_state<M: Machine>(
-        &mut self,
-        machine: &M,
-        guest: &GuestMemory,
-        tables: &Guest,
-        plan: &Plan,
-        change: &Change,
-    ) {
-        let flush = self.change_state(machine, guest, tables, plan, change, Flush::new());
-        self.flush_host(machine, flush);
+    fn set_state(&mut self, machine: &M, guest: &GuestMemory, tables: &Guest, plan: &Plan, change: &Change) {
+        self.change_state(machine, guest, tables, plan, change);
+        self.flush_host(machine);
     }
 
-    /// As [`Inner::set_state`], but for the invalidation. Adds what that owes to `flush`, of the host.
-    fn change_state<M: Machine>(
+    /// As [`Locked::set_state`], but for the invalidation, which is owed.
+    fn change_state(&mut self, machine: &M, guest: &GuestMemory, tables: &Guest, plan: &Plan, change: &Change) {
+        // Of guests' pages the host has none but claimed ones in its tables.
+        let takes_from_host = plan.claimed && !change.to.host_access();
+        match plan.row {
+            Some(pages) => self.change_row(machine, guest, plan.frames.base(), pages, change.to, takes_from_host),
+            None => self.change_rows(machine, guest, tables, plan, change, takes_from_host),
+        }
+    }
+
+    /// Changes pages that do not follow each other.
+    // Out of line: its closure is not there where a row is changed, which is how the depth of the stack is computed.
+    #[inline(never)]
+    fn change_rows(
         &mut self,
         machine: &M,
         guest: &GuestMemory,
         tables: &Guest,
         plan: &Plan,
         change: &Change,
-        mut flush: Flush<Stage2>,
-    ) -> Flush<Stage2> {
-        // Of guests' pages the host has none but claimed ones in its tables.
-        let takes_from_host = plan.claimed && !change.to.host_access();
-        let mut set = |at: Ipa, pages: PhysRange| {
-            let mut owed = core::mem::take(&mut flush);
-            if takes_from_host {
-                owed = self.host.unmap(machine, &mut self.pool, pages.identity_ipa(), owed);
+        takes_from_host: bool,
+    ) {
+        let mapped = guest.in_view(change.view, plan.frames);
+        let offset = mapped.base().raw().wrapping_sub(plan.frames.base().raw());
+        let _: ControlFlow<()> = tables.visit(machine, mapped, &mut |part, found| {
+            if let Place::Pages { pages, .. } = found {
+                let at = Ipa::from_bits_truncating(part.base().raw().wrapping_sub(offset));
+                self.change_row(machine, guest, at, pages, change.to, takes_from_host);
             }
-            let entry = if change.to.has_frame() {
-                Entry::of_guest(change.to, guest.slot(), frame_number(at))
-            } else {
-                Entry::new(change.to, 0)
-            };
-            flush = self.assign(machine, pages, entry, owed);
-        };
-        if let Some(pages) = plan.row {
-            set(plan.frames.base(), pages);
-        } else {
-            let mapped = guest.in_view(change.view, plan.frames);
-            let offset = mapped.base().raw().wrapping_sub(plan.frames.base().raw());
-            let _: ControlFlow<()> = tables.visit(machine, mapped, &mut |part, found| {
-                if let Place::Pages { pages, .. } = found {
-                    set(Ipa::from_bits_truncating(part.base().raw().wrapping_sub(offset)), pages);
-                }
-                ControlFlow::Continue(())
-            });
+            ControlFlow::Continue(())
+        });
+    }
+
+    /// Changes pages that follow each other, in the frames from `at` on.
+    fn change_row(
+        &mut self,
+        machine: &M,
+        guest: &GuestMemory,
+        at: Ipa,
+        pages: PhysRange,
+        to: State,
+        takes_from_host: bool,
+    ) {
+        if takes_from_host {
+            self.unmap_host(machine, pages);
         }
-        flush
+        let entry =
+            if to.has_frame() { Entry::of_guest(to, guest.slot(), frame_number(at)) } else { Entry::new(to, 0) };
+        self.assign(machine, pages, entry);
     }
 
     /// Takes `range`, guest addresses, out of the guest's stage 2.
-    fn unmap_guest<M: Machine>(&mut self, machine: &M, tables: &mut Guest, range: IpaRange) {
+    fn unmap_guest(&mut self, machine: &M, tables: &mut Guest, range: IpaRange) {
         let Guest { tables, spare, .. } = tables;
         let flush = tables.unmap(machine, &mut spare.pool(machine), range, Flush::new());
         self.flush_guest(machine, tables, &mut spare.pool(machine), flush);
     }
 
-    fn flush_guest<M: Machine>(
+    /// Scrubs runs of pages, or cleans them, as they need. [`Locked::reserve_transient`] has returned true.
+    fn clean_or_scrub(&mut self, machine: &M, runs: &[Run]) {
+        self.with_mapped(machine, runs, &mut |run, pages| {
+            if run.scrub { machine.scrub(pages) } else { machine.clean(pages) }
+        });
+    }
+
+    fn flush_guest(
         &mut self,
         machine: &M,
         tables: &mut PageTable<Stage2>,
@@ -237,6 +225,26 @@ impl<P: TablePool> Inner<'_, P> {
 }
 
 impl Guest {
+    /// Returns why `change` does not start from a frame that has nothing in the change's view.
+    fn reason_for_absence<M: Machine>(
+        &self,
+        machine: &M,
+        guest: &GuestMemory,
+        frame: Ipa,
+        change: &Change,
+    ) -> GuestReason {
+        let Some(other) = guest.other(change.view) else {
+            return GuestReason::Absent;
+        };
+        let walk = self.tables.lookup(machine, guest.in_view(other, IpaRange::single(frame)).base());
+        match (walk.mapping, other) {
+            (Some(_), View::Private) => refusal(change, State::GUEST_OWNED),
+            (Some(_), View::Shared) => GuestReason::Denied,
+            (None, _) if walk.poisoned => GuestReason::Poisoned,
+            (None, _) => GuestReason::Absent,
+        }
+    }
+
     /// Makes sure that there are tables to take `range`, guest addresses, out of blocks that it cuts, poisoned ones too.
     fn have_for_cut<M: Machine>(&self, machine: &M, range: IpaRange) -> Result<(), GuestFailure> {
         let failure = |reason| GuestFailure { reason, ipa: range.base() };

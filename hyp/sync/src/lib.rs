@@ -16,7 +16,10 @@ pub mod atomic {
 #[cfg(not(loom))]
 pub use core::hint::spin_loop;
 #[cfg(not(loom))]
-pub use spin::{Mutex, RwLock, mutex::TicketMutex};
+pub use spin::{
+    Mutex, RwLock,
+    mutex::{TicketMutex, TicketMutexGuard},
+};
 
 #[cfg(loom)]
 pub mod atomic;
@@ -29,3 +32,5 @@ pub mod model;
 pub use lock::{Mutex, Mutex as TicketMutex, RwLock};
 #[cfg(loom)]
 pub use loom::hint::spin_loop;
+#[cfg(loom)]
+pub use loom::sync::MutexGuard as TicketMutexGuard;

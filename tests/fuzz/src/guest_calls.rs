@@ -417,7 +417,8 @@ impl<'w, 'm> Vm<'w, 'm> {
                 assert_eq!(results[2..4], [0, 0]);
                 let done = results[1].max(1);
                 let of_guest = |counts: &Counts| [counts.guest_owned, counts.guest_offered + counts.guest_claimed];
-                let ([owned, offered], now) = (of_guest(&before.1), of_guest(&self.world.memory.counts()));
+                let ([owned, offered], now) =
+                    (of_guest(&before.1), of_guest(&self.world.memory.counts(self.world.machine)));
                 match asked[0] as u32 {
                     SHARE => assert_eq!(now, [owned - done, offered + done], "{asked:x?}: {results:x?}"),
                     UNSHARE => assert_eq!(now, [owned + done, offered - done], "{asked:x?}: {results:x?}"),

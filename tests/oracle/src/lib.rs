@@ -34,7 +34,7 @@ impl<P: TablePool, M: Machine, O: ObjectMemory> Real for Observed<'_, '_, P, M, 
         while from < pages.end {
             let mut next = from + 1;
             if let Some(range) = range(from..pages.end) {
-                self.memory.visit_entries(range, &mut |run, entries| {
+                self.memory.visit_entries(self.machine, range, &mut |run, entries| {
                     let run = numbers(run);
                     next = run.end;
                     f(run, page(entries));
@@ -71,7 +71,7 @@ impl<P: TablePool, M: Machine, O: ObjectMemory> Real for Observed<'_, '_, P, M, 
     }
 
     fn counts(&self) -> Counts {
-        let counts = self.memory.counts();
+        let counts = self.memory.counts(self.machine);
         Counts {
             host: counts.host_owned,
             shared: counts.host_shared,

@@ -137,11 +137,13 @@ fn memory<'a>(
     let pool = PhysRange::new(pool.raw(), layout.pool_pages as u64).expect("a range of pages");
     assert!(carve_out.covers(&pool));
     Memory::new(
+        machine,
         OwnershipTable::new(&[ram], carve_out, &[], blocks, pages).expect("memory as it may be"),
         PageTable::new(stage2_root, geometry),
         PageTable::new(el2_root, Geometry::EL2),
         machine.inner.pool(pool),
     )
+    .expect("there are tables enough")
 }
 
 fn cpus(layout: &Layout) -> Vec<Cpu> {
@@ -271,7 +273,7 @@ impl World<'_> {
     pub fn look(&self) -> (Vec<PageReport>, Counts) {
         let report = |page| self.memory.page_state(address(page));
         let pages: Vec<_> = self.layout.ram.clone().step_by(PAGE_SIZE as usize).map(report).collect();
-        (pages, self.memory.counts())
+        (pages, self.memory.counts(self.machine))
     }
 
     /// Checks the tables of a VM against the ownership table. In time that grows with RAM.

@@ -11,28 +11,30 @@ use crate::{
     Counts, GuestKind, GuestMemory, Inconsistency,
     entry::{Block, Entry, State},
     guest::Guest,
+    pool::Pool,
 };
 
 /// Gives pages another entry in the ownership table and in the counts, and nowhere else.
 fn pretend(rig: &Rig<'_>, page: u64, pages: u64, entry: Entry) {
-    let inner = &mut *rig.memory.lock(&rig.machine);
-    for page in range(page, pages).iter() {
-        let old = inner.table.entry(page).unwrap();
-        inner.counts.moved(old.state(), entry.state(), 1);
-    }
-    inner.table.assign(range(page, pages), entry, &mut |_, _| (), &mut |_| ());
+    rig.with_region(page, |region, _| {
+        for page in range(page, pages).iter() {
+            let old = region.table.entry(page).unwrap();
+            region.counts.moved(old.state(), entry.state(), 1);
+        }
+        region.table.assign(range(page, pages), entry, &mut |_, _| (), &mut |_| ());
+    });
 }
 
 fn host_maps(rig: &Rig<'_>, from: u64, pages: u64, to: u64, usage: Stage2Usage) {
-    let inner = &mut *rig.memory.lock(&rig.machine);
-    let from = range(from, pages).identity_ipa();
-    inner.host.map(&rig.machine, &mut inner.pool, from, addr(to), usage).unwrap();
+    rig.with_region(from, |region, tables| {
+        region.host.map(&rig.machine, tables, range(from, pages).identity_ipa(), addr(to), usage).unwrap();
+    });
 }
 
 fn el2_maps(rig: &Rig<'_>, from: u64, pages: u64, to: u64, usage: El2Usage) {
-    let inner = &mut *rig.memory.lock(&rig.machine);
-    let from = range(from, pages).identity_va();
-    inner.el2.map(&rig.machine, &mut inner.pool, from, addr(to), usage).unwrap();
+    rig.with_region(from, |region, tables| {
+        region.el2.map(&rig.machine, tables, range(from, pages).identity_va(), addr(to), usage).unwrap();
+    });
 }
 
 /// Makes a contradiction and looks at what the check says of it.
@@ -58,9 +60,9 @@ fn a_wrong_count() {
     ];
     with_rig(|rig| {
         for count in counts {
-            *count(&mut rig.memory.lock(&rig.machine).counts) += 1;
+            rig.with_region(GIB, |region, _| *count(&mut region.counts) += 1);
             assert_eq!(rig.memory.check(&rig.machine), Err(Inconsistency::Counts));
-            *count(&mut rig.memory.lock(&rig.machine).counts) -= 1;
+            rig.with_region(GIB, |region, _| *count(&mut region.counts) -= 1);
             rig.check();
         }
     });
@@ -73,7 +75,7 @@ fn a_wrong_number_of_pages_in_a_block() {
         for (owned, expected) in
             [(510, Err(Inconsistency::Block(addr(GIB)))), (512, Err(Inconsistency::Block(addr(GIB)))), (511, Ok(()))]
         {
-            rig.memory.lock(&rig.machine).table.set_block(0, Block::split(owned));
+            rig.with_region(GIB, |region, _| region.table.set_block(0, Block::split(owned)));
             assert_eq!(rig.memory.check(&rig.machine), expected, "{owned}");
         }
     });
@@ -83,7 +85,7 @@ fn a_wrong_number_of_pages_in_a_block() {
 fn tables_that_the_pool_does_not_know() {
     finds(Inconsistency::Tables, |rig| {
         rig.touch(GIB);
-        rig.memory.lock(&rig.machine).pool = RecordingMachine::new().pool(range(POOL, 8));
+        *rig.memory.pool().lock() = Pool::new(RecordingMachine::new().pool(range(POOL, 8)));
     });
 }
 
@@ -245,7 +247,9 @@ fn visits() {
         rig.memory.donate_to_guest(&rig.machine, &guest, range(GIB + 3 * PAGE, 2), frame).unwrap();
 
         let mut entries = Vec::new();
-        rig.memory.visit_entries(range(GIB, 6), &mut |run, its| entries.push((run, its.state, its.pins, its.guest)));
+        rig.memory.visit_entries(&rig.machine, range(GIB, 6), &mut |run, its| {
+            entries.push((run, its.state, its.pins, its.guest))
+        });
         assert_eq!(
             entries,
             [
@@ -258,8 +262,8 @@ fn visits() {
         );
         // Up to the first page that is not RAM.
         let (mut pages, behind) = (0, GIB + 32 * MIB);
-        rig.memory.visit_entries(range(behind - PAGE, 3), &mut |run, _| pages += run.pages());
-        rig.memory.visit_entries(range(behind, 3), &mut |run, _| pages += run.pages());
+        rig.memory.visit_entries(&rig.machine, range(behind - PAGE, 3), &mut |run, _| pages += run.pages());
+        rig.memory.visit_entries(&rig.machine, range(behind, 3), &mut |run, _| pages += run.pages());
         assert_eq!(pages, 1);
 
         fn leaf<U>(to: u64, usage: U) -> Found<U> {

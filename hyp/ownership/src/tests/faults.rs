@@ -5,7 +5,7 @@ use ravelin_memory::Level;
 use super::*;
 
 fn level(rig: &Rig<'_>, page: u64) -> Level {
-    rig.memory.lock(&rig.machine).host.lookup(&rig.machine, Ipa::new(page).unwrap()).level
+    rig.with_region(page, |region, _| region.host.lookup(&rig.machine, Ipa::new(page).unwrap())).level
 }
 
 #[test]
@@ -50,7 +50,7 @@ fn edges_of_ram_are_mapped_by_the_page() {
     assert_eq!(rig.touch(3 * GIB + 5 * PAGE), HostFault::Resolved);
     assert_eq!(level(&rig, 3 * GIB + 5 * PAGE), Level::L3);
     let usage = |page: u64| {
-        let walk = rig.memory.lock(&rig.machine).host.lookup(&rig.machine, Ipa::new(page).unwrap());
+        let walk = rig.with_region(page, |region, _| region.host.lookup(&rig.machine, Ipa::new(page).unwrap()));
         walk.mapping.map(|mapping| mapping.usage)
     };
     assert_eq!(usage(3 * GIB + 4 * PAGE), Some(Stage2Usage::Device));
@@ -75,7 +75,7 @@ fn what_is_not_the_hosts_is_denied() {
     assert_eq!(rig.touch(0x900_0000), HostFault::Denied);
     assert_eq!(rig.touch(0xa00_0000), HostFault::Resolved);
     assert_eq!((level(&rig, 0x900_1000), level(&rig, 0xa00_0000)), (Level::L3, Level::L2));
-    let counts = rig.memory.counts();
+    let counts = rig.counts();
     assert_eq!((counts.faults_resolved, counts.faults_denied), (2, 7));
     rig.check();
 }

@@ -217,7 +217,7 @@ fn a_donation_costs_one_invalidation_of_stage_2_and_is_clean() {
     with_rig(|rig| {
         let guest = rig.guest(0, GuestKind::Pkvm, 16);
         rig.touch(GIB);
-        let before = rig.memory.counts();
+        let before = rig.counts();
         let _ = rig.machine.take_log();
         rig.give(&guest, GIB, 4, RAM).unwrap();
         let log = rig.machine.take_log();
@@ -228,7 +228,7 @@ fn a_donation_costs_one_invalidation_of_stage_2_and_is_clean() {
         let place = |wanted: &dyn Fn(&Op) -> bool| log.iter().position(wanted).unwrap();
         let clean = place(&|op| *op == Op::Clean(pages));
         assert!(place(&|op| matches!(op, Op::InvalidateStage2(..))) < clean, "the host can no longer write");
-        let counts = rig.memory.counts();
+        let counts = rig.counts();
         assert_eq!(counts.stage2_invalidations, before.stage2_invalidations + 1);
         assert_eq!(counts.guest_owned, 4);
         assert!(!rig.el2_reaches(GIB));
@@ -671,7 +671,7 @@ fn a_block_is_handled_as_one() {
         };
         rig.give(&guest, block, 512, RAM).unwrap();
         assert_eq!(rig.everything().pages, entries);
-        assert_eq!(rig.memory.counts().guest_owned, 512);
+        assert_eq!(rig.counts().guest_owned, 512);
         assert_eq!(rig.guest_reaches(&guest, RAM + 511 * PAGE), Some(block + 511 * PAGE));
         step(GuestShare, 0, 0);
         step(Claim, 0, 0);
@@ -950,7 +950,7 @@ fn a_protected_guest_is_not_lent_anything() {
 fn a_dead_guest_leaves_nothing_behind() {
     for kind in [GuestKind::Pkvm, GuestKind::Realm, GuestKind::Ordinary] {
         with_rig(|rig| {
-            let fresh = (rig.memory.counts().pages(), rig.memory.counts().el2_tables);
+            let fresh = (rig.counts().pages(), rig.counts().el2_tables);
             for round in 0..3 {
                 let guest = rig.guest(0, kind, 40);
                 for page in 0..2048 {
@@ -975,7 +975,7 @@ fn a_dead_guest_leaves_nothing_behind() {
                 assert_eq!(rig.give(&guest, GIB + 9 * MIB, 1, RAM + GIB), denied(GuestReason::Denied, GIB + 9 * MIB));
                 assert_eq!(rig.force(&guest, GIB, 1), denied(GuestReason::Denied, GIB));
                 rig.destroy(guest, frames(RAM, 1 << 18));
-                assert_eq!((rig.memory.counts().pages(), rig.memory.counts().el2_tables), fresh, "round {round}");
+                assert_eq!((rig.counts().pages(), rig.counts().el2_tables), fresh, "round {round}");
                 let kept = |page| kind == GuestKind::Ordinary || (8..24).contains(&page);
                 for page in (0..40).chain(1000..1024) {
                     let expected = if kept(page) { 100 + page } else { 0 };
@@ -1099,7 +1099,7 @@ fn transient_mappings_take_the_hosts_tables_if_they_must() {
         rig.memory.donate_to_guest(&rig.machine, &guest, range(page + PAGE, 1), at).unwrap();
         rig.touch(page);
     }
-    assert!(rig.memory.counts().evictions > 0);
+    assert!(rig.counts().evictions > 0);
     assert_eq!(rig.change(Relinquish, &guest, RAM, 200), Ok(32));
     rig.check_guest(&guest);
     rig.destroy(guest, frames(RAM, 512));

@@ -245,7 +245,7 @@ fn run(kinds: [GuestKind; 2], actions: Vec<Action>) {
     let layout = small();
     let mut store = Store::for_ram(&layout.ram);
     let rig = Rig::new(&layout, &mut store);
-    let fresh = rig.memory.counts().pages();
+    let fresh = rig.counts().pages();
     let pages = layout.ram.iter().flat_map(|range| range.iter()).map(|page| {
         let donated = (GIB + 20 * MIB..GIB + 22 * MIB).contains(&page.raw());
         let kept = donated || layout.carve_out.contains(page);
@@ -325,7 +325,7 @@ fn run(kinds: [GuestKind; 2], actions: Vec<Action>) {
         rig.destroy(guest, frames(RAM, 1 << 19));
     }
     let owned = |pages: [u64; 9]| pages.iter().sum::<u64>();
-    assert_eq!(owned(rig.memory.counts().pages()), owned(fresh));
+    assert_eq!(owned(rig.counts().pages()), owned(fresh));
     for (&page, &contents) in &model.contents {
         assert_eq!(rig.machine.peek(addr(page)), contents, "{page:#x}");
     }
@@ -431,5 +431,5 @@ fn cpus_work_on_two_guests_at_the_same_time() {
         rig.check_guest(&guest);
         rig.destroy(guest, frames(RAM, 1 << 19));
     }
-    assert_eq!(rig.memory.counts().guest_owned + rig.memory.counts().hyp_kept, 0);
+    assert_eq!(rig.counts().guest_owned + rig.counts().hyp_kept, 0);
 }

@@ -14,6 +14,8 @@ mod limits;
 #[cfg(not(miri))]
 mod model;
 #[cfg(not(miri))]
+mod regions;
+#[cfg(not(miri))]
 mod ring;
 mod setup;
 mod threads;
@@ -28,7 +30,10 @@ use ravelin_pgtable::{
     recording::{Op, RecordingMachine, RecordingPool, Snapshot, Stage, Translation, invalidations},
 };
 
-use crate::{Failure, HOST_RESERVE, HostFault, HostState, Memory, OwnershipTable, PAGES_PER_BLOCK, Reason, sizes};
+use crate::{
+    Counts, Failure, HOST_RESERVE, HostFault, HostState, Memory, OwnershipTable, PAGES_PER_BLOCK, Reason, locked::Mask,
+    pool::Tables, region::Region, sizes,
+};
 
 const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;
@@ -98,17 +103,35 @@ struct Everything {
 
 impl<'a> Rig<'a> {
     fn new(layout: &Layout, store: &'a mut Store) -> Self {
+        Self::with_bits(layout, store, IPA_BITS)
+    }
+
+    /// As [`Rig::new`], with another number of address bits of the host.
+    fn with_bits(layout: &Layout, store: &'a mut Store, bits: u32) -> Self {
         let table =
             OwnershipTable::new(&layout.ram, layout.carve_out, &layout.reserved, &mut store.blocks, &mut store.pages);
         let machine = RecordingMachine::new();
-        let geometry = Geometry::stage2(IPA_BITS).unwrap();
+        let geometry = Geometry::stage2(bits).unwrap();
         let (host_root, el2_root) = (addr(ROOTS), addr(ROOTS + 16 * PAGE));
         machine.add_root(Stage::Stage2, host_root, geometry);
         machine.add_root(Stage::El2, el2_root, Geometry::EL2);
         let pool = machine.pool(range(POOL, layout.tables));
         let host = PageTable::<Stage2>::new(host_root, geometry);
         let el2 = PageTable::<El2>::new(el2_root, Geometry::EL2);
-        Self { machine, memory: Memory::new(table.unwrap(), host, el2, pool) }
+        let memory = Memory::new(&machine, table.unwrap(), host, el2, pool).unwrap();
+        Self { machine, memory }
+    }
+
+    /// Calls `f` with the region of a page.
+    fn with_region<T>(&self, page: u64, f: impl FnOnce(&mut Region<'a>, &mut Tables<'_, RecordingPool>) -> T) -> T {
+        let mut locked = self.memory.lock(&self.machine, Mask::ALL);
+        let (index, _) = self.memory.cut(range(page, 1)).next().unwrap();
+        let (region, tables) = locked.at(index).unwrap();
+        f(region, tables)
+    }
+
+    fn counts(&self) -> Counts {
+        self.memory.counts(&self.machine)
     }
 
     /// Runs one operation and checks that it leaves everything in order.
@@ -155,7 +178,12 @@ impl<'a> Rig<'a> {
     }
 
     fn everything(&self) -> Everything {
-        let (blocks, pages) = self.memory.lock(&self.machine).table.raw();
+        let (mut blocks, mut pages) = (vec![], vec![]);
+        for region in self.memory.lock(&self.machine, Mask::ALL).regions() {
+            let (its_blocks, its_pages) = region.table.raw();
+            blocks.extend(its_blocks);
+            pages.extend(its_pages);
+        }
         Everything { blocks, pages, tables: self.machine.snapshot() }
     }
 }

@@ -170,7 +170,7 @@ fn run(tables: u64, actions: Vec<Action>) {
             assert_eq!(rig.machine.peek(addr(page)), model.contents.get(&page).copied().unwrap_or(0), "{page:#x}");
         }
     }
-    let counts = rig.memory.counts();
+    let counts = rig.counts();
     let count =
         |state: fn(Page) -> bool| u64::try_from(model.pages.values().filter(|&&page| state(page)).count()).unwrap();
     assert_eq!(counts.host_owned, count(|page: Page| matches!(page, Page::Host { shared: false, .. })));

@@ -60,7 +60,7 @@ impl Rig<'_> {
 fn a_batch_is_many_conversions_and_one_invalidation() {
     with_guest(GuestKind::Pkvm, |rig, guest| {
         let shares: Vec<_> = (0..8).map(|index| share(index * 10, 3)).collect();
-        let before = rig.memory.counts().stage2_invalidations;
+        let before = rig.counts().stage2_invalidations;
         assert_eq!(rig.convert(&guest, &shares), Batch { seen: 8, done: 0xff, claimed: 0 });
         for index in 0..8 {
             assert_eq!(rig.states(&guest, index * 10, 3), [GuestPage::Offered; 3]);
@@ -75,11 +75,11 @@ fn a_batch_is_many_conversions_and_one_invalidation() {
         assert_eq!(rig.convert(&guest, &refused), Batch { seen: 8, done: 0x81, claimed: 0x7e });
         assert_eq!(rig.states(&guest, 10, 3), [GuestPage::Claimed; 3]);
         assert!(rig.host_reaches(PAGES + 10 * PAGE));
-        assert_eq!(rig.memory.counts().stage2_invalidations, before);
+        assert_eq!(rig.counts().stage2_invalidations, before);
 
         let released: Vec<_> = (1..7).map(|index| unshare(index * 10, 3, true)).collect();
         assert_eq!(rig.convert(&guest, &released), Batch { seen: 6, done: 0x3f, claimed: 0 });
-        assert_eq!(rig.memory.counts().stage2_invalidations, before + 1);
+        assert_eq!(rig.counts().stage2_invalidations, before + 1);
         for index in 0..8 {
             assert_eq!(rig.states(&guest, index * 10, 3), [GuestPage::Private; 3]);
             assert!(!rig.host_reaches(PAGES + index * 10 * PAGE));
@@ -147,7 +147,7 @@ fn other_guests_have_no_batches() {
 fn a_pinned_page_is_the_guests_and_the_hypervisors() {
     with_guest(GuestKind::Pkvm, |rig, guest| {
         let page = PAGES + 7 * PAGE;
-        let tables = rig.memory.counts().el2_tables;
+        let tables = rig.counts().el2_tables;
         assert_eq!(rig.memory.guest_pin(&rig.machine, &guest, ipa(7)), Ok(addr(page)));
         rig.check_guest(&guest);
         assert!(rig.el2_reaches(page) && !rig.el2_reaches(page + PAGE) && !rig.host_reaches(page));
@@ -171,7 +171,7 @@ fn a_pinned_page_is_the_guests_and_the_hypervisors() {
         assert_eq!(rig.memory.guest_unpin(&rig.machine, &guest, ipa(7)), Ok(()));
         rig.check_guest(&guest);
         assert!(!rig.el2_reaches(page));
-        assert_eq!(rig.memory.counts().el2_tables, tables);
+        assert_eq!(rig.counts().el2_tables, tables);
         assert_eq!(rig.memory.guest_unpin(&rig.machine, &guest, ipa(7)), Err(denied));
         rig.change(GuestShare, &guest, RAM + 7 * PAGE, 1).unwrap();
         assert_eq!(rig.memory.guest_pin(&rig.machine, &guest, ipa(7)), Err(denied));
@@ -224,7 +224,7 @@ fn a_pin_leaves_the_tables_that_the_host_needs() {
                     assert_eq!(rig.everything(), before);
                 }
                 rig.check_guest(&guest);
-                assert!(rig.memory.counts().free_tables + rig.memory.counts().host_tables >= 2 * HOST_RESERVE);
+                assert!(rig.counts().free_tables + rig.counts().host_tables >= 2 * HOST_RESERVE);
                 pinned.is_ok()
             })
             .count()

@@ -45,7 +45,7 @@ fn the_host_has_all_but_the_carve_out() {
     let layout = small();
     let mut store = Store::for_ram(&layout.ram);
     let rig = Rig::new(&layout, &mut store);
-    let counts = rig.memory.counts();
+    let counts = rig.counts();
     assert_eq!(counts.host_owned, 32 * MIB / PAGE - 512 + 1500);
     assert_eq!((counts.hyp_owned, counts.hyp_donated, counts.host_shared), (512, 0, 0));
     rig.check();
@@ -79,25 +79,11 @@ fn regions_that_share_a_block_keep_apart() {
     assert_eq!(store.blocks.len(), 2);
     let rig = Rig::new(&layout, &mut store);
     rig.check();
-    let counts = rig.memory.counts();
+    let counts = rig.counts();
     assert_eq!((counts.host_owned, counts.hyp_owned), (100 + 512 + 100 - 5, 5));
     assert_eq!(rig.call(Share, range(GIB + 99 * PAGE, 2)), fails(Reason::NotRam, GIB + 100 * PAGE));
     assert_eq!(rig.call(Share, range(GIB + 199 * PAGE, 2)), fails(Reason::NotRam, GIB + 199 * PAGE));
     // Two regions that touch are one.
     assert_eq!(rig.call(Share, range(GIB + 200 * PAGE, 612)), Ok(()));
-    rig.check();
-}
-
-#[test]
-#[cfg_attr(miri, ignore = "takes Miri too long")]
-fn the_hypervisor_maps_its_own_before_others_come() {
-    let layout = small();
-    let mut store = Store::for_ram(&layout.ram);
-    let mut rig = Rig::new(&layout, &mut store);
-    let own = PhysRange::new(layout.carve_out.base().raw(), 3).unwrap();
-    let (el2, pool) = rig.memory.el2();
-    el2.map(&rig.machine, pool, own.identity_va(), own.base(), El2Usage::Data).unwrap();
-    assert!(rig.el2_reaches(own.base().raw()));
-    assert!(rig.memory.counts().el2_tables > 0);
     rig.check();
 }

@@ -34,7 +34,7 @@ fn four_cpus_hammer_overlapping_ranges() {
     let layout = Layout { tables: 48, ..if cfg!(miri) { few } else { small() } };
     let mut store = Store::for_ram(&layout.ram);
     let rig = Rig::new(&layout, &mut store);
-    let total = rig.memory.counts();
+    let total = rig.counts();
     let rounds = if cfg!(miri) { 4 } else { 200 };
     let succeeded: u64 = thread::scope(|scope| {
         let hammer = |seed: u64| {
@@ -59,8 +59,8 @@ fn four_cpus_hammer_overlapping_ranges() {
     });
     assert!(succeeded > rounds / 4, "only {succeeded} calls succeeded");
     check(&rig);
-    let counts = rig.memory.counts();
-    let pages = |counts: &crate::Counts| counts.host_owned + counts.host_shared + counts.hyp_owned + counts.hyp_donated;
+    let counts = rig.counts();
+    let pages = |counts: &Counts| counts.host_owned + counts.host_shared + counts.hyp_owned + counts.hyp_donated;
     assert_eq!(pages(&counts), pages(&total));
 }
 
@@ -127,4 +127,40 @@ fn convert_the_same_pages(kind: GuestKind) {
     assert!(shared >= 1, "the first share of a frame succeeds");
     check(&rig);
     assert_eq!(memory.check_guest(machine, &guest), Ok(()));
+}
+
+#[test]
+fn cpus_work_in_different_regions_and_across_them() {
+    // Three regions. Miri has the time for little of each.
+    let end = if cfg!(miri) { 6 * PAGE } else { 4 * MIB };
+    let layout = Layout {
+        ram: [GIB, 2 * GIB, 3 * GIB].map(|base| range(base + GIB - end, 2 * end / PAGE)).into(),
+        carve_out: range(4 * GIB + end - PAGE, 1),
+        ..small()
+    };
+    let mut store = Store::for_ram(&layout.ram);
+    let rig = Rig::new(&layout, &mut store);
+    let total = rig.counts();
+    let rounds = if cfg!(miri) { 3 } else { 150 };
+    thread::scope(|scope| {
+        for cpu in 1..5_u64 {
+            let rig = &rig;
+            scope.spawn(move || {
+                let mut random = Random(cpu * 0x0e37_79b9_7f4a_7c15);
+                for _ in 0..rounds {
+                    // Every other range begins in one region and ends in the next.
+                    let border = (2 + random.below(3)) * GIB;
+                    let (before, pages) = [(random.below(end / PAGE) + 1, 1), (2, 4)][random.below(2) as usize];
+                    let base = border - before * PAGE;
+                    let call = CALLS[random.below(6) as usize];
+                    let _ = call.on(&rig.memory, &rig.machine, range(base, pages));
+                    let _ = rig.memory.host_fault(&rig.machine, Ipa::new(base).unwrap());
+                    let _ = rig.counts();
+                }
+            });
+        }
+    });
+    check(&rig);
+    let pages = |counts: &Counts| counts.host_owned + counts.host_shared + counts.hyp_owned + counts.hyp_donated;
+    assert_eq!(pages(&rig.counts()), pages(&total));
 }

@@ -171,7 +171,7 @@ fn sharing_needs_no_tlb_maintenance_and_the_rest_one_each() {
         assert_eq!(done[..expected.len()], expected, "{call:?}");
         assert_eq!(done.len() - expected.len(), usize::from(call == TakeBack), "{call:?}");
     }
-    let counts = rig.memory.counts();
+    let counts = rig.counts();
     assert_eq!((counts.stage2_invalidations, counts.el2_invalidations), (2, 2));
 }
 
@@ -186,7 +186,7 @@ fn a_borrowed_page_comes_back_when_tables_are_out() {
     rig.call(Borrow, range(GIB + PAGE, 1)).unwrap();
     assert_eq!(invalidations(&rig.machine.take_log()), [], "the host keeps its block");
     assert!(rig.host_reaches(GIB + PAGE));
-    assert_eq!(rig.memory.counts().host_shared, 1);
+    assert_eq!(rig.counts().host_shared, 1);
     assert_eq!(rig.call(Borrow, range(2 * GIB, 1)), fails(Reason::NoMemory, 2 * GIB));
     // The neighbours are not part of it.
     rig.call(Donate, range(GIB + 2 * PAGE, 1)).unwrap();
@@ -194,7 +194,7 @@ fn a_borrowed_page_comes_back_when_tables_are_out() {
     let _ = rig.machine.take_log();
     rig.call(Return, page).unwrap();
     assert_eq!(invalidations(&rig.machine.take_log()), [Op::InvalidateEl2(page.identity_va())]);
-    assert_eq!(rig.memory.counts().host_shared, 0);
+    assert_eq!(rig.counts().host_shared, 0);
     rig.check();
 }
 
@@ -204,10 +204,10 @@ fn a_page_given_away_leaves_its_neighbours_mapped() {
     let mut store = Store::for_ram(&layout.ram);
     let rig = Rig::new(&layout, &mut store);
     rig.touch(GIB);
-    assert_eq!(rig.memory.counts().host_tables, 0, "one block of 1 GiB in the root");
+    assert_eq!(rig.counts().host_tables, 0, "one block of 1 GiB in the root");
     let page = GIB + 77 * MIB;
     rig.call(Donate, range(page, 1)).unwrap();
-    assert_eq!(rig.memory.counts().host_tables, 2);
+    assert_eq!(rig.counts().host_tables, 2);
     assert!(!rig.host_reaches(page));
     for near in [GIB, page - PAGE, page + PAGE, page + 4 * MIB, 2 * GIB - PAGE] {
         assert!(rig.host_reaches(near), "{near:#x}");
@@ -229,15 +229,15 @@ fn a_block_comes_back_as_a_block() {
     rig.call(Share, range(GIB + 100 * PAGE, 1)).unwrap();
     for pages in pages {
         rig.call(TakeBack, pages).unwrap();
-        assert_ne!(rig.memory.counts().host_tables, 1, "not as long as a page is shared");
+        assert_ne!(rig.counts().host_tables, 1, "not as long as a page is shared");
     }
     rig.call(Unshare, range(GIB + 100 * PAGE, 1)).unwrap();
     // The table of level 3 is gone; a fault brings the block.
-    assert_eq!(rig.memory.counts().host_tables, 1);
+    assert_eq!(rig.counts().host_tables, 1);
     assert!(!rig.host_reaches(GIB));
     rig.touch(GIB);
     assert!(rig.host_reaches(GIB + 2 * MIB - PAGE));
-    assert_eq!(rig.memory.counts().host_tables, 1);
+    assert_eq!(rig.counts().host_tables, 1);
     rig.check();
     let entry = |everything: &Everything| everything.blocks[0] & 0xffff_ffff;
     assert_eq!(entry(&rig.everything()), entry(&fresh), "uniform again");

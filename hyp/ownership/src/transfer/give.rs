@@ -3,13 +3,17 @@
 use core::ops::ControlFlow;
 
 use ravelin_memory::{BLOCK_SIZE, Ipa, IpaRange, PhysRange};
-use ravelin_pgtable::{Flush, Machine, Stage2Usage, TablePool};
+use ravelin_pgtable::{Machine, Stage2Usage, TablePool};
 
-use super::{MAX_STEPS, look::Content};
+use super::{
+    MAX_STEPS,
+    look::{Place, Run},
+};
 use crate::{
     entry::{Entry, State},
     guest::{Guest, GuestKind, GuestMemory, View, frame_number},
-    memory::{Inner, Memory},
+    locked::Locked,
+    memory::Memory,
     reason::{GuestReason, HostFailure},
 };
 
@@ -31,7 +35,7 @@ impl<P: TablePool> Memory<'_, P> {
         range: PhysRange,
         at: Ipa,
     ) -> Result<(), HostFailure> {
-        self.lock(machine).give(machine, guest, range, at, State::GUEST_OWNED)
+        self.give(machine, guest, range, at, State::GUEST_OWNED)
     }
 
     /// Lends pages of the host to an ordinary guest, at `at`. The host keeps its access.
@@ -46,23 +50,35 @@ impl<P: TablePool> Memory<'_, P> {
         range: PhysRange,
         at: Ipa,
     ) -> Result<(), HostFailure> {
-        self.lock(machine).give(machine, guest, range, at, State::HOST_LENT)
+        self.give(machine, guest, range, at, State::HOST_LENT)
     }
-}
 
-impl<P: TablePool> Inner<'_, P> {
     /// Puts pages of the host into a guest's memory.
     fn give<M: Machine>(
-        &mut self,
+        &self,
         machine: &M,
         guest: &GuestMemory,
         range: PhysRange,
         at: Ipa,
         to: State,
     ) -> Result<(), HostFailure> {
+        let mut tables = guest.lock(machine);
+        self.with(machine, self.mask(range), |locked| locked.give(machine, guest, &mut tables, range, at, to))
+    }
+}
+
+impl<P: TablePool, M: Machine> Locked<'_, '_, P, M> {
+    fn give(
+        &mut self,
+        machine: &M,
+        guest: &GuestMemory,
+        tables: &mut Guest,
+        range: PhysRange,
+        at: Ipa,
+        to: State,
+    ) -> Result<(), HostFailure> {
         let failure = |reason, page| HostFailure { reason, page };
         let refuse = |reason| Err(failure(reason, range.base()));
-        let mut tables = guest.lock(machine);
         if tables.dying || (guest.kind() == GuestKind::Ordinary) != (to == State::HOST_LENT) {
             return refuse(GuestReason::Denied);
         }
@@ -73,7 +89,7 @@ impl<P: TablePool> Inner<'_, P> {
         // The host's side.
         let aligned = range.base().raw().wrapping_sub(at.raw()) & BLOCK_SIZE.wrapping_sub(1) == 0;
         let mut left = MAX_STEPS;
-        let checked = self.table.visit(range, &mut |run, entry, steps| {
+        let checked = self.visit(range, &mut |run, entry, steps| {
             let steps = if aligned { steps.max(run.pages() / CLEANED_IN_A_STEP) } else { run.pages() };
             let reason = match entry {
                 None => GuestReason::NotRam,
@@ -95,13 +111,14 @@ impl<P: TablePool> Inner<'_, P> {
         // The guest's side.
         let mut first = None;
         for view in [Some(View::Private), guest.other(View::Private)].into_iter().flatten() {
-            let taken = self.look(machine, guest, &tables, frames, view, &mut |part, content, _| {
-                let reason = match content {
-                    Content::Absent => return ControlFlow::Continue(()),
-                    Content::Poisoned => GuestReason::Poisoned,
-                    Content::Pages(..) => GuestReason::Exists,
+            let mapped = guest.in_view(view, frames);
+            let taken = tables.visit(machine, mapped, &mut |part, place| {
+                let reason = match place {
+                    Place::Absent { .. } => return ControlFlow::Continue(()),
+                    Place::Poisoned => GuestReason::Poisoned,
+                    Place::Pages { .. } => GuestReason::Exists,
                 };
-                ControlFlow::Break((part.base().raw().wrapping_sub(at.raw()), reason))
+                ControlFlow::Break((part.base().raw().wrapping_sub(mapped.base().raw()), reason))
             });
             first = first.into_iter().chain(taken.break_value()).min_by_key(|&(behind, _)| behind);
         }
@@ -114,16 +131,14 @@ impl<P: TablePool> Inner<'_, P> {
             return refuse(GuestReason::NoMemory);
         }
         // Nothing fails from here on.
-        let mut flush = Flush::new();
         if !to.host_access() {
-            flush = self.host.unmap(machine, &mut self.pool, range.identity_ipa(), flush);
+            self.unmap_host(machine, range);
         }
-        let entry = Entry::of_guest(to, guest.slot(), frame_number(at));
-        flush = self.assign(machine, range, entry, flush);
-        self.flush_host(machine, flush);
+        self.assign(machine, range, Entry::of_guest(to, guest.slot(), frame_number(at)));
+        self.flush_host(machine);
         // Guests start with their caches off, and a dirty line of the host's could overwrite what they write.
-        self.with_mapped(machine, core::iter::once(range), &mut |run| machine.clean(run));
-        let Guest { tables, spare, pages, .. } = &mut *tables;
+        self.clean_or_scrub(machine, &[Run { pages: range, scrub: false, pinned: false }]);
+        let Guest { tables, spare, pages, .. } = tables;
         let done = tables.map(machine, &mut spare.pool(machine), frames, range.base(), Stage2Usage::Memory);
         debug_assert_eq!(done, Ok(()));
         *pages = pages.saturating_add(range.pages());

@@ -10,7 +10,8 @@ use super::{Change, MAX_RUNS, MAX_STEPS, address};
 use crate::{
     entry::{Entry, State},
     guest::{Guest, GuestMemory, View, first_pages},
-    memory::{Inner, Memory},
+    locked::{Locked, Mask},
+    memory::Memory,
     reason::{GuestFailure, GuestReason},
 };
 
@@ -54,7 +55,7 @@ pub(super) enum Content {
 
 /// What a guest's stage 2 has at some addresses.
 #[derive(Clone, Copy)]
-pub(super) enum Place {
+pub(crate) enum Place {
     /// Nothing, in one descriptor or in one for each page.
     Absent {
         by_page: bool,
@@ -67,10 +68,11 @@ pub(super) enum Place {
     },
 }
 
-/// Contiguous pages that leave a guest.
+/// Contiguous pages that come to a guest or leave it.
 #[derive(Clone, Copy)]
-pub(super) struct Run {
-    pub(super) pages: PhysRange,
+pub(crate) struct Run {
+    pub(crate) pages: PhysRange,
+    /// Whether they have to be scrubbed, and not only cleaned.
     pub(super) scrub: bool,
     /// Whether EL2 maps them, too.
     pub(super) pinned: bool,
@@ -96,9 +98,15 @@ impl<P: TablePool> Memory<'_, P> {
     #[must_use]
     pub fn guest_page<M: Machine>(&self, machine: &M, guest: &GuestMemory, ipa: Ipa) -> GuestPage {
         let Some(frame) = guest.frame(ipa) else { return GuestPage::Absent };
-        let inner = self.lock(machine);
         let tables = guest.lock(machine);
-        let in_view = |view| inner.page(machine, &tables, guest.in_view(view, IpaRange::single(frame)).base());
+        let in_view = |view| {
+            let walk = tables.tables.lookup(machine, guest.in_view(view, IpaRange::single(frame)).base());
+            match walk.mapping {
+                Some(mapping) => GuestPage::of(self.entry(mapping.to).unwrap_or(Entry::NOBODY).state()),
+                None if walk.poisoned => GuestPage::Poisoned,
+                None => GuestPage::Absent,
+            }
+        };
         match (in_view(View::Private), guest.other(View::Private)) {
             (GuestPage::Absent, Some(view)) => in_view(view),
             (page, _) => page,
@@ -112,11 +120,15 @@ impl<P: TablePool> Memory<'_, P> {
         let Ok(range) = IpaRange::from_bounds(range.base().raw(), range.end().min(guest.end())) else {
             return (GuestPage::Absent, range.pages());
         };
-        let inner = self.lock(machine);
         let tables = guest.lock(machine);
-        let (first, pages) = inner.run(machine, guest, &tables, range, View::Private);
+        let mut locked = Locked::new(self, machine);
+        locked.reach(machine, guest, &tables, range, View::Private);
+        let (first, pages) = locked.run(machine, guest, &tables, range, View::Private);
         match (first, guest.other(View::Private), first_pages(range, pages)) {
-            (GuestPage::Absent, Some(view), Some(frames)) => inner.run(machine, guest, &tables, frames, view),
+            (GuestPage::Absent, Some(view), Some(frames)) => {
+                locked.reach_further(machine, guest, &tables, frames, view);
+                locked.run(machine, guest, &tables, frames, view)
+            }
             _ => (first, pages),
         }
     }
@@ -136,38 +148,39 @@ impl<P: TablePool> Memory<'_, P> {
         range: IpaRange,
         f: &mut dyn FnMut(PhysRange),
     ) -> Result<u64, GuestFailure> {
-        let mut inner = self.lock(machine);
         let tables = guest.lock(machine);
-        let plan = inner.plan(machine, guest, &tables, range, &LOOK)?;
-        let mut runs = Runs::new();
-        let pages = inner.runs(machine, guest, &tables, plan.frames, View::Private, &mut runs);
-        if !inner.reserve_transient(machine) {
-            return Err(GuestFailure { reason: GuestReason::NoMemory, ipa: range.base() });
-        }
-        // The guest's caches may be off. Then what is cached of the pages may be out of date before, and hides what the guest
-        // or EL2 has written after.
-        inner.with_mapped(machine, runs.iter().map(|run| run.pages), &mut |run| {
-            machine.clean(run);
-            f(run);
-            machine.clean(run);
-        });
-        Ok(pages)
+        self.with(machine, tables.regions(machine, self, guest, range, Some(View::Private)), |locked| {
+            let plan = locked.plan(machine, guest, &tables, range, &LOOK)?;
+            let mut runs = Runs::new();
+            let pages = locked.runs(machine, guest, &tables, plan.frames, View::Private, &mut runs);
+            if !locked.reserve_transient(machine) {
+                return Err(GuestFailure { reason: GuestReason::NoMemory, ipa: range.base() });
+            }
+            // The guest's caches may be off. Then what is cached of the pages may be out of date before, and hides what the
+            // guest or EL2 has written after.
+            locked.with_mapped(machine, &runs, &mut |_, pages| {
+                machine.clean(pages);
+                f(pages);
+                machine.clean(pages);
+            });
+            Ok(pages)
+        })
     }
 
     /// Returns slot and frame of the guest that owns the page of `addr` or has borrowed it.
     #[must_use]
     pub fn page_owner(&self, addr: PhysAddr) -> Option<(u8, Ipa)> {
-        let (slot, frame) = self.lock_entries().table.entry(addr.page())?.guest()?;
+        let (slot, frame) = self.entry(addr)?.guest()?;
         Some((slot, address(frame)?))
     }
 }
 
-impl<P: TablePool> Inner<'_, P> {
+impl<P: TablePool, M: Machine> Locked<'_, '_, P, M> {
     /// Calls `f` in ascending order with what there is in `frames`, until `f` breaks. The number is the steps that it takes to
     /// change that.
     // Closures of several walks in one frame would count as calls of each other where the depth of the stack is computed.
     #[inline(never)]
-    pub(super) fn look<M: Machine, B>(
+    pub(super) fn look<B>(
         &self,
         machine: &M,
         guest: &GuestMemory,
@@ -178,7 +191,7 @@ impl<P: TablePool> Inner<'_, P> {
     ) -> ControlFlow<B> {
         let mapped = guest.in_view(view, frames);
         let offset = mapped.base().raw().wrapping_sub(frames.base().raw());
-        tables.visit(machine, mapped, &mut |part, found| {
+        let mut visitor = |part: IpaRange, found| {
             let Ok(part) = IpaRange::new(part.base().raw().wrapping_sub(offset), part.pages()) else {
                 return ControlFlow::Continue(());
             };
@@ -190,7 +203,7 @@ impl<P: TablePool> Inner<'_, P> {
                 Place::Poisoned => return f(part, Content::Poisoned, 1),
                 Place::Pages { pages, by_page } => (pages, by_page),
             };
-            self.table.visit(pages, &mut |run, entry, steps| {
+            self.visit(pages, &mut |run, entry, steps| {
                 let behind = run.base().raw().wrapping_sub(pages.base().raw());
                 let steps = if by_page { run.pages() } else { steps };
                 match IpaRange::new(part.base().raw().wrapping_add(behind), run.pages()) {
@@ -198,28 +211,52 @@ impl<P: TablePool> Inner<'_, P> {
                     Err(_) => ControlFlow::Continue(()),
                 }
             })
-        })
+        };
+        let rest = match self.seen.as_ref().filter(|_| self.is_fresh.replace(false)) {
+            Some((first, place)) if first.base() == mapped.base() && mapped.covers(first) => {
+                visitor(*first, *place)?;
+                IpaRange::from_bounds(first.end(), mapped.end()).ok()
+            }
+            _ => Some(mapped),
+        };
+        rest.map_or(ControlFlow::Continue(()), |rest| tables.visit(machine, rest, &mut visitor))
     }
 
-    /// Returns what is mapped at a guest address: one walk.
-    fn page<M: Machine>(&self, machine: &M, tables: &Guest, at: Ipa) -> GuestPage {
-        let walk = tables.tables.lookup(machine, at);
-        match walk.mapping {
-            Some(mapping) => GuestPage::of(self.table.entry(mapping.to.page()).unwrap_or(Entry::NOBODY).state()),
-            None if walk.poisoned => GuestPage::Poisoned,
-            None => GuestPage::Absent,
+    /// Takes the locks of the regions in which the pages of the first of `frames` lie, as far as a change goes.
+    pub(super) fn reach(&mut self, machine: &M, guest: &GuestMemory, tables: &Guest, frames: IpaRange, view: View) {
+        let needed = self.see(machine, guest, tables, frames, view);
+        self.take_locks(needed);
+    }
+
+    /// Returns the regions in which the pages of the first of `frames` lie, and remembers what is there.
+    fn see(&mut self, machine: &M, guest: &GuestMemory, tables: &Guest, frames: IpaRange, view: View) -> Mask {
+        self.seen = None;
+        let needed = tables.reach(machine, self.memory(), guest, frames, Some(view), &mut self.seen);
+        self.is_fresh.set(true);
+        needed
+    }
+
+    /// As [`Locked::reach`], beside what is held. Pays what is owed for the host's stage 2 if that means to release the locks, which
+    /// are taken in one order.
+    pub(super) fn reach_further(
+        &mut self,
+        machine: &M,
+        guest: &GuestMemory,
+        tables: &Guest,
+        frames: IpaRange,
+        view: View,
+    ) {
+        let needed = self.see(machine, guest, tables, frames, view);
+        if !self.extend(needed) {
+            let all = self.mask().and(needed);
+            self.flush_host(machine);
+            self.release();
+            self.take_locks(all);
         }
     }
 
     /// Returns what the first frame of `range` is in `view`, and how many frames are known to be the same.
-    fn run<M: Machine>(
-        &self,
-        machine: &M,
-        guest: &GuestMemory,
-        tables: &Guest,
-        range: IpaRange,
-        view: View,
-    ) -> (GuestPage, u64) {
+    fn run(&self, machine: &M, guest: &GuestMemory, tables: &Guest, range: IpaRange, view: View) -> (GuestPage, u64) {
         let (mut first, mut pages, mut left) = (None, 0_u64, MAX_STEPS);
         let _: ControlFlow<()> = self.look(machine, guest, tables, range, view, &mut |frames, content, steps| {
             let page = match content {
@@ -239,7 +276,7 @@ impl<P: TablePool> Inner<'_, P> {
 
     /// Collects in `runs` the pages in the first of `frames`, as far as they fit into one call. Returns how many frames that is.
     /// Frames without pages are passed over. The limit does not cut blocks.
-    pub(super) fn runs<M: Machine>(
+    pub(super) fn runs(
         &self,
         machine: &M,
         guest: &GuestMemory,
@@ -283,6 +320,50 @@ impl<P: TablePool> Inner<'_, P> {
 }
 
 impl Guest {
+    /// Returns the regions of the pages in the first of `frames`, in one view or in both: of as many as a call does at least. Says in
+    /// `seen`, where there is nothing, what there is first.
+    fn reach<P: TablePool, M: Machine>(
+        &self,
+        machine: &M,
+        memory: &Memory<'_, P>,
+        guest: &GuestMemory,
+        frames: IpaRange,
+        view: Option<View>,
+        seen: &mut Option<(IpaRange, Place)>,
+    ) -> Mask {
+        let views = if view.is_some() { [view, None] } else { [Some(View::Private), guest.other(View::Private)] };
+        let mut mask = Mask::NONE;
+        for view in views.into_iter().flatten() {
+            let mut left = MAX_STEPS;
+            let _: ControlFlow<()> = self.visit(machine, guest.in_view(view, frames), &mut |part, place| {
+                let steps = match place {
+                    Place::Absent { by_page: true } => part.pages().div_ceil(EMPTY_PER_STEP),
+                    Place::Absent { by_page: false } | Place::Poisoned => 1,
+                    Place::Pages { pages, by_page } => {
+                        mask = mask.and(memory.mask(pages));
+                        if by_page { pages.pages() } else { 1 }
+                    }
+                };
+                seen.get_or_insert((part, place));
+                left = left.saturating_sub(steps);
+                if left == 0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            });
+        }
+        mask
+    }
+
+    /// As [`Guest::reach`]: the regions alone.
+    pub(super) fn regions<P: TablePool, M: Machine>(
+        &self,
+        machine: &M,
+        memory: &Memory<'_, P>,
+        guest: &GuestMemory,
+        frames: IpaRange,
+        view: Option<View>,
+    ) -> Mask {
+        self.reach(machine, memory, guest, frames, view, &mut None)
+    }
+
     /// Calls `f` in ascending order with parts of `range`, guest addresses, and what is there, until `f` breaks.
     pub(super) fn visit<M: Machine, B>(
         &self,

@@ -5,11 +5,15 @@ use core::ops::ControlFlow;
 use ravelin_memory::{IpaRange, PhysRange};
 use ravelin_pgtable::{Flush, Machine, TablePool};
 
-use super::{Change, MAX_STEPS, address, look::Runs};
+use super::{
+    Change, MAX_STEPS, address,
+    look::{Run, Runs},
+};
 use crate::{
     entry::{Entry, State},
     guest::{Guest, GuestMemory, View, first_pages},
-    memory::{Inner, Memory},
+    locked::Locked,
+    memory::Memory,
     reason::{GuestFailure, GuestReason, HostFailure},
 };
 
@@ -26,12 +30,13 @@ impl<P: TablePool> Memory<'_, P> {
     /// [`GuestReason::Denied`] for a page that is not lent, [`GuestReason::Absent`], [`GuestReason::TooLarge`],
     /// [`GuestReason::NeedsTables`] to cut a block.
     pub fn unlend<M: Machine>(&self, machine: &M, guest: &GuestMemory, range: IpaRange) -> Result<(), GuestFailure> {
-        let mut inner = self.lock(machine);
         let mut tables = guest.lock(machine);
-        let plan = inner.plan_all(machine, guest, &tables, range, &UNLEND)?;
+        let mut locked = Locked::new(self, machine);
+        locked.reach(machine, guest, &tables, range, UNLEND.view);
+        let plan = locked.plan_all(machine, guest, &tables, range, &UNLEND)?;
         tables.have_for_cut(machine, plan.frames)?;
-        inner.set_state(machine, guest, &tables, &plan, &UNLEND);
-        inner.unmap_guest(machine, &mut tables, plan.frames);
+        locked.set_state(machine, guest, &tables, &plan, &UNLEND);
+        locked.unmap_guest(machine, &mut tables, plan.frames);
         tables.pages = tables.pages.saturating_sub(plan.frames.pages());
         Ok(())
     }
@@ -50,10 +55,11 @@ impl<P: TablePool> Memory<'_, P> {
         guest: &GuestMemory,
         range: IpaRange,
     ) -> Result<u64, GuestFailure> {
-        let mut inner = self.lock(machine);
         let mut tables = guest.lock(machine);
-        let plan = inner.plan(machine, guest, &tables, range, &RELINQUISH)?;
-        inner.empty(machine, guest, &mut tables, plan.frames, View::Private)
+        self.with(machine, tables.regions(machine, self, guest, range, Some(RELINQUISH.view)), |locked| {
+            let plan = locked.plan(machine, guest, &tables, range, &RELINQUISH)?;
+            locked.empty(machine, guest, &mut tables, plan.frames, View::Private)
+        })
     }
 
     /// Takes pages that the host has no access to, private or offered, from a living guest and returns them to the host, scrubbed.
@@ -69,7 +75,15 @@ impl<P: TablePool> Memory<'_, P> {
         guest: &GuestMemory,
         range: PhysRange,
     ) -> Result<(), HostFailure> {
-        self.lock(machine).force_reclaim(machine, guest, range)
+        let refuse = |reason| Err(HostFailure { reason, page: range.base() });
+        let mut tables = guest.lock(machine);
+        if range.pages() > MAX_STEPS {
+            return refuse(GuestReason::TooLarge);
+        }
+        if tables.dying {
+            return refuse(GuestReason::Denied);
+        }
+        self.with(machine, self.mask(range), |locked| locked.force_reclaim(machine, guest, &mut tables, range))
     }
 
     /// Returns pages of a dying guest to the host, scrubbed if they were private: those in the first frames of `range`. Returns
@@ -80,20 +94,33 @@ impl<P: TablePool> Memory<'_, P> {
     /// [`GuestReason::Denied`] if the guest is not dying; [`GuestReason::OutOfRange`]; [`GuestReason::NeedsTables`] to cut a
     /// block; [`GuestReason::NoMemory`].
     pub fn reclaim<M: Machine>(&self, machine: &M, guest: &GuestMemory, range: IpaRange) -> Result<u64, GuestFailure> {
-        let mut inner = self.lock(machine);
-        let mut tables = guest.lock(machine);
         let failure = |reason| GuestFailure { reason, ipa: range.base() };
+        let mut tables = guest.lock(machine);
         if !tables.dying {
             return Err(failure(GuestReason::Denied));
         }
         if range.end() > guest.end() {
             return Err(failure(GuestReason::OutOfRange));
         }
+        self.with(machine, tables.regions(machine, self, guest, range, None), |locked| {
+            locked.reclaim(machine, guest, &mut tables, range)
+        })
+    }
+}
+
+impl<P: TablePool, M: Machine> Locked<'_, '_, P, M> {
+    fn reclaim(
+        &mut self,
+        machine: &M,
+        guest: &GuestMemory,
+        tables: &mut Guest,
+        range: IpaRange,
+    ) -> Result<u64, GuestFailure> {
         let views = || [Some(View::Private), guest.other(View::Private)].into_iter().flatten();
         // As many frames as one call does in both halves of a realm.
         let mut frames = range;
         for view in views() {
-            let done = inner.runs(machine, guest, &tables, frames, view, &mut Runs::new());
+            let done = self.runs(machine, guest, tables, frames, view, &mut Runs::new());
             let Some(first) = first_pages(frames, done) else { return Ok(0) };
             frames = first;
         }
@@ -102,20 +129,18 @@ impl<P: TablePool> Memory<'_, P> {
             let mapped = guest.in_view(view, frames);
             needed = needed.saturating_add(tables.tables.tables_to_unmap(machine, mapped, None));
         }
-        tables.have(needed).map_err(failure)?;
+        tables.have(needed).map_err(|reason| GuestFailure { reason, ipa: range.base() })?;
         // So only the first of the two can fail.
         for view in views() {
-            let done = inner.empty(machine, guest, &mut tables, frames, view)?;
+            let done = self.empty(machine, guest, tables, frames, view)?;
             debug_assert_eq!(done, frames.pages());
         }
         Ok(frames.pages())
     }
-}
 
-impl<P: TablePool> Inner<'_, P> {
     /// Returns the pages in the first of `frames` to the host, and how many frames that is. Once the guest can no longer write
     /// to them, private ones are scrubbed, and others cleaned, so that the host sees what a guest without caches has written.
-    pub(super) fn empty<M: Machine>(
+    pub(super) fn empty(
         &mut self,
         machine: &M,
         guest: &GuestMemory,
@@ -135,35 +160,24 @@ impl<P: TablePool> Inner<'_, P> {
         }
         self.unmap_guest(machine, tables, mapped);
         self.unmap_pinned(machine, runs.iter().filter(|run| run.pinned).map(|run| run.pages));
-        let mut scrub = runs.iter().map(|run| run.scrub);
-        self.with_mapped(machine, runs.iter().map(|run| run.pages), &mut |pages| match scrub.next() {
-            Some(false) => machine.clean(pages),
-            _ => machine.scrub(pages),
-        });
-        let mut flush = Flush::new();
+        self.clean_or_scrub(machine, &runs);
         for run in &runs {
-            flush = self.assign(machine, run.pages, Entry::new(State::HOST_OWNED, 0), flush);
+            self.assign(machine, run.pages, Entry::new(State::HOST_OWNED, 0));
             tables.pages = tables.pages.saturating_sub(run.pages.pages());
         }
-        self.flush_host(machine, flush);
+        self.flush_host(machine);
         Ok(done)
     }
 
-    fn force_reclaim<M: Machine>(
+    fn force_reclaim(
         &mut self,
         machine: &M,
         guest: &GuestMemory,
+        tables: &mut Guest,
         range: PhysRange,
     ) -> Result<(), HostFailure> {
         let failure = |reason, page| HostFailure { reason, page };
         let refuse = |reason| Err(failure(reason, range.base()));
-        let mut tables = guest.lock(machine);
-        if range.pages() > MAX_STEPS {
-            return refuse(GuestReason::TooLarge);
-        }
-        if tables.dying {
-            return refuse(GuestReason::Denied);
-        }
         let (mut needed, mut last) = (0_usize, None::<IpaRange>);
         // Where a run is mapped, which then is poisoned.
         let mapped = |entry: Option<Entry>, run: PhysRange| {
@@ -176,7 +190,7 @@ impl<P: TablePool> Inner<'_, P> {
             let (_, frame) = entry.guest().filter(|&(slot, _)| slot == guest.slot())?;
             Some(guest.in_view(view, IpaRange::new(address(frame)?.raw(), run.pages()).ok()?))
         };
-        let checked = self.table.visit(range, &mut |run, entry, _| match mapped(entry, run) {
+        let checked = self.visit(range, &mut |run, entry, _| match mapped(entry, run) {
             Some(mapped) => {
                 // A block of the guest's is contiguous memory, so it is cut by runs in a row only: private and offered ones.
                 let before = last.filter(|last| last.end() == mapped.base().raw()).map(|last| last.base());
@@ -197,17 +211,17 @@ impl<P: TablePool> Inner<'_, P> {
             return refuse(GuestReason::NoMemory);
         }
         let mut flush = Flush::new();
-        let Guest { tables, spare, pages, .. } = &mut *tables;
-        let _: ControlFlow<()> = self.table.visit(range, &mut |run, entry, _| {
+        let Guest { tables, spare, pages, .. } = tables;
+        let _: ControlFlow<()> = self.visit(range, &mut |run, entry, _| {
             if let Some(mapped) = mapped(entry, run) {
                 flush = tables.poison(machine, &mut spare.pool(machine), mapped, core::mem::take(&mut flush));
             }
             ControlFlow::Continue(())
         });
         self.flush_guest(machine, tables, &mut spare.pool(machine), flush);
-        self.with_mapped(machine, core::iter::once(range), &mut |run| machine.scrub(run));
-        let flush = self.assign(machine, range, Entry::new(State::HOST_OWNED, 0), Flush::new());
-        self.flush_host(machine, flush);
+        self.clean_or_scrub(machine, &[Run { pages: range, scrub: true, pinned: false }]);
+        self.assign(machine, range, Entry::new(State::HOST_OWNED, 0));
+        self.flush_host(machine);
         *pages = pages.saturating_sub(range.pages());
         Ok(())
     }

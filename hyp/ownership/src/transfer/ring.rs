@@ -1,7 +1,7 @@
 //! Conversions in batches, and the pages of guests through which they ask for them.
 
 use ravelin_memory::{Ipa, IpaRange, PhysAddr, PhysRange};
-use ravelin_pgtable::{El2Usage, Flush, Machine, TablePool};
+use ravelin_pgtable::{El2Usage, Machine, TablePool};
 
 use super::{
     Change, MAX_STEPS,
@@ -11,7 +11,8 @@ use crate::{
     HOST_RESERVE,
     entry::State,
     guest::{GuestKind, GuestMemory, View},
-    memory::{Inner, Memory},
+    locked::Locked,
+    memory::Memory,
     reason::{GuestFailure, GuestReason},
 };
 
@@ -62,15 +63,16 @@ impl<P: TablePool> Memory<'_, P> {
         if guest.kind() != GuestKind::Pkvm {
             return batch;
         }
-        let mut inner = self.lock(machine);
         let tables = guest.lock(machine);
-        let (mut flush, mut left) = (Flush::new(), MAX_STEPS);
+        let mut locked = Locked::new(self, machine);
+        let mut left = MAX_STEPS;
         let bits = (0..MAX_BATCH).filter_map(|bit| 1_u64.checked_shl(u32::try_from(bit).ok()?));
         for (bit, conversion) in bits.zip(conversions) {
             let wanted = conversion.filter(|wanted| wanted.range.pages() <= MAX_STEPS);
             if let Some(Conversion { range, share, released }) = wanted {
                 let change = if share { &SHARE } else { &UNSHARE };
-                let plan = inner.plan(machine, guest, &tables, range, change);
+                locked.reach_further(machine, guest, &tables, range, change.view);
+                let plan = locked.plan(machine, guest, &tables, range, change);
                 // What fails may have been looked at page by page before.
                 let steps = plan.as_ref().map_or(range.pages(), |plan| plan.steps);
                 if steps > left && batch.seen != 0 {
@@ -80,7 +82,7 @@ impl<P: TablePool> Memory<'_, P> {
                 match plan {
                     Ok(plan) if plan.claimed && !released => batch.claimed |= bit,
                     Ok(plan) => {
-                        flush = inner.change_state(machine, guest, &tables, &plan, change, flush);
+                        locked.change_state(machine, guest, &tables, &plan, change);
                         batch.done |= bit;
                     }
                     Err(_) => {}
@@ -89,7 +91,7 @@ impl<P: TablePool> Memory<'_, P> {
             batch.seen = batch.seen.saturating_add(1);
         }
         // Whoever learns of the batch learns of it behind this.
-        inner.flush_host(machine, flush);
+        locked.flush_host(machine);
         batch
     }
 
@@ -101,22 +103,18 @@ impl<P: TablePool> Memory<'_, P> {
     /// [`GuestReason::Absent`], [`GuestReason::Poisoned`], [`GuestReason::Denied`] unless the page is private,
     /// [`GuestReason::OutOfRange`], [`GuestReason::NoMemory`].
     pub fn guest_pin<M: Machine>(&self, machine: &M, guest: &GuestMemory, page: Ipa) -> Result<PhysAddr, GuestFailure> {
-        let mut inner = self.lock(machine);
-        let tables = guest.lock(machine);
-        let plan = inner.plan(machine, guest, &tables, IpaRange::single(page), &PIN)?;
+        let frame = IpaRange::single(page);
         let failure = |reason| GuestFailure { reason, ipa: page };
-        let Some(pages) = plan.row else { return Err(failure(GuestReason::Denied)) };
-        let needed = inner.el2.tables_to_map(machine, pages.identity_va(), pages.base(), El2Usage::Data);
-        let (free, evictable) = (inner.pool.available(), inner.host.tables());
-        // No guest drops the host's mappings, nor takes what the host's own calls may need.
-        if needed > free || needed.saturating_add(KEPT_FROM_GUESTS) > free.saturating_add(evictable) {
-            return Err(failure(GuestReason::NoMemory));
-        }
-        let Inner { el2, pool, .. } = &mut *inner;
-        let mapped = el2.map(machine, pool, pages.identity_va(), pages.base(), El2Usage::Data);
-        debug_assert_eq!(mapped, Ok(()));
-        inner.set_state(machine, guest, &tables, &plan, &PIN);
-        Ok(pages.base())
+        let tables = guest.lock(machine);
+        self.with(machine, tables.regions(machine, self, guest, frame, Some(PIN.view)), |locked| {
+            let plan = locked.plan(machine, guest, &tables, frame, &PIN)?;
+            let Some(pages) = plan.row else { return Err(failure(GuestReason::Denied)) };
+            if !locked.map_pinned(machine, pages) {
+                return Err(failure(GuestReason::NoMemory));
+            }
+            locked.set_state(machine, guest, &tables, &plan, &PIN);
+            Ok(pages.base())
+        })
     }
 
     /// Ends what [`Memory::guest_pin`] began. A guest that is dying keeps its pages pinned until [`Memory::reclaim`].
@@ -125,22 +123,38 @@ impl<P: TablePool> Memory<'_, P> {
     ///
     /// [`GuestReason::Denied`] if the guest is dying or the page is not pinned.
     pub fn guest_unpin<M: Machine>(&self, machine: &M, guest: &GuestMemory, page: Ipa) -> Result<(), GuestFailure> {
-        let mut inner = self.lock(machine);
+        let frame = IpaRange::single(page);
         let tables = guest.lock(machine);
-        let plan = inner.plan(machine, guest, &tables, IpaRange::single(page), &UNPIN)?;
-        inner.unmap_pinned(machine, plan.row.into_iter());
-        inner.set_state(machine, guest, &tables, &plan, &UNPIN);
+        let mut locked = Locked::new(self, machine);
+        locked.reach(machine, guest, &tables, frame, UNPIN.view);
+        let plan = locked.plan(machine, guest, &tables, frame, &UNPIN)?;
+        locked.unmap_pinned(machine, plan.row.into_iter());
+        locked.set_state(machine, guest, &tables, &plan, &UNPIN);
         Ok(())
     }
 }
 
-impl<P: TablePool> Inner<'_, P> {
-    /// Takes pinned pages of guests out of the EL2 stage 1. Each is mapped by itself, so no block is cut.
-    pub(super) fn unmap_pinned<M: Machine>(&mut self, machine: &M, runs: impl Iterator<Item = PhysRange>) {
-        let mut flush = Flush::new();
-        for run in runs {
-            flush = self.el2.unmap(machine, &mut self.pool, run.identity_va(), flush);
+impl<P: TablePool, M: Machine> Locked<'_, '_, P, M> {
+    /// Maps a page of a guest's in the EL2 stage 1, if that leaves enough tables to all else. Returns whether it is mapped.
+    fn map_pinned(&mut self, machine: &M, page: PhysRange) -> bool {
+        let mut needed = 0_usize;
+        self.for_each_part(page, &mut |region, _, page| {
+            needed = region.el2.tables_to_map(machine, page.identity_va(), page.base(), El2Usage::Data);
+        });
+        // No guest drops the host's mappings, nor takes what the host's own calls may need.
+        let reserved = self.tables.reserve(needed, KEPT_FROM_GUESTS)
+            || self.leaves_to_host(needed, KEPT_FROM_GUESTS) && self.tables.reserve(needed, 0);
+        if reserved {
+            self.for_each_part(page, &mut |region, tables, page| region.map_el2(machine, tables, page));
         }
-        self.flush_el2(machine, flush);
+        reserved
+    }
+
+    /// Takes pinned pages of guests out of the EL2 stage 1. Each is mapped by itself, so no block is cut.
+    pub(super) fn unmap_pinned(&mut self, machine: &M, runs: impl Iterator<Item = PhysRange>) {
+        for run in runs {
+            self.for_each_part(run, &mut |region, tables, part| region.unmap_el2(machine, tables, part));
+        }
+        self.flush_el2(machine);
     }
 }

@@ -3,14 +3,15 @@
 use core::ops::ControlFlow;
 
 use arrayvec::ArrayVec;
-use ravelin_memory::{BLOCK_SIZE, IpaRange, PAGE_SIZE, PhysAddr, PhysRange};
+use ravelin_memory::{BLOCK_SIZE, IpaRange, Level, PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_pgtable::{Flush, Machine, Stage2Usage, TablePool};
 
 use super::{Change, Plan, look::Place};
 use crate::{
-    entry::State,
-    guest::{Guest, GuestMemory, View},
-    memory::{Inner, Memory},
+    entry::{Entry, State},
+    guest::{Guest, GuestKind, GuestMemory, View},
+    locked::Locked,
+    memory::Memory,
     reason::{GuestFailure, GuestReason},
 };
 
@@ -67,11 +68,16 @@ impl<P: TablePool> Memory<'_, P> {
         guest: &GuestMemory,
         range: IpaRange,
     ) -> Result<u64, GuestFailure> {
-        let mut inner = self.lock(machine);
         let mut tables = guest.lock(machine);
-        let plan = inner.plan(machine, guest, &tables, range, &SHARE)?;
-        let moves = inner.convert(machine, guest, &mut tables, &plan, &SHARE)?;
-        drop(inner);
+        if guest.kind() == GuestKind::Pkvm && self.exchange(machine, guest, &tables, range, State::GUEST_OWNED, &SHARE)
+        {
+            return Ok(range.pages());
+        }
+        let mut locked = Locked::new(self, machine);
+        locked.reach(machine, guest, &tables, range, SHARE.view);
+        let plan = locked.plan(machine, guest, &tables, range, &SHARE)?;
+        let moves = locked.convert(machine, guest, &mut tables, &plan, &SHARE)?;
+        locked.release();
         tables.follow(machine, moves);
         Ok(plan.frames.pages())
     }
@@ -88,14 +94,20 @@ impl<P: TablePool> Memory<'_, P> {
         guest: &GuestMemory,
         range: IpaRange,
     ) -> Result<Unshare, GuestFailure> {
-        let mut inner = self.lock(machine);
         let mut tables = guest.lock(machine);
-        let plan = inner.plan(machine, guest, &tables, range, &UNSHARE)?;
+        if guest.kind() == GuestKind::Pkvm
+            && self.exchange(machine, guest, &tables, range, State::GUEST_OFFERED, &UNSHARE)
+        {
+            return Ok(Unshare::Done(range.pages()));
+        }
+        let mut locked = Locked::new(self, machine);
+        locked.reach(machine, guest, &tables, range, UNSHARE.view);
+        let plan = locked.plan(machine, guest, &tables, range, &UNSHARE)?;
         if plan.claimed {
             return Ok(Unshare::NeedsRelease(plan.frames));
         }
-        let moves = inner.convert(machine, guest, &mut tables, &plan, &UNSHARE)?;
-        drop(inner);
+        let moves = locked.convert(machine, guest, &mut tables, &plan, &UNSHARE)?;
+        locked.release();
         tables.follow(machine, moves);
         Ok(Unshare::Done(plan.frames.pages()))
     }
@@ -107,11 +119,11 @@ impl<P: TablePool> Memory<'_, P> {
     /// [`crate::GuestReason::NotOffered`] for private pages, [`crate::GuestReason::Denied`] for others that are not offered,
     /// [`crate::GuestReason::Absent`], [`crate::GuestReason::Poisoned`], [`crate::GuestReason::OutOfRange`], [`crate::GuestReason::TooLarge`].
     pub fn claim<M: Machine>(&self, machine: &M, guest: &GuestMemory, range: IpaRange) -> Result<(), GuestFailure> {
-        let mut inner = self.lock(machine);
         let tables = guest.lock(machine);
-        let plan = inner.plan_all(machine, guest, &tables, range, &CLAIM)?;
-        inner.set_state(machine, guest, &tables, &plan, &CLAIM);
-        Ok(())
+        if self.exchange(machine, guest, &tables, range, State::GUEST_OFFERED, &CLAIM) {
+            return Ok(());
+        }
+        self.change_all(machine, guest, &tables, range, &CLAIM)
     }
 
     /// Ends the host's access to pages that it has claimed; they stay offered. One invalidation of the host's stage 2 if it
@@ -121,10 +133,58 @@ impl<P: TablePool> Memory<'_, P> {
     ///
     /// As [`Memory::claim`], with [`crate::GuestReason::Denied`] for pages that are not claimed.
     pub fn release<M: Machine>(&self, machine: &M, guest: &GuestMemory, range: IpaRange) -> Result<(), GuestFailure> {
-        let mut inner = self.lock(machine);
-        let tables = guest.lock(machine);
-        let plan = inner.plan_all(machine, guest, &tables, range, &RELEASE)?;
-        inner.set_state(machine, guest, &tables, &plan, &RELEASE);
+        self.change_all(machine, guest, &guest.lock(machine), range, &RELEASE)
+    }
+}
+
+impl<P: TablePool> Memory<'_, P> {
+    /// Does what most conversions are with few instructions: gives one page in a block that is split, or a block that the guest maps
+    /// as one, the state after `change`, if it is in `before`. Returns whether it was; if not, nothing has changed. This is for
+    /// changes that are about the ownership table alone.
+    fn exchange<M: Machine>(
+        &self,
+        machine: &M,
+        guest: &GuestMemory,
+        tables: &Guest,
+        range: IpaRange,
+        before: State,
+        change: &Change,
+    ) -> bool {
+        let is_page = range.pages() == 1;
+        if !is_page && range.size() != BLOCK_SIZE || tables.dying || range.end() > guest.end() {
+            return false;
+        }
+        let walk = tables.tables.lookup(machine, guest.in_view(change.view, range).base());
+        let pages = walk
+            .mapping
+            .filter(|_| is_page || walk.level == Level::L2)
+            .and_then(|found| PhysRange::new(found.to.raw(), range.pages()).ok());
+        let Some((pages, region)) = pages.and_then(|pages| Some((pages, self.region(self.index_of(pages.base()))?)))
+        else {
+            return false;
+        };
+        let entry = |state| Entry::of_guest(state, guest.slot(), range.base().page_number());
+        let mut region = region.lock();
+        let done = region.table.exchange(pages, entry(before), entry(change.to));
+        if done {
+            region.counts.moved(before, change.to, pages.pages());
+        }
+        done
+    }
+
+    /// Makes a change of all pages of `range` that changes nothing in the guest's tables.
+    fn change_all<M: Machine>(
+        &self,
+        machine: &M,
+        guest: &GuestMemory,
+        tables: &Guest,
+        range: IpaRange,
+        change: &Change,
+    ) -> Result<(), GuestFailure> {
+        let mut locked = Locked::new(self, machine);
+        locked.reach(machine, guest, tables, range, change.view);
+        let plan = locked.plan_all(machine, guest, tables, range, change)?;
+        locked.set_state(machine, guest, tables, &plan, change);
         Ok(())
     }
 }
@@ -135,10 +195,10 @@ struct Move {
     to: IpaRange,
 }
 
-impl<P: TablePool> Inner<'_, P> {
+impl<P: TablePool, M: Machine> Locked<'_, '_, P, M> {
     /// Makes a change between private and offered, which has been planned, in all but the guest's tables. A realm's pages have to
     /// move to the other view then, by [`Guest::follow`], for which there are tables.
-    fn convert<M: Machine>(
+    fn convert(
         &mut self,
         machine: &M,
         guest: &GuestMemory,

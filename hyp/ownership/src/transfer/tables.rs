@@ -7,14 +7,19 @@ use ravelin_memory::{BLOCK_SIZE, IpaRange, Level, PAGE_SIZE, PhysAddr, PhysRange
 use ravelin_pgtable::{Flush, Found, Geometry, Machine, TablePool};
 
 use super::{MAX_RUNS, MAX_STEPS};
+
 use crate::{
     HOST_RESERVE,
     entry::{Entry, State},
     guest::{Guest, GuestKind, GuestMemory, Spare},
-    memory::{Failure, Inner, Memory, Reason},
+    locked::{Locked, Mask},
+    memory::{Failure, Memory, Reason},
     reason::{GuestReason, HostFailure},
     step::Step,
 };
+
+/// Pages for tables that go back to the host together.
+type SparePages = ArrayVec<PhysAddr, MAX_RUNS>;
 
 impl<P: TablePool> Memory<'_, P> {
     /// Makes pages of the host the hypervisor's for as long as a VM needs them, with their contents: for its objects and the
@@ -25,7 +30,7 @@ impl<P: TablePool> Memory<'_, P> {
     ///
     /// As [`Memory::donate`].
     pub fn keep<M: Machine>(&self, machine: &M, range: PhysRange) -> Result<(), Failure> {
-        self.lock(machine).take(machine, range, &Step::KEEP)
+        self.take(machine, range, &Step::KEEP)
     }
 
     /// Returns pages that were kept for a VM to the host, scrubbed. Nothing uses them any more.
@@ -36,7 +41,7 @@ impl<P: TablePool> Memory<'_, P> {
     ///
     /// As [`Memory::take_back`]; [`Reason::Denied`] for a page that is not kept.
     pub fn give_back<M: Machine>(&self, machine: &M, range: PhysRange) -> Result<(), Failure> {
-        self.lock(machine).take(machine, range, &Step::GIVE_BACK)
+        self.take(machine, range, &Step::GIVE_BACK)
     }
 
     /// Returns a guest without pages, in `slot`, 0 to 254. `root` is the first of [`Geometry::root_pages`] pages that are
@@ -55,9 +60,8 @@ impl<P: TablePool> Memory<'_, P> {
     ) -> Result<GuestMemory, Failure> {
         let denied = Failure { reason: Reason::Denied, page: root };
         let pages = PhysRange::new(root.raw(), geometry.root_pages()).map_err(|_| denied)?;
-        let inner = self.lock(machine);
-        let kept =
-            pages.iter().all(|page| inner.table.entry(page).is_some_and(|entry| entry.state() == State::HYP_KEPT));
+        let locked = self.lock(machine, self.mask(pages));
+        let kept = pages.iter().all(|page| locked.entry(page).is_some_and(|entry| entry.state() == State::HYP_KEPT));
         if !kept || !root.is_aligned(pages.size().next_power_of_two()) || slot == u8::MAX {
             return Err(denied);
         }
@@ -85,14 +89,13 @@ impl<P: TablePool> Memory<'_, P> {
         if range.pages() > MAX_STEPS {
             return Err(failure(GuestReason::TooLarge));
         }
-        let mut inner = self.lock(machine);
         let mut guest = guest.lock(machine);
         if range.base().raw() == 0 {
             // It ends the list of spare pages. What is wrong with it anyway comes first.
-            inner.table.check(range, &Step::KEEP)?;
+            self.lock(machine, self.mask(range)).check(range, &Step::KEEP)?;
             return Err(failure(GuestReason::Denied));
         }
-        inner.take(machine, range, &Step::KEEP)?;
+        self.take(machine, range, &Step::KEEP)?;
         range.iter().for_each(|page| guest.spare.push(machine, page));
         Ok(())
     }
@@ -110,16 +113,28 @@ impl<P: TablePool> Memory<'_, P> {
         guest: &GuestMemory,
         most: u64,
     ) -> Result<u64, GuestReason> {
-        let mut inner = self.lock(machine);
         let mut tables = guest.lock(machine);
         if !tables.dying || tables.pages != 0 {
             return Err(GuestReason::Busy);
         }
-        inner.drop_poison(machine, &mut tables);
+        self.lock(machine, Mask::NONE.with(0)).drop_poison(machine, &mut tables);
         let most = most.min(MAX_STEPS);
         let mut left = most;
         while left != 0 && tables.spare.available != 0 {
-            match inner.return_spare(machine, &mut tables, left) {
+            let mut pages = SparePages::new();
+            while let Some(page) = tables.spare.peek()
+                && u64::try_from(pages.len()).is_ok_and(|taken| taken < left)
+                && !pages.is_full()
+            {
+                tables.spare.pop(machine);
+                pages.push(page);
+            }
+            let mask = pages.iter().fold(Mask::NONE, |mask, &page| mask.and(self.mask(PhysRange::single(page))));
+            let returned = self.with(machine, mask, |locked| locked.return_spare(machine, &pages));
+            for &page in pages.iter().skip(returned).rev() {
+                tables.spare.push(machine, page);
+            }
+            match u64::try_from(returned).unwrap_or_default() {
                 0 if left == most => return Err(GuestReason::NoMemory),
                 // The next call fails.
                 0 => break,
@@ -131,10 +146,10 @@ impl<P: TablePool> Memory<'_, P> {
     }
 }
 
-impl<P: TablePool> Inner<'_, P> {
+impl<P: TablePool, M: Machine> Locked<'_, '_, P, M> {
     /// Takes poison, which is all that there is in the tables of a guest without pages, out of up to [`MAX_STEPS`] blocks of
     /// its address space.
-    fn drop_poison<M: Machine>(&mut self, machine: &M, tables: &mut Guest) {
+    fn drop_poison(&mut self, machine: &M, tables: &mut Guest) {
         let Guest { tables, spare, .. } = tables;
         let (mut from, end) = (0, tables.geometry().end());
         let mut flush = Flush::new();
@@ -153,40 +168,35 @@ impl<P: TablePool> Inner<'_, P> {
         self.flush_guest(machine, tables, &mut spare.pool(machine), flush);
     }
 
-    /// Returns up to `most` spare pages to the host, as many as go together, and how many that is. They are scrubbed before
-    /// any of them is unmapped, because that breaks blocks of which others are part.
-    fn return_spare<M: Machine>(&mut self, machine: &M, tables: &mut Guest, most: u64) -> u64 {
-        let mut pages = ArrayVec::<PhysAddr, MAX_RUNS>::new();
-        let mut needed = 0_usize;
-        while let Some(page) = tables.spare.peek()
-            && u64::try_from(pages.len()).is_ok_and(|taken| taken < most)
-            && !pages.is_full()
-        {
-            let more = self.el2.tables_to_unmap(machine, PhysRange::single(page).identity_va(), None);
+    /// Returns the first of these pages, which were kept for tables, to the host, as many as go together, and how many that is. They
+    /// are scrubbed before any of them is unmapped, because that breaks blocks of which others are part.
+    fn return_spare(&mut self, machine: &M, pages: &SparePages) -> usize {
+        let (mut needed, mut count) = (0_usize, 0_usize);
+        for &page in pages {
+            let mut more = 0;
+            self.for_each_part(PhysRange::single(page), &mut |region, _, page| {
+                more = region.el2.tables_to_unmap(machine, page.identity_va(), None);
+            });
             let total = needed.saturating_add(more);
-            let available = self.pool.available().saturating_add(self.host.tables());
-            if more != 0 && total.saturating_add(HOST_RESERVE) > available {
+            if more != 0 && !self.reserve_or_evict(machine, total, HOST_RESERVE) {
                 break;
             }
             needed = total;
-            if let Some(page) = tables.spare.pop(machine) {
-                pages.push(page);
-            }
+            count = count.saturating_add(1);
         }
-        if needed > self.pool.available() {
-            self.evict_host(machine);
+        if self.is_short() {
+            return 0;
         }
-        pages.iter().for_each(|&page| machine.scrub(PhysRange::single(page)));
-        let mut flush = Flush::new();
-        for &page in &pages {
-            flush = self.el2.unmap(machine, &mut self.pool, PhysRange::single(page).identity_va(), flush);
+        let first = || pages.iter().take(count).map(|&page| PhysRange::single(page));
+        first().for_each(|page| machine.scrub(page));
+        for page in first() {
+            self.for_each_part(page, &mut |region, tables, page| region.unmap_el2(machine, tables, page));
         }
-        self.flush_el2(machine, flush);
-        let mut flush = Flush::new();
-        for &page in &pages {
-            flush = self.assign(machine, PhysRange::single(page), Entry::new(State::HOST_OWNED, 0), flush);
+        self.flush_el2(machine);
+        for page in first() {
+            self.assign(machine, page, Entry::new(State::HOST_OWNED, 0));
         }
-        self.flush_host(machine, flush);
-        u64::try_from(pages.len()).unwrap_or(most)
+        self.flush_host(machine);
+        count
     }
 }

@@ -134,11 +134,13 @@ fn in_world(test: impl FnOnce(&World<'_, '_>)) {
     machine.inner.add_root(Stage::El2, el2_root, Geometry::EL2);
     let pool = machine.inner.pool(PhysRange::new(0xf1_0000_0000, 128).unwrap());
     let memory = Memory::new(
+        &machine,
         table,
         PageTable::<Stage2>::new(host_root, host),
         PageTable::<El2>::new(el2_root, Geometry::EL2),
         pool,
-    );
+    )
+    .unwrap();
     let world = World { memory: MachineMemory::new(&memory, &machine), vms: Box::new(Vms::new(Heap)) };
     let before = world.counts();
     test(&world);
@@ -162,7 +164,7 @@ const fn attributes(kind: VmKind) -> VmAttributes {
 
 impl World<'_, '_> {
     fn counts(&self) -> Counts {
-        self.memory.memory.counts()
+        self.memory.memory.counts(self.memory.machine)
     }
 
     fn log(&self) -> Vec<Op> {
