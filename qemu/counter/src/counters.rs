@@ -6,7 +6,7 @@ use std::fmt::Write;
 use crate::decode::{BARRIERS, Operation, TLBI};
 
 /// Exception levels.
-const LEVELS: usize = 4;
+pub(crate) const LEVELS: usize = 4;
 /// Counters of one exception level: instructions, loads, stores, then what [`Operation`] distinguishes.
 const PER_LEVEL: usize = 3 + BARRIERS.len() + TLBI.len();
 /// Counters of entries into EL2 by vector.

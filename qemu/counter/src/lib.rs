@@ -27,9 +27,10 @@
 //! With several CPUs the plugin needs `-accel tcg,thread=multi`, because where one thread runs all CPUs QEMU 10.0 takes the CPU
 //! that translates a block for the one that executes it, and crashes on inline counters.
 //!
-//! With `turns=N` it needs one thread: `-accel tcg,thread=single,one-insn-per-tb=on`. From a mark 0 to a mark 1 the CPUs take
-//! turns of N instructions each, as if all of them were equally fast, and with `-icount` the same run repeats. Only what is
-//! executed then counts, and only instructions and entries; `mark-all`, which is there for one CPU too, has all that is to be had.
+//! With `turns=N` it needs one thread: `-accel tcg,thread=single`. From a mark 0 to a mark 1 the CPUs take turns of N instructions
+//! each, as if all of them were equally fast, and with `-icount` the same run repeats. A turn ends with its block, so with
+//! `one-insn-per-tb=on` they are N to the instruction. Only what is executed then counts, and all but loads and stores; `mark-all`,
+//! which is there for one CPU too, has all that is to be had.
 
 mod counters;
 mod decode;

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
-use crate::counters::{COUNTERS, Counts, class, instructions, loads, operation, stores, vector};
+use crate::counters::{COUNTERS, Counts, LEVELS, class, instructions, loads, operation, stores, vector};
 use crate::decode::{Operation, decode};
 use crate::ffi::{self, Access, Block, Direction, Info, PluginId, Register, Scoreboard, TimeControl};
 
@@ -222,13 +222,15 @@ extern "C" fn on_translation(_: PluginId, block: *mut c_void) {
             instruction.call(on_mark, Access::Read, number as usize * 4 + level);
             continue;
         }
+        let counter = kind.and_then(|kind| operation(level, kind));
         if plugin.turns.is_some() {
-            instruction.call(on_turn, Access::None, level);
+            // No operation has the first counter.
+            instruction.call(on_turn, Access::None, counter.unwrap_or(0) * LEVELS + level);
         } else {
             instruction.count(plugin.board, instructions(level));
             instruction.count_accesses(Direction::Load, plugin.board, loads(level));
             instruction.count_accesses(Direction::Store, plugin.board, stores(level));
-            if let Some(counter) = kind.and_then(|kind| operation(level, kind)) {
+            if let Some(counter) = counter {
                 instruction.count(plugin.board, counter);
             }
         }
@@ -269,11 +271,16 @@ extern "C" fn on_lower_level(cpu: c_uint, level: *mut c_void) {
     });
 }
 
-/// A CPU executes an instruction of its turn. `cpu` may be another one, which matters to nobody: all that is reported are sums.
-extern "C" fn on_turn(cpu: c_uint, level: *mut c_void) {
+/// A CPU executes an instruction of its turn; `data` is the counter of its kind and its exception level. `cpu` may be another one,
+/// which matters to nobody: all that is reported are sums.
+extern "C" fn on_turn(cpu: c_uint, data: *mut c_void) {
     let Some(plugin) = PLUGIN.get().filter(|plugin| plugin.counts_now()) else { return };
     let Some(turns) = &plugin.turns else { return };
-    plugin.board.increment(cpu, instructions(level.addr()));
+    let (counter, level) = (data.addr() / LEVELS, data.addr() % LEVELS);
+    plugin.board.increment(cpu, instructions(level));
+    if counter != 0 {
+        plugin.board.increment(cpu, counter);
+    }
     // No other thread changes it.
     let left = turns.left.load(Ordering::Relaxed) - 1;
     turns.left.store(if left == 0 { turns.length } else { left }, Ordering::Relaxed);
