@@ -23,7 +23,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use crate::image::{self, BUDGET, Variant};
 use crate::qemu::{Outcome, Scratch};
@@ -67,6 +67,9 @@ pub(crate) struct Options {
     /// Compare what is counted quickly with tests/bench/baseline.json, and fail if a count has grown by more than 5 %
     #[arg(long)]
     check: bool,
+    /// Count only this part
+    #[arg(long, value_name = "PART", conflicts_with_all = ["check", "plots", "from", "profile"])]
+    only: Option<Part>,
     /// Also draw the numbers into DIR, as SVG files, beside the numbers that are drawn
     #[arg(long, value_name = "DIR")]
     plots: Option<PathBuf>,
@@ -79,6 +82,25 @@ pub(crate) struct Options {
     /// Print instead in which functions of the hypervisor the instructions are executed
     #[arg(long, conflicts_with_all = ["json", "check", "plots"])]
     profile: bool,
+}
+
+/// What is counted, beside what `check` compares, in the order of the report.
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+enum Part {
+    /// Conversions on several CPUs.
+    Contention,
+    /// Linux as the host, idle and busy.
+    Host,
+    /// Boots of Linux.
+    Boots,
+    /// The host's work.
+    Workloads,
+    /// The same guest beside pKVM's.
+    SideBySide,
+    /// Output of guests, by copies and in place.
+    Schemes,
+    /// Growth with pages, VMs and RAM.
+    Growth,
 }
 
 impl Options {
@@ -102,7 +124,15 @@ pub(crate) fn bench(options: &Options) -> Result<ExitCode> {
         bench.profile()?;
         return Ok(ExitCode::SUCCESS);
     }
-    let report = if options.check { bench.measure(&[USUAL_MEMORY])? } else { bench.measure_all()? };
+    let report = match options.only {
+        _ if options.check => bench.measure(&[USUAL_MEMORY])?,
+        None => bench.measure_all()?,
+        Some(part) => {
+            let mut report = Report::default();
+            bench.part(part, &mut report)?;
+            report
+        }
+    };
     let rows = report.rows();
     print!("{}", report.text);
     if let Some(path) = &options.json {
@@ -111,7 +141,7 @@ pub(crate) fn bench(options: &Options) -> Result<ExitCode> {
     options.draw(&rows)?;
     if options.check {
         println!("\n{}", compare(&report)?);
-    } else {
+    } else if options.only.is_none() {
         print!("{}", model.table(&rows));
     }
     Ok(ExitCode::SUCCESS)
@@ -168,16 +198,25 @@ impl Bench {
     /// Counts everything.
     fn measure_all(&self) -> Result<Report> {
         let mut report = self.measure(&MEMORY.map(|(size, _)| size))?;
-        self.contention(&mut report)?;
-        report.section("Linux as the host, 2 CPUs: entries into EL2 without PSCI idle calls");
-        self.host(&mut report)?;
-        self.boots(&mut report)?;
-        self.workloads(&mut report)?;
-        self.side_by_side(&mut report)?;
-        self.schemes(&mut report)?;
-        self.growth(&mut report)?;
-        report.end();
+        Part::value_variants().iter().try_for_each(|part| self.part(*part, &mut report))?;
         Ok(report)
+    }
+
+    fn part(&self, part: Part, report: &mut Report) -> Result<()> {
+        match part {
+            Part::Contention => self.contention(report)?,
+            Part::Host => {
+                report.section("Linux as the host, 2 CPUs: entries into EL2 without PSCI idle calls");
+                self.host(report)?;
+            }
+            Part::Boots => self.boots(report)?,
+            Part::Workloads => self.workloads(report)?,
+            Part::SideBySide => self.side_by_side(report)?,
+            Part::Schemes => self.schemes(report)?,
+            Part::Growth => self.growth(report)?,
+        }
+        report.end();
+        Ok(())
     }
 
     /// Counts what the payload shows, in RAM of these sizes in MiB, in ascending order.
