@@ -29,14 +29,18 @@ const ROWS: [Row; 7] = [
     (Config::new("cortex-a76", 2, "1G"), "memfd slots ioctls", 100),
     (Config::new("cortex-a76", 2, "1G"), "run", 60),
     (Config::new("cortex-a76", 2, "1G"), "convert pins ring attributes", 73),
-    (Config::new("cortex-a76", 2, "1G"), "attack irq io", 21),
+    (Config::new("cortex-a76", 2, "1G"), "attack irq io", 22),
     (Config::new("cortex-a76", 2, "512M"), "life", 15),
     (Config::new("max", 4, "1G"), "run.pkvm run.realm convert.realm irq", 70),
     (Config::new("cortex-a53", 1, "512M"), "run.ordinary convert.pkvm", 30),
 ];
 
 /// What the model watches in each test run. With `--full` it watches all.
-const CHECKED: Row = (Config::new("cortex-a76", 2, "512M").checked(), "convert.pkvm ring io.pkvm.contents", 24);
+const CHECKED: Row = (
+    Config::new("cortex-a76", 2, "512M").checked(),
+    "convert.pkvm ring io.pkvm.contents io.pkvm.contents_on_two_vcpus",
+    25,
+);
 
 /// The drivers, the module, and what is looked at before and after the cases.
 const BEFORE: &str = "

@@ -4,17 +4,24 @@
 //!
 //! The guest rings the bell of a device for so many transfers at once, and the VMM copies what they are about to its disk. Between
 //! marks that QEMU's counter sees, elsewhere NOPs. A line `bench io.SCHEME.SIZE.TRANSFERS.ALIGNMENT ROUNDS` names each measurement.
+//!
+//! Two vCPUs may do so at once, each for itself in a part of the memory and with a thread of the VMM on a CPU of its own. They begin
+//! and end together; how many instructions the one that is done first has waited for the other comes behind the rounds:
+//! `bench io.SCHEME.SIZE.TRANSFERS.ALIGNMENT.VCPUS ROUNDS WAITED`, where VCPUS is `both`, or the only one that does so, `0` or `1`.
 
 use std::os::fd::AsFd;
 
 use nix::sys::mman::MapFlags;
 use nix::sys::uio::pread;
+use nix::unistd::Pid;
 use ravelin_abi::{ConversionRequest, MAX_CONVERSION_PAGES, MAX_CONVERSIONS};
 use ravelin_guest::{DEVICE, pattern};
 
 use super::cases;
-use crate::check::{Outcome, check_eq, works};
-use crate::guest::{Guest, Stop, snippets};
+use super::run::pin;
+use crate::check::{Outcome, check_eq, skip, works};
+use crate::guest::{Guest, Stop, clear, snippets};
+use crate::host;
 use crate::kvm::{Exit, Kind};
 use crate::machine::{MEMORY, Machine, Plan};
 use crate::memory::{Mapping, PAGE};
@@ -22,7 +29,9 @@ use crate::runner::line;
 
 cases! {
     contents[&[Kind::Pkvm]].seconds(120);
+    contents_on_two_vcpus[&[Kind::Pkvm]].seconds(240);
     schemes[&[Kind::Pkvm]].seconds(280).long();
+    schemes_on_two_vcpus[&[Kind::Pkvm]].seconds(800).long();
 }
 
 const P: u64 = PAGE as u64;
@@ -31,14 +40,15 @@ const MIB: usize = 1 << 20;
 /// Where the guest rings for transfers: it stores the address of their plan.
 const BELL: u64 = DEVICE + P;
 
-// Offsets in the guest's memory. What is in one half is converted while what was in the other one comes back.
+// Offsets in the part of the guest's memory that a vCPU has for itself. What is in one half is converted while what was in the other one comes back.
 /// Shared for good: plans, and what is copied.
 const PLANS: usize = 0;
 const PLAN_SIZE: usize = 64 << 10;
 const BOUNCE: usize = 2 * MIB;
 const BOUNCE_SIZE: usize = 8 * MIB;
-/// Private: the ring and the data.
+/// Private: the ring, words by which vCPUs meet, and the data.
 const RING: usize = MIB;
+const MEETING: usize = RING + PAGE;
 const DATA: usize = 12 * MIB;
 const HALF: usize = 8 * MIB;
 const SIZE: usize = DATA + 2 * HALF;
@@ -53,11 +63,22 @@ const UNALIGNED: usize = 512;
 snippets! {
     /// Carries out plans: x0 = address of the first one, x1 = that of the other one, x2 = how often both, x3 = the bell, x4 = the ring
     /// or 0 for calls. A plan has: number of pieces, their address, number of segments, their address, whether they have more pages
-    /// than an exit does. A piece: from, to, bytes; a segment: its conversion. Returns the last status that is not 0.
+    /// than an exit does. A piece: from, to, bytes; a segment: its conversion. x5 and x6 are the words by which this vCPU and another
+    /// one meet, in the order of their addresses the first one's own and the other's, or 0. Returns the last status that is not 0, and
+    /// how many instructions it has waited at the end.
     transfer:
         "mov x20, x0", "eor x21, x0, x1", "mov x22, x2", "lsl x22, x22, #1", "mov x23, x3", "mov x24, x4",
-        "mov x28, xzr",
-        "hint #0x40",
+        "mov x28, xzr", "mov x19, x5", "mov x29, x6",
+        // All are here when the first one begins, and the other one follows.
+        "cbz x29, 36f",
+        "cmp x19, x29", "b.lo 35f",
+        "mov x9, #1", "stlr x9, [x19]",
+        "34: ldar x9, [x29]", "cbz x9, 34b",
+        "b 20f",
+        "35: ldar x9, [x29]", "cbz x9, 35b",
+        "36: hint #0x40",
+        "cbz x29, 20f",
+        "mov x9, #1", "stlr x9, [x19]",
         "20: ldp x9, x10, [x20]",
         "cbz x9, 23f",
         // Copies.
@@ -98,8 +119,13 @@ snippets! {
         "cbz x24, 31f",
         "movz x0, #0x39", "movk x0, #0xc600, lsl #16", "mov x1, xzr", "mov x2, xzr", "mov x3, xzr",
         "hvc #0",
-        "31: hint #0x41",
-        "mov x0, x28";
+        "31: mov x1, xzr",
+        "cbz x29, 38f",
+        "mov x9, #2", "stlr x9, [x19]",
+        "37: ldar x9, [x29]", "cmp x9, #2", "b.eq 38f", "add x1, x1, #5", "b 37b",
+        "38: cmp x19, x29", "b.hi 39f",
+        "hint #0x41",
+        "39: mov x0, x28";
 
     /// Returns what the ring at x0 says: posted, done, and all results ored.
     ring_state:
@@ -136,7 +162,28 @@ struct Load {
     rounds: u64,
 }
 
-/// Bytes in the guest's memory from an offset on.
+/// A vCPU with its part of the memory, and the disk that its transfers go to.
+#[derive(Debug)]
+struct Lane<'a> {
+    guest: Guest<'a>,
+    /// Offset of the part in the guest's memory.
+    base: usize,
+    disk: Vec<u8>,
+}
+
+impl Lane<'_> {
+    /// The guest's address of what is at an offset in the part.
+    fn address(&self, offset: usize) -> u64 {
+        MEMORY + (self.base + offset) as u64
+    }
+
+    /// What tells its data from those of another one.
+    fn seed(&self) -> u64 {
+        3 + (self.base / SIZE) as u64
+    }
+}
+
+/// Bytes in the part from an offset on.
 #[derive(Clone, Copy, Debug)]
 struct Span {
     offset: usize,
@@ -198,11 +245,11 @@ impl Load {
     }
 
     /// Writes the plan of a half.
-    fn write(&self, machine: &Machine, half: usize) -> Outcome<Half> {
+    fn write(&self, machine: &Machine, lane: &Lane<'_>, half: usize) -> Outcome<Half> {
         let parts = self.half(half);
         let at = PLANS + half * PLAN_SIZE;
         let mapping = &machine.memory.mapping;
-        let gpa = |offset: usize| MEMORY + offset as u64;
+        let gpa = |offset| lane.address(offset);
         let converted: usize = parts.segments.iter().map(|segment| segment.size).sum();
         // With those that the half before takes back.
         let many = 2 * converted > MAX_CONVERSION_PAGES as usize * PAGE;
@@ -217,29 +264,60 @@ impl Load {
             [(0, head.to_vec()), (PIECES, pieces.collect::<Vec<_>>()), (SEGMENTS, segments.collect::<Vec<_>>())]
         {
             for (index, word) in words.into_iter().enumerate() {
-                mapping.set(at + offset + index * 8, word)?;
+                mapping.set(lane.base + at + offset + index * 8, word)?;
             }
         }
         Ok(parts)
     }
 
-    /// Lets the guest make its transfers, and plays the device.
-    fn run(&self, machine: &Machine, guest: &mut Guest<'_>, disk: &mut [u8]) -> Outcome {
-        let halves = [self.write(machine, 0)?, self.write(machine, 1)?];
-        let plan = MEMORY + PLANS as u64;
-        let ring = if matches!(self.scheme, Scheme::Ring | Scheme::Read) { MEMORY + RING as u64 } else { 0 };
+    /// Lets a guest make its transfers, and plays the device.
+    fn run(&self, machine: &Machine, lane: &mut Lane<'_>) -> Outcome {
+        self.run_and_meet(machine, lane, [0, 0]).map(drop)
+    }
+
+    /// Lets each guest make its transfers, at the same time and on a CPU of its own. Returns how many instructions they have waited
+    /// for each other.
+    fn run_together(&self, machine: &Machine, lanes: &mut [Lane<'_>]) -> Outcome<u64> {
+        let [one, other] = [0, 64].map(|offset| lanes[0].address(MEETING + offset));
+        lanes[0].guest.run(clear(), &[lanes[0].address(MEETING)])?;
+        let meetings = match lanes.len() {
+            1 => [[0, 0]; 2],
+            _ => [[one, other], [other, one]],
+        };
+        std::thread::scope(|scope| {
+            let spawn = |(cpu, (lane, meeting)): (usize, (_, _))| {
+                scope.spawn(move || -> Outcome<u64> {
+                    pin(Pid::from_raw(0), cpu)?;
+                    // The other one waits until the time of the case is up.
+                    self.run_and_meet(machine, lane, meeting)
+                        .inspect_err(|error| line(&format!("vCPU {cpu}: {error:#}")))
+                })
+            };
+            let threads: Vec<_> = lanes.iter_mut().zip(meetings).enumerate().map(spawn).collect();
+            let waited = threads.into_iter().map(|it| it.join().map_err(|_| anyhow::anyhow!("a thread panicked"))?);
+            waited.sum()
+        })
+    }
+
+    /// Lets a guest make its transfers when another one does, if there is one. Returns how many instructions it has waited.
+    fn run_and_meet(&self, machine: &Machine, lane: &mut Lane<'_>, meeting: [u64; 2]) -> Outcome<u64> {
+        let halves = [self.write(machine, lane, 0)?, self.write(machine, lane, 1)?];
+        let plan = lane.address(PLANS);
+        let ring = if matches!(self.scheme, Scheme::Ring | Scheme::Read) { lane.address(RING) } else { 0 };
         if ring != 0 {
-            guest.attach_ring(ring)?;
+            lane.guest.attach_ring(ring)?;
         }
-        guest.begin_code(transfer(), &[plan, plan + PLAN_SIZE as u64, self.rounds, BELL, ring])?;
+        let [own, other] = meeting;
+        let arguments = [plan, plan + PLAN_SIZE as u64, self.rounds, BELL, ring, own, other];
+        lane.guest.begin_code(transfer(), &arguments)?;
         let mut rung = 0;
         let reply = loop {
-            match guest.go()? {
+            match lane.guest.go()? {
                 Stop::Done(reply) => break reply,
                 Stop::Exit(Exit::Mmio { address: BELL, write: true, value, .. }) => {
                     let half = usize::from(value != plan);
                     rung += 1;
-                    self.receive(machine, &halves[half], disk)?;
+                    self.receive(machine, &halves[half], lane)?;
                 }
                 Stop::Exit(exit) => anyhow::bail!("{self:?}: {exit:x?}"),
             }
@@ -247,51 +325,51 @@ impl Load {
         anyhow::ensure!(reply.exception.is_none(), "{self:?}: {reply:x?}");
         check_eq!((reply.x[0], rung), (0, 2 * self.rounds), "{self:?}: status and rings of the bell");
         if ring != 0 {
-            let [posted, done, results, ..] = guest.run(ring_state(), &[ring])?;
+            let [posted, done, results, ..] = lane.guest.run(ring_state(), &[ring])?;
             let conversions = 4 * self.rounds * halves[0].segments.len() as u64;
             check_eq!([posted, done, results], [conversions, conversions, 0], "{self:?}: the ring");
-            guest.detach_ring(ring)?;
+            lane.guest.detach_ring(ring)?;
         }
-        self.check(disk, 1)
+        self.check(lane, 1)?;
+        Ok(reply.x[1])
     }
 
     /// Copies the data of a half to the disk.
-    fn receive(&self, machine: &Machine, half: &Half, disk: &mut [u8]) -> Outcome {
+    fn receive(&self, machine: &Machine, half: &Half, lane: &mut Lane<'_>) -> Outcome {
         let memory = &machine.memory;
         let mut at = 0;
         for span in &half.data {
-            let target = &mut disk[at..at + span.size];
+            let target = &mut lane.disk[at..at + span.size];
             at += span.size;
+            let offset = lane.base + span.offset;
             if self.scheme == Scheme::Map && span.offset >= DATA {
                 let length = span.size.next_multiple_of(PAGE);
-                let mapping = Mapping::new(memory.file()?.as_fd(), span.offset, length, MapFlags::MAP_SHARED);
+                let mapping = Mapping::new(memory.file()?.as_fd(), offset, length, MapFlags::MAP_SHARED);
                 copy(&works("mmap", mapping)?, 0, target);
             } else if self.scheme == Scheme::Read && span.offset >= DATA {
                 let length = target.len();
-                check_eq!(pread(memory.file()?, target, i64::try_from(span.offset)?), Ok(length), "pread");
+                check_eq!(pread(memory.file()?, target, i64::try_from(offset)?), Ok(length), "pread");
             } else {
-                copy(&memory.mapping, span.offset, target);
+                copy(&memory.mapping, offset, target);
             }
         }
         Ok(())
     }
 
     /// Checks that the disk has the data of a half.
-    fn check(&self, disk: &[u8], half: usize) -> Outcome {
+    fn check(&self, lane: &Lane<'_>, half: usize) -> Outcome {
         for transfer in 0..self.transfers {
             let start = half * HALF + transfer * self.stride() + if self.aligned { 0 } else { UNALIGNED };
-            let words = disk[transfer * self.size..][..self.size].as_chunks().0;
+            let words = lane.disk[transfer * self.size..][..self.size].as_chunks().0;
             for (index, &word) in words.iter().enumerate() {
                 let at = start + index * 8;
-                let expected = pattern((at / PAGE * PAGE) as u64, (at % PAGE / 8) as u64, SEED);
+                let expected = pattern((at / PAGE * PAGE) as u64, (at % PAGE / 8) as u64, lane.seed());
                 check_eq!(u64::from_le_bytes(word), expected, "{self:?}: transfer {transfer} at {index}");
             }
         }
         Ok(())
     }
 }
-
-const SEED: u64 = 3;
 
 /// Copies from memory that the guest may write to at the same time.
 fn copy(from: &Mapping, offset: usize, to: &mut [u8]) {
@@ -301,27 +379,53 @@ fn copy(from: &Mapping, offset: usize, to: &mut [u8]) {
     unsafe { std::ptr::copy_nonoverlapping(from.pointer(offset).cast::<u8>(), to.as_mut_ptr(), to.len()) }
 }
 
-/// Makes a guest with its data.
-fn with_guest(f: impl FnOnce(&Machine, &mut Guest<'_>, &mut [u8]) -> Outcome) -> Outcome {
-    let machine = Plan::new(Kind::Pkvm, SIZE / PAGE).build()?;
-    let mut guest = machine.boot()?;
-    guest.fill(MEMORY + DATA as u64, 2 * HALF as u64 / P, 0, SEED)?;
-    for (offset, size) in [(PLANS, 2 * PLAN_SIZE), (BOUNCE, BOUNCE_SIZE)] {
-        guest.fill(MEMORY + offset as u64, (size / PAGE) as u64, 0, 0)?;
-        guest.share(MEMORY + offset as u64, (size / PAGE) as u64)?;
+/// Makes a guest of so many vCPUs with their data, each of which has a CPU for itself.
+fn with_guest(vcpus: usize, f: impl FnOnce(&Machine, &mut [Lane<'_>]) -> Outcome) -> Outcome {
+    if host::cpus() < vcpus {
+        skip!("fewer CPUs than vCPUs");
     }
-    f(&machine, &mut guest, &mut vec![0; HALF])
+    let machine = Plan::new(Kind::Pkvm, vcpus * SIZE / PAGE).vcpus(vcpus as u64).build()?;
+    let mut guests = vec![machine.boot()?];
+    for index in 1..vcpus {
+        check_eq!(guests[0].cpu_on(index as u64)?, 0, "CPU_ON of vCPU {index}");
+        guests.push(machine.guest(index));
+    }
+    let lane = |(index, guest)| Lane { guest, base: index * SIZE, disk: vec![0; HALF] };
+    let mut lanes: Vec<_> = guests.into_iter().enumerate().map(lane).collect();
+    for lane in &mut lanes {
+        let (data, seed) = (lane.address(DATA), lane.seed());
+        lane.guest.fill(data, 2 * HALF as u64 / P, 0, seed)?;
+        for (offset, size) in [(PLANS, 2 * PLAN_SIZE), (BOUNCE, BOUNCE_SIZE)] {
+            let (at, pages) = (lane.address(offset), (size / PAGE) as u64);
+            lane.guest.fill(at, pages, 0, 0)?;
+            lane.guest.share(at, pages)?;
+        }
+    }
+    f(&machine, &mut lanes)
 }
 
 /// Each way, with sizes that take every path.
 fn contents(_: Kind) -> Outcome {
-    with_guest(|machine, guest, disk| {
+    with_guest(1, |machine, lanes| {
         for scheme in SCHEMES {
             for (size, transfers) in [(512, 1), (512, 5), (3 * PAGE, 3), (PAGE, MAX_CONVERSIONS), (4 * MIB, 1)] {
                 for aligned in [true, false] {
-                    disk.fill(0);
-                    Load { scheme, size, transfers, aligned, rounds: 2 }.run(machine, guest, disk)?;
+                    lanes[0].disk.fill(0);
+                    Load { scheme, size, transfers, aligned, rounds: 2 }.run(machine, &mut lanes[0])?;
                 }
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Each way, by two vCPUs at once.
+fn contents_on_two_vcpus(_: Kind) -> Outcome {
+    with_guest(2, |machine, lanes| {
+        for scheme in SCHEMES {
+            for (size, transfers, aligned) in [(PAGE, MAX_CONVERSIONS, true), (3 * PAGE, 3, false), (MIB, 1, true)] {
+                lanes.iter_mut().for_each(|lane| lane.disk.fill(0));
+                Load { scheme, size, transfers, aligned, rounds: 4 }.run_together(machine, lanes)?;
             }
         }
         Ok(())
@@ -331,24 +435,61 @@ fn contents(_: Kind) -> Outcome {
 /// How often each measurement is made: interrupts of the host come between.
 const TRIES: u64 = 2;
 
+const KIB: usize = 1 << 10;
+
+impl Load {
+    /// Names it and how often it has been measured.
+    fn label(&self) -> String {
+        let Self { scheme, size, transfers, aligned, .. } = self;
+        let name = format!("{scheme:?}").to_lowercase();
+        format!("bench io.{name}.{size}.{transfers}.{}", if *aligned { "aligned" } else { "unaligned" })
+    }
+}
+
 fn schemes(_: Kind) -> Outcome {
-    const KIB: usize = 1 << 10;
     const SIZES: [usize; 7] = [512, 4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB];
     const ROUNDS: u64 = 2;
-    with_guest(|machine, guest, disk| {
+    with_guest(1, |machine, lanes| {
         for scheme in SCHEMES {
             for size in SIZES {
-                for (transfers, aligned) in [(1, true), (1, false), (8, true), (64, true)] {
+                for (transfers, aligned) in [1, 8, 64].into_iter().flat_map(|it| [(it, true), (it, false)]) {
                     if size * transfers > 4 * MIB {
                         continue;
                     }
                     let load = Load { scheme, size, transfers, aligned, rounds: ROUNDS };
                     // What meets pages that nobody has touched yet is none of it.
                     for _ in 0..TRIES {
-                        load.run(machine, guest, disk)?;
-                        let name = format!("{scheme:?}").to_lowercase();
-                        let alignment = if aligned { "aligned" } else { "unaligned" };
-                        line(&format!("bench io.{name}.{size}.{transfers}.{alignment} {}", 2 * ROUNDS));
+                        load.run(machine, &mut lanes[0])?;
+                        line(&format!("{} {}", load.label(), 2 * ROUNDS));
+                    }
+                }
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Each of two vCPUs alone, as their memories differ, and then both at once.
+fn schemes_on_two_vcpus(_: Kind) -> Outcome {
+    // Bytes, transfers at once, whether they are aligned, rounds.
+    const LOADS: [(usize, usize, bool, u64); 8] = [
+        (4 * KIB, 1, true, 8),
+        (64 * KIB, 1, true, 8),
+        (64 * KIB, 1, false, 8),
+        (MIB, 1, true, 2),
+        (4 * MIB, 1, true, 1),
+        (4 * KIB, 8, true, 4),
+        (64 * KIB, 8, true, 4),
+        (4 * KIB, 64, true, 1),
+    ];
+    with_guest(2, |machine, lanes| {
+        for scheme in SCHEMES {
+            for (size, transfers, aligned, rounds) in LOADS {
+                let load = Load { scheme, size, transfers, aligned, rounds };
+                for (name, vcpus) in [("0", 0..1), ("1", 1..2), ("both", 0..2)] {
+                    for _ in 0..TRIES {
+                        let waited = load.run_together(machine, &mut lanes[vcpus.clone()])?;
+                        line(&format!("{}.{name} {} {waited}", load.label(), 2 * rounds));
                     }
                 }
             }

@@ -487,7 +487,7 @@ fn two_threads_on_a_vcpu(kind: Kind) -> Outcome {
 }
 
 /// Binds a thread to a CPU.
-fn pin(thread: Pid, cpu: usize) -> Outcome {
+pub(super) fn pin(thread: Pid, cpu: usize) -> Outcome {
     let mut set = CpuSet::new();
     works("CpuSet", set.set(cpu))?;
     works("sched_setaffinity", sched_setaffinity(thread, &set))
