@@ -341,10 +341,15 @@ impl Bench {
     }
 }
 
-/// What has been measured, between a mark 0 and a mark 1 each, with the names that the console has in lines `bench NAME`.
+/// What a CPU has executed between a mark 0 and a mark 1 each, with the names that the console has in lines `bench NAME`.
 fn measurements<'a>(console: &'a str, events: &'a [Event]) -> Result<Vec<(&'a str, &'a Event)>> {
+    named(console, events, "mark")
+}
+
+/// The same from events of that kind: `mark-all` has what all CPUs have executed.
+fn named<'a>(console: &'a str, events: &'a [Event], kind: &str) -> Result<Vec<(&'a str, &'a Event)>> {
     let names: Vec<_> = console.lines().filter_map(|line| line.trim().strip_prefix("bench ")).collect();
-    let counts: Vec<_> = events.iter().filter(|event| event.kind == "mark" && event.get("number") == 1).collect();
+    let counts: Vec<_> = events.iter().filter(|event| event.kind == kind && event.get("number") == 1).collect();
     ensure!(
         names.len() == counts.len(),
         "{} names, {} measurements; the console:\n{console}",
