@@ -7,7 +7,17 @@
     .balign 0x80
     stp     x0, x1, [sp, #-16]!
     mov     x0, #(\slot & 3)             // AArch32 EL0 comes by slots of its own
-    b       guest_exit
+    b       .Lguest_exit
+.endm
+
+// x19 to x28, to the context that x1 points to.
+.macro save_preserved
+    str     x19, [x1, #{x} + 152]
+    stp     x20, x21, [x1, #{x} + 160]
+    stp     x22, x23, [x1, #{x} + 176]
+    stp     x24, x25, [x1, #{x} + 192]
+    stp     x26, x27, [x1, #{x} + 208]
+    str     x28, [x1, #{x} + 224]
 .endm
 
 // An exception of EL2's own is as fatal with these vectors in place as with any.
@@ -39,18 +49,31 @@ guest_vectors:
     guest_vector 15
     .balign 0x80
 
-// u64 guest_run(Context *guest): runs the guest until it comes to EL2 and returns why: 0 = synchronous exception, 1 = IRQ,
-// 2 = FIQ, 3 = SError. VBAR_EL2 is `guest_vectors`.
+// u64 guest_run(Context *guest, bool (*handles)(void *its, Context *guest, u64 esr), void *its): runs the guest until it comes
+// to EL2 and returns why: 0 = synchronous exception, 1 = IRQ, 2 = FIQ, 3 = SError. VBAR_EL2 is `guest_vectors`.
+//
+// Calls and accesses to system registers are `handles`'s first, and the guest goes on if it says so. It preserves x19 to x28, so
+// that they stay in the CPU, unless the guest may have named one of them. All labels are local, so that who reads the machine
+// code finds one function.
 .global guest_run
 guest_run:
     hint    #34                         // bti c
-    stp     x29, x30, [sp, #-112]!
+    stp     x29, x30, [sp, #-128]!
     stp     x27, x28, [sp, #16]
     stp     x25, x26, [sp, #32]
     stp     x23, x24, [sp, #48]
     stp     x21, x22, [sp, #64]
     stp     x19, x20, [sp, #80]
-    str     x0, [sp, #96]
+    stp     x2, x1, [sp, #96]
+    str     x0, [sp, #112]
+.Lguest_load:
+    ldr     x19, [x0, #{x} + 152]
+    ldp     x20, x21, [x0, #{x} + 160]
+    ldp     x22, x23, [x0, #{x} + 176]
+    ldp     x24, x25, [x0, #{x} + 192]
+    ldp     x26, x27, [x0, #{x} + 208]
+    ldr     x28, [x0, #{x} + 224]
+.Lguest_enter:
     ldp     x2, x3, [x0, #{pc}]         // and pstate
     msr     elr_el2, x2
     msr     spsr_el2, x3
@@ -62,21 +85,16 @@ guest_run:
     ldp     x12, x13, [x0, #{x} + 96]
     ldp     x14, x15, [x0, #{x} + 112]
     ldp     x16, x17, [x0, #{x} + 128]
-    ldp     x18, x19, [x0, #{x} + 144]
-    ldp     x20, x21, [x0, #{x} + 160]
-    ldp     x22, x23, [x0, #{x} + 176]
-    ldp     x24, x25, [x0, #{x} + 192]
-    ldp     x26, x27, [x0, #{x} + 208]
-    ldp     x28, x29, [x0, #{x} + 224]
-    ldr     x30, [x0, #{x} + 240]
+    ldr     x18, [x0, #{x} + 144]
+    ldp     x29, x30, [x0, #{x} + 232]
     ldp     x0, x1, [x0, #{x}]
     eret
     dsb     nsh                         // no speculation past ERET
     isb
 
 // x0 = why; the guest's x0 and x1 lie on the stack, on top of what guest_run left there.
-guest_exit:
-    ldr     x1, [sp, #16 + 96]
+.Lguest_exit:
+    ldr     x1, [sp, #16 + 112]
     stp     x2, x3, [x1, #{x} + 16]
     stp     x4, x5, [x1, #{x} + 32]
     stp     x6, x7, [x1, #{x} + 48]
@@ -85,22 +103,44 @@ guest_exit:
     stp     x12, x13, [x1, #{x} + 96]
     stp     x14, x15, [x1, #{x} + 112]
     stp     x16, x17, [x1, #{x} + 128]
-    stp     x18, x19, [x1, #{x} + 144]
-    stp     x20, x21, [x1, #{x} + 160]
-    stp     x22, x23, [x1, #{x} + 176]
-    stp     x24, x25, [x1, #{x} + 192]
-    stp     x26, x27, [x1, #{x} + 208]
-    stp     x28, x29, [x1, #{x} + 224]
-    str     x30, [x1, #{x} + 240]
+    str     x18, [x1, #{x} + 144]
+    stp     x29, x30, [x1, #{x} + 232]
     ldp     x2, x3, [sp], #16
     stp     x2, x3, [x1, #{x}]
     mrs     x2, elr_el2
     mrs     x3, spsr_el2
     stp     x2, x3, [x1, #{pc}]         // and pstate
+    cbnz    x0, .Lguest_leave
+    mrs     x2, esr_el2
+    ubfx    x3, x2, #26, #6
+    sub     x3, x3, #0x16
+    cmp     x3, #2
+    b.hi    .Lguest_leave
+    mov     x29, sp
+    ldp     x0, x4, [sp, #96]
+    b.eq    .Lguest_sysreg              // class 0x18
+    blr     x4                          // 0x16 or 0x17: HVC or SMC of AArch64
+    mov     x3, x0
+    ldr     x0, [sp, #112]
+    tbnz    w3, #0, .Lguest_enter
+    mov     x1, x0
+    mov     x0, #0
+.Lguest_leave:
+    save_preserved
+.Lguest_left:
     ldp     x19, x20, [sp, #80]
     ldp     x21, x22, [sp, #64]
     ldp     x23, x24, [sp, #48]
     ldp     x25, x26, [sp, #32]
     ldp     x27, x28, [sp, #16]
-    ldp     x29, x30, [sp], #112
+    ldp     x29, x30, [sp], #128
     ret
+
+.Lguest_sysreg:
+    save_preserved
+    blr     x4
+    mov     x3, x0
+    ldr     x0, [sp, #112]
+    tbnz    w3, #0, .Lguest_load
+    mov     x0, #0
+    b       .Lguest_left

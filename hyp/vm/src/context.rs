@@ -144,6 +144,11 @@ impl Context {
     /// (BTYPE) and a pending single step (SS) are done with. The instruction is one of AArch64.
     pub const fn skip_instruction(&mut self) {
         self.pc = self.pc.wrapping_add(4);
+        self.end_instruction();
+    }
+
+    /// As [`Context::skip_instruction`], when the program counter is behind it already.
+    pub(crate) const fn end_instruction(&mut self) {
         self.pstate &= !(pstate::BTYPE | pstate::SS);
     }
 

@@ -30,14 +30,10 @@ pub trait GuestCpu: EntropySource + PageAccess {
     /// Runs a guest until it comes to EL2 with what `handles` does not handle. What the CPU has cached for other vCPUs of the
     /// same VM is not used.
     ///
-    /// While `handles` runs, all but `x`, `pc` and `pstate` are in the CPU, and not in the context.
+    /// `handles` gets the value of ESR_EL2 of calls by HVC and SMC, of accesses to system registers, and maybe of others. While
+    /// it runs, all but `x`, `pc` and `pstate` are in the CPU, and not in the context; at a call also x19 to x28.
     /// It returns whether the guest goes on at once.
-    fn enter(
-        &self,
-        host: &Self::Host,
-        guest: &mut Entry<'_>,
-        handles: impl FnMut(&Syndrome, &mut Context) -> bool,
-    ) -> Left;
+    fn enter<H: FnMut(u64, &mut Context) -> bool>(&self, host: &Self::Host, guest: &mut Entry<'_>, handles: H) -> Left;
 
     /// Returns how many pages FP, SIMD and SVE registers of a guest and of the host take.
     fn area_pages(&self) -> u64;

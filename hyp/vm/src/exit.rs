@@ -6,7 +6,7 @@
 use ravelin_abi::{Answer, ExitReason, RUN_FLAG_EXECUTE, RUN_FLAG_WRITE, RUN_NO_DEADLINE, RunEntry, RunExit, VmKind};
 use ravelin_memory::{Ipa, IpaRange};
 
-use crate::{Context, MmioAccess, PstateFeatures, SysregAccess, vm::VmEnd};
+use crate::{Context, IdRegisters, MmioAccess, PstateFeatures, SysregAccess, vm::VmEnd};
 
 /// Registers in which the CPU says why it took a synchronous exception from the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,13 +17,6 @@ pub struct Syndrome {
     pub far: u64,
     /// HPFAR_EL2.
     pub hpfar: u64,
-}
-
-impl Syndrome {
-    /// Returns whether it is that of an abort, so that what handles others need not decode it.
-    pub(crate) const fn is_abort(&self) -> bool {
-        matches!(self.esr >> esr::EC_SHIFT & esr::EC, esr::EC_DATA_ABORT | esr::EC_INSTRUCTION_ABORT)
-    }
 }
 
 /// Why a guest came to EL2 with a synchronous exception.
@@ -61,6 +54,8 @@ mod esr {
     pub(super) const EC_SVE: u64 = 0x19;
     pub(super) const EC_INSTRUCTION_ABORT: u64 = 0x20;
     pub(super) const EC_DATA_ABORT: u64 = 0x24;
+    /// Of HVC and SMC.
+    pub(super) const IMMEDIATE: u64 = 0xffff;
     /// Which instruction waits: 0 for WFI.
     pub(super) const TI: u64 = 0b11;
     pub(super) const FNV: u64 = 1 << 10;
@@ -68,6 +63,54 @@ mod esr {
     pub(super) const S1PTW: u64 = 1 << 7;
     pub(super) const WNR: u64 = 1 << 6;
     pub(super) const FSC: u64 = 0x3f;
+}
+
+/// The instruction by which a guest calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Conduit {
+    Hvc,
+    Smc,
+}
+
+impl Conduit {
+    /// Returns the one of a call without an immediate, from ESR_EL2.
+    #[inline]
+    pub(crate) const fn decode(esr: u64) -> Option<Self> {
+        match (esr >> esr::EC_SHIFT & esr::EC, esr & esr::IMMEDIATE) {
+            (esr::EC_HVC64, 0) => Some(Self::Hvc),
+            (esr::EC_SMC64, 0) => Some(Self::Smc),
+            _ => None,
+        }
+    }
+
+    /// Takes the program counter behind the instruction, where it is after HVC, as [`Context::skip_instruction`] does.
+    #[inline]
+    pub(crate) const fn pass(self, context: &mut Context) {
+        context.end_instruction();
+        if let Self::Smc = self {
+            context.pc = context.pc.wrapping_add(4);
+        }
+    }
+
+    /// Takes the program counter back to the instruction, as if it had not been executed. Of SMC it is there.
+    #[inline]
+    pub(crate) const fn rewind(self, context: &mut Context) {
+        if let Self::Hvc = self {
+            context.pc = context.pc.wrapping_sub(4);
+        }
+    }
+}
+
+/// Performs the load of an ID register, if an exception with this value of ESR_EL2 is that of one. Returns whether it is.
+#[inline(never)]
+pub(crate) fn shows_id_register(esr: u64, context: &mut Context, ids: &IdRegisters) -> bool {
+    if esr >> esr::EC_SHIFT & esr::EC != esr::EC_SYSREG {
+        return false;
+    }
+    let Some((register, value)) = SysregAccess::decode(esr).id_value(ids) else { return false };
+    context.set_register(register, value);
+    context.skip_instruction();
+    true
 }
 
 /// Offset into a page.

@@ -38,13 +38,25 @@ pub(crate) const SUCCESS: u64 = 0;
 /// SMCCC_RET_INVALID_PARAMETER, -3.
 pub(crate) const INVALID_PARAMETER: u64 = u64::MAX - 2;
 
-/// Performs a guest's call, if it is one of those that its kind of VM has. `None` if not: then it is another interface's, or
-/// not supported.
+/// Performs a call whose results are always the same, if it is one. Returns whether it is.
+#[inline]
+pub(crate) fn answer(kind: VmKind, context: &mut Context) -> bool {
+    let [_, x1, x2, x3, ..] = context.x;
+    // Arrays would be compared byte by byte, which takes longer than the call.
+    let is_answered = kind == VmKind::Pkvm && guest::function(context) == HYP_MEMINFO && x1 | x2 | x3 == 0;
+    if is_answered {
+        context.set_results([PAGE_SIZE, HAS_RANGE, 0, 0]);
+    }
+    is_answered
+}
+
+/// Performs a guest's call, if it is one of those that its kind of VM has and that [`answer()`] does not perform. `None` if not:
+/// then it is another interface's, or not supported.
 ///
 /// A call without a number of pages is for one page, and zeroes x1. A range is done in part if it is long: x1 says how many
 /// pages, and the guest calls again for the others.
-#[inline(never)]
-pub fn call<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: &mut Context) -> Option<Outcome> {
+#[inline(always)]
+pub(crate) fn call<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: &mut Context) -> Option<Outcome> {
     let features = match guest.kind() {
         VmKind::Ordinary => ORDINARY_FEATURES,
         VmKind::Pkvm => PROTECTED_FEATURES,
@@ -56,8 +68,6 @@ pub fn call<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, context: &
         // 32 bits in each register.
         FEATURES => context.set_results([features & u64::from(u32::MAX), features >> 32, 0, 0]),
         _ if features == ORDINARY_FEATURES => return None,
-        // Arrays would be compared byte by byte, which takes longer than the call.
-        HYP_MEMINFO if address | second | third == 0 => context.set_results([PAGE_SIZE, HAS_RANGE, 0, 0]),
         HYP_MEMINFO => refuse(context),
         MMIO_GUARD => {
             let guarded = second | third == 0 && guard(transitions, guest, address);

@@ -52,8 +52,20 @@ const HOST_CALL_SIZE: usize = 256;
 /// x0 to x30 of a HOST_CALL, in little-endian order.
 pub type HostCallRegisters = [u8; HOST_CALL_SIZE - 8];
 
-/// Performs a realm's call, if it is one of this interface. `None` if not: then it is another interface's, or not supported,
-/// as the calls are that ask for an attestation token.
+/// Performs a call whose results are always the same, if it is one. Returns whether it is.
+#[inline]
+pub(crate) fn answer(kind: VmKind, context: &mut Context) -> bool {
+    let [_, version, ..] = context.x;
+    let is_answered = kind == VmKind::Realm && guest::function(context) == ABI_VERSION;
+    if is_answered {
+        let status = if version == VERSION_1_0 { SUCCESS } else { ERROR_INPUT };
+        context.set_results([status, VERSION_1_0, VERSION_1_0]);
+    }
+    is_answered
+}
+
+/// Performs a realm's call, if it is one of this interface that [`answer()`] does not perform. `None` if not: then it is another
+/// interface's, or not supported, as the calls are that ask for an attestation token.
 ///
 /// With [`Outcome::HostCall`], `send` has been given x0 to x30 as the realm wants its host to see them, in little-endian order.
 #[inline(never)]
@@ -68,10 +80,6 @@ pub fn call<T: Transitions>(
     }
     let [_, x1, x2, x3, ..] = context.x;
     match guest::function(context) {
-        ABI_VERSION => {
-            let status = if x1 == VERSION_1_0 { SUCCESS } else { ERROR_INPUT };
-            context.set_results([status, VERSION_1_0, VERSION_1_0]);
-        }
         FEATURES => context.set_results([SUCCESS, 0]),
         MEASUREMENT_READ => match guest.measurements.lock().get(x1) {
             Some(digest) => set_measurement(context, &digest),

@@ -12,7 +12,9 @@ use ravelin_vgic::{Access, Frame, Gic, ListRegisters, VcpuSet, Vcpus};
 use crate::{
     Abort, Context, Entry, FirmwareCall, FirstInstruction, GuestCpu, GuestExit, GuestFailure, GuestFeatures, Handle,
     IdRegisters, Left, MmioAccess, ObjectMemory, Outcome, Pending, Power, Readiness, Refusal, Report, RingCall,
-    Syndrome, SysregAccess, SysregAction, Transitions, Vectors, Vm, Vms, entropy_call, firmware_call,
+    SysregAccess, SysregAction, Transitions, Vectors, Vm, Vms, entropy_call,
+    exit::{Conduit, shows_id_register},
+    firmware_call,
     gic::VcpuGics,
     guest::NOT_SUPPORTED,
     guest_call, mpidr,
@@ -90,13 +92,6 @@ enum Missing {
     Release,
     /// The host's results.
     Results,
-}
-
-/// The instruction by which a guest calls.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Conduit {
-    Hvc,
-    Smc,
 }
 
 impl VcpuState {
@@ -198,6 +193,95 @@ struct Loan {
     vectors: Vectors,
     /// Whether the interrupt of the virtual timer is active.
     timer_held: bool,
+}
+
+/// Handles exits that concern no other registers than those that [`GuestCpu::enter`] has in the context then, so that the guest
+/// goes on at once: calls that are about memory or that always return the same, and loads of ID registers.
+struct AtOnce<'a, 'r, T: Transitions, C: GuestCpu, O: ObjectMemory>
+where
+    T::Guest: Send + Sync,
+{
+    run: &'a Run<'r, T, C, O>,
+    vm: &'a Vm<O, T::Guest, VcpuState>,
+    open: &'a mut Open,
+    ring: &'a mut Ring,
+    ids: &'a IdRegisters,
+    timer_held: bool,
+    /// What has become of an exit after which the guest does not go on at once: what the host is told, if anything.
+    handled: Option<Option<Report>>,
+}
+
+impl<T: Transitions, C: GuestCpu, O: ObjectMemory> AtOnce<'_, '_, T, C, O>
+where
+    T::Guest: Send + Sync,
+{
+    /// Returns whether the guest goes on.
+    #[inline(always)]
+    fn handles(&mut self, esr: u64, context: &mut Context) -> bool {
+        let Some(conduit) = Conduit::decode(esr) else {
+            return self.may_go_on() && shows_id_register(esr, context, self.ids);
+        };
+        // Needs no stack, of which the others take much.
+        if self.answers(conduit, context) { self.goes_on(None) } else { self.performs(conduit, context) }
+    }
+
+    /// Performs a call whose results are always the same, if it is one.
+    #[inline(always)]
+    fn answers(&self, conduit: Conduit, context: &mut Context) -> bool {
+        let kind = self.vm.guest().kind();
+        let is_answered = match conduit {
+            Conduit::Hvc => guest_call::answer(kind, context),
+            Conduit::Smc => rsi::answer(kind, context),
+        };
+        if is_answered {
+            conduit.pass(context);
+        }
+        is_answered
+    }
+
+    /// Performs a call that is about memory.
+    #[inline(never)]
+    fn performs(&mut self, conduit: Conduit, context: &mut Context) -> bool {
+        let Run { transitions, cpu, run_page, .. } = *self.run;
+        let outcome = match conduit {
+            Conduit::Hvc => guest_call::call(transitions, self.vm.guest(), context),
+            Conduit::Smc => {
+                let send = |registers: &rsi::HostCallRegisters| {
+                    if let Some(at) = part(run_page, RunPage::CALL) {
+                        cpu.write_bytes(at, registers);
+                    }
+                };
+                rsi::call(transitions, self.vm.guest(), context, send)
+            }
+        };
+        let outcome = match outcome {
+            None => return false,
+            Some(Outcome::Done) => {
+                conduit.pass(context);
+                return self.goes_on(None);
+            }
+            Some(Outcome::Ring(call)) => self.run.ring_call(self.ring, context, call),
+            Some(outcome) => outcome,
+        };
+        conduit.rewind(context);
+        let report = self.run.conclude(self.open, context, conduit, outcome);
+        self.goes_on(report)
+    }
+
+    #[inline(always)]
+    fn goes_on(&mut self, report: Option<Report>) -> bool {
+        let goes_on = report.is_none() && self.may_go_on();
+        if !goes_on {
+            self.handled = Some(report);
+        }
+        goes_on
+    }
+
+    /// Returns whether there is nothing to look after first: a timer's interrupt that is held, or the end of the VM.
+    #[inline(always)]
+    fn may_go_on(&self) -> bool {
+        !self.timer_held && self.vm.end().is_none()
+    }
 }
 
 impl<T: Transitions, C: GuestCpu, O: ObjectMemory> Run<'_, T, C, O>
@@ -364,64 +448,19 @@ where
             vectors: loan.vectors,
             deadline,
         };
-        let (open, ring, ids, timer_held) = (&mut state.open, &mut state.ring, &state.ids, loan.timer_held);
-        let mut handled = None;
-        let left = self.cpu.enter(self.host, &mut entry, |syndrome, context| {
-            let Some(report) = self.handle_at_once(open, ring, context, ids, syndrome) else { return false };
-            // A timer's interrupt that is held has to be looked after.
-            let goes_on = report.is_none() && !timer_held && self.vm.end().is_none();
-            if !goes_on {
-                handled = Some(report);
-            }
-            goes_on
-        });
+        let mut at_once = AtOnce {
+            run: self,
+            vm: self.vm,
+            open: &mut state.open,
+            ring: &mut state.ring,
+            ids: &state.ids,
+            timer_held: loan.timer_held,
+            handled: None,
+        };
+        let left = self.cpu.enter(self.host, &mut entry, |esr, context| at_once.handles(esr, context));
+        let handled = at_once.handled;
         self.gic(|gic| gic.after_exit(index, &state.interface));
         handled.unwrap_or_else(|| self.handle(state, left, loan))
-    }
-
-    /// Handles an exit that concerns no other registers than those that [`GuestCpu::enter`] has in the context then: a call that
-    /// is about memory, or a look at an ID register. Returns the report, if there is one; `None` if it is another exit.
-    fn handle_at_once(
-        &self,
-        open: &mut Open,
-        ring: &mut Ring,
-        context: &mut Context,
-        ids: &IdRegisters,
-        syndrome: &Syndrome,
-    ) -> Option<Option<Report>> {
-        if syndrome.is_abort() {
-            return None;
-        }
-        let conduit = match GuestExit::decode(syndrome, context) {
-            GuestExit::Sysreg(access) => {
-                let (register, value) = access.id_value(ids)?;
-                context.set_register(register, value);
-                context.skip_instruction();
-                return Some(None);
-            }
-            GuestExit::Hvc(0) => Conduit::Hvc,
-            GuestExit::Smc(0) => Conduit::Smc,
-            _ => return None,
-        };
-        let outcome = match conduit {
-            Conduit::Hvc => match guest_call::call(self.transitions, self.vm.guest(), context)? {
-                Outcome::Ring(call) => self.ring_call(ring, context, call),
-                outcome => outcome,
-            },
-            Conduit::Smc => {
-                let send = |registers: &rsi::HostCallRegisters| {
-                    if let Some(at) = part(self.run_page, RunPage::CALL) {
-                        self.cpu.write_bytes(at, registers);
-                    }
-                };
-                rsi::call(self.transitions, self.vm.guest(), context, send)?
-            }
-        };
-        if let Conduit::Hvc = conduit {
-            // As if it had not been executed, like SMC.
-            context.pc = context.pc.wrapping_sub(4);
-        }
-        Some(self.conclude(open, context, conduit, outcome))
     }
 
     /// Runs `f` on the interrupt controller. What it returns is to be woken; this vCPU is awake.

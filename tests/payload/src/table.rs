@@ -242,6 +242,7 @@ tests! {
     guests.conversions_race("the host claims and releases while the guest shares and takes back", calls: [CLAIM, RELEASE], cpus: 2, memory: 4 * MIB);
     guests.lives_race("CPUs end a VM and use it at once", calls: [VM_TEARDOWN], memory: 4 * MIB);
     guests.flood_of_spis("SPIs without end, and those that are not the host's", calls: [SPI], memory: 4 * MIB);
+    guests.calls_keep_registers("a call keeps what it does not return, MRS what it does not name", calls: [VCPU_RUN], memory: 4 * MIB);
     guests.psci_discovery("PSCI and SMCCC say what there is, and the rest is NOT_SUPPORTED", calls: [VCPU_RUN], memory: 4 * MIB);
     guests.calls_with_immediates("HVC and SMC with an immediate are no calls", calls: [VCPU_RUN], memory: 4 * MIB);
     guests.vcpus_on_and_off("vCPUs are turned on and off by their guest", calls: [VCPU_RUN], memory: 4 * MIB);

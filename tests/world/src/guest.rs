@@ -199,11 +199,11 @@ impl GuestCpu for TestMachine {
         self.script().tries = 0;
     }
 
-    fn enter(&self, (): &(), guest: &mut Entry<'_>, mut handles: impl FnMut(&Syndrome, &mut Context) -> bool) -> Left {
+    fn enter<H: FnMut(u64, &mut Context) -> bool>(&self, (): &(), guest: &mut Entry<'_>, mut handles: H) -> Left {
         loop {
             let left = self.enter_once(guest);
             let Left::Synchronous(syndrome) = left else { return left };
-            let handled = handles(&syndrome, guest.context);
+            let handled = handles(syndrome.esr, guest.context);
             self.note_call(guest);
             if !handled {
                 return left;

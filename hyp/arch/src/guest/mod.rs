@@ -8,7 +8,7 @@ pub(crate) mod gic;
 mod vectors;
 mod world;
 
-use core::{arch::global_asm, mem::offset_of, ptr, sync::atomic::Ordering::Relaxed};
+use core::{arch::global_asm, ffi::c_void, mem::offset_of, ptr, sync::atomic::Ordering::Relaxed};
 
 use ravelin_abi::Status;
 use ravelin_memory::{PhysAddr, PhysRange};
@@ -36,8 +36,23 @@ global_asm!(
 );
 
 unsafe extern "C" {
-    /// Runs a guest until it comes to EL2, and returns why.
-    fn guest_run(context: *mut Context) -> u64;
+    /// Runs a guest until it comes to EL2 with what `handles` does not handle of its calls, and returns why.
+    fn guest_run(context: *mut Context, handles: Handler, its: *mut c_void) -> u64;
+}
+
+/// Handles a synchronous exception, with this value of ESR_EL2. Returns whether the guest goes on.
+type Handler = unsafe extern "C" fn(its: *mut c_void, context: *mut Context, esr: u64) -> bool;
+
+/// The [`Handler`] that a closure is.
+unsafe extern "C" fn handle<H: FnMut(u64, &mut Context) -> bool>(
+    its: *mut c_void,
+    context: *mut Context,
+    esr: u64,
+) -> bool {
+    // SAFETY: The closure that `enter` has borrowed, which does not use it meanwhile.
+    let handles = unsafe { &mut *its.cast::<H>() };
+    // SAFETY: As above, of the context.
+    handles(esr, unsafe { &mut *context })
 }
 
 /// Chooses where exceptions from below go. Those of EL2's own are as fatal with either table, so that it may change when it will
@@ -87,29 +102,24 @@ impl GuestCpu for Hardware {
         world::return_to_host(unsafe { &*this.host.get() }, self.guests.features);
     }
 
-    fn enter(
+    fn enter<H: FnMut(u64, &mut Context) -> bool>(
         &self,
         host: &AbsentHost,
         guest: &mut Entry<'_>,
-        mut handles: impl FnMut(&Syndrome, &mut Context) -> bool,
+        mut handles: H,
     ) -> Left {
         self.guests.put_in(host, guest);
-        let left = loop {
-            // SAFETY: The context is the vCPU's alone. All that the guest can do is bounded by the registers of EL2 that have
-            // just been set; the assembly keeps what Rust expects to be kept.
-            let why = unsafe { guest_run(guest.context) };
-            match why {
-                0 => {
-                    let (esr, far, hpfar) =
-                        (read_sysreg!("esr_el2"), read_sysreg!("far_el2"), read_sysreg!("hpfar_el2"));
-                    let syndrome = Syndrome { esr, far, hpfar };
-                    if !handles(&syndrome, guest.context) {
-                        break Left::Synchronous(syndrome);
-                    }
-                }
-                1 | 2 => break Left::Interrupt,
-                _ => break Left::Error,
-            }
+        // SAFETY: The context is the vCPU's alone, and nobody uses the closure meanwhile. All that the guest can do is bounded
+        // by the registers of EL2 that have just been set; the assembly keeps what Rust expects to be kept.
+        let why = unsafe { guest_run(guest.context, handle::<H>, (&raw mut handles).cast()) };
+        let left = match why {
+            0 => Left::Synchronous(Syndrome {
+                esr: read_sysreg!("esr_el2"),
+                far: read_sysreg!("far_el2"),
+                hpfar: read_sysreg!("hpfar_el2"),
+            }),
+            1 | 2 => Left::Interrupt,
+            _ => Left::Error,
         };
         self.guests.take_out(guest);
         left

@@ -7,7 +7,7 @@ use ravelin_model::{Door, GuestCall, RingConversion};
 use ravelin_ownership::Conversion;
 use ravelin_pgtable::{Hint, Machine, Vttbr};
 use ravelin_vm::{
-    Context, EntropySource, Entry, GuestCpu, IdRegisters, Left, PageAccess, PstateFeatures, Syndrome, VectorPlaces,
+    Context, EntropySource, Entry, GuestCpu, IdRegisters, Left, PageAccess, PstateFeatures, VectorPlaces,
 };
 
 use super::{judge, pass_turn, take_turn};
@@ -16,9 +16,9 @@ use super::{judge, pass_turn, take_turn};
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Checked(pub(crate) Hardware);
 
-/// Returns by which door a guest comes with a call, from its syndrome: HVC or SMC of AArch64 without an immediate.
-fn door(syndrome: &Syndrome) -> Option<Door> {
-    match (syndrome.esr >> 26 & 0x3f, syndrome.esr & 0xffff) {
+/// Returns by which door a guest comes with a call, from ESR_EL2: HVC or SMC of AArch64 without an immediate.
+fn door(esr: u64) -> Option<Door> {
+    match (esr >> 26 & 0x3f, esr & 0xffff) {
         (0x16, 0) => Some(Door::Hvc),
         (0x17, 0) => Some(Door::Smc),
         _ => None,
@@ -28,20 +28,20 @@ fn door(syndrome: &Syndrome) -> Option<Door> {
 impl GuestCpu for Checked {
     type Host = <Hardware as GuestCpu>::Host;
 
-    fn enter(
+    fn enter<H: FnMut(u64, &mut Context) -> bool>(
         &self,
         host: &Self::Host,
         guest: &mut Entry<'_>,
-        mut handles: impl FnMut(&Syndrome, &mut Context) -> bool,
+        mut handles: H,
     ) -> Left {
         let root = guest.tree.root.page_number();
         pass_turn();
-        let left = self.0.enter(host, guest, |syndrome, context| {
+        let left = self.0.enter(host, guest, |esr, context| {
             take_turn();
             let registers = |context: &Context| core::array::from_fn(|index| context.x[index]);
             let before = registers(context);
-            let goes_on = handles(syndrome, context);
-            if let Some(door) = door(syndrome) {
+            let goes_on = handles(esr, context);
+            if let Some(door) = door(esr) {
                 let call = GuestCall { root, door, before, after: registers(context) };
                 judge(|watch, real| watch.guest_call(real, &call));
             }

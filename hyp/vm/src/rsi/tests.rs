@@ -17,7 +17,11 @@ fn call_with<const N: usize>(test: &TestGuest, first: [u64; N]) -> (Option<Outco
     let mut context = registers(first);
     let before = context;
     let mut sent = None;
-    let outcome = call(&test.memory, &test.guest, &mut context, |registers| sent = Some(*registers));
+    let outcome = if answer(test.guest.kind(), &mut context) {
+        Some(Outcome::Done)
+    } else {
+        call(&test.memory, &test.guest, &mut context, |registers| sent = Some(*registers))
+    };
     assert_eq!(sent.is_some(), matches!(outcome, Some(Outcome::HostCall { .. })));
     let x = context.x;
     assert_eq!(Context { x: before.x, ..context }, before);

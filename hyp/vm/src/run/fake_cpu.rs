@@ -4,6 +4,7 @@ use std::{
     cell::{RefCell, RefMut},
     collections::{BTreeMap, VecDeque},
     mem::take,
+    ops::RangeInclusive,
 };
 
 use ravelin_abi::Status;
@@ -12,8 +13,7 @@ use ravelin_pgtable::{Geometry, Vttbr};
 use ravelin_vgic::{ListRegisters, ich};
 
 use crate::{
-    Context, EntropySource, Entry, GuestCpu, IdRegisters, Left, PageAccess, PstateFeatures, Syndrome, VectorPlaces,
-    Vectors,
+    Context, EntropySource, Entry, GuestCpu, IdRegisters, Left, PageAccess, PstateFeatures, VectorPlaces, Vectors,
 };
 
 /// Registers that the host has in the CPU, less what a guest runs with. Not to be copied: it is taken out once and put back once.
@@ -167,9 +167,15 @@ impl FakeCpu {
     }
 }
 
+/// The general-purpose registers that are in the CPU while a call is handled.
+const PRESERVED: RangeInclusive<usize> = 19..=28;
+
 /// What is in a context while its registers are in the CPU.
-fn elsewhere(context: &Context) -> Context {
-    let &Context { x, pc, pstate, .. } = context;
+fn elsewhere(context: &Context, is_call: bool) -> Context {
+    let &Context { mut x, pc, pstate, .. } = context;
+    if is_call {
+        x[PRESERVED].fill(0xbad);
+    }
     Context {
         x,
         pc,
@@ -212,21 +218,20 @@ impl GuestCpu for FakeCpu {
         state.host_waits = false;
     }
 
-    fn enter(
-        &self,
-        host: &Host,
-        guest: &mut Entry<'_>,
-        mut handles: impl FnMut(&Syndrome, &mut Context) -> bool,
-    ) -> Left {
+    fn enter<H: FnMut(u64, &mut Context) -> bool>(&self, host: &Host, guest: &mut Entry<'_>, mut handles: H) -> Left {
         loop {
             let left = self.enter_once(host, guest);
             let Left::Synchronous(syndrome) = left else { return left };
             // What is in the CPU is not in the context.
             let before = *guest.context;
-            *guest.context = elsewhere(&before);
-            let handled = handles(&syndrome, guest.context);
-            assert_eq!(*guest.context, elsewhere(guest.context));
-            let Context { x, pc, pstate, .. } = *guest.context;
+            let is_call = matches!(syndrome.esr >> 26 & 0x3f, 0x16 | 0x17);
+            *guest.context = elsewhere(&before, is_call);
+            let handled = handles(syndrome.esr, guest.context);
+            assert_eq!(*guest.context, elsewhere(guest.context, is_call));
+            let Context { mut x, pc, pstate, .. } = *guest.context;
+            if is_call {
+                x[PRESERVED].copy_from_slice(&before.x[PRESERVED]);
+            }
             *guest.context = Context { x, pc, pstate, ..before };
             if !handled {
                 return left;

@@ -2,7 +2,7 @@
 //!
 //! Frames, calls and jumps to other functions are what the instructions say. A call of a function pointer is taken to reach
 //! every closure that a function on the way there, itself included, has made; but not one that is running, because it is
-//! borrowed mutably. Functions that end the machine are left out: if the stack is too small for them, the page below it
+//! borrowed mutably. What the world switch calls is known by name. Functions that end the machine are left out: if the stack is too small for them, the page below it
 //! ends the machine as well.
 
 use std::borrow::Cow;
@@ -17,6 +17,10 @@ use super::gates::{Instruction, instructions};
 /// Where exits of the host begin in Rust, and the vectors, which make room for the registers before.
 const ROOT: &str = "host_exit";
 const VECTORS: &str = "vectors";
+
+/// The world switch, and what it alone calls, by a pointer.
+const SWITCH: &str = "guest_run";
+const HANDLER: &str = "ravelin_arch::guest::handle";
 
 /// Functions that may call themselves: walks of page tables, once for each level.
 const WALKS: &str = "ravelin_pgtable::table::";
@@ -168,12 +172,26 @@ fn functions(elf: &[u8]) -> Result<Vec<Function>> {
             let targets = of_vtable.chain([value]).filter_map(entry).filter(|&target| target != at);
             let made = targets.filter(|&target| {
                 let (name, direct) = (&named[target].1, named[target].0 == value);
+                if is_handler(name) {
+                    return false;
+                }
                 name.contains("{closure") || name.contains("{{closure}}") || direct && name.contains("::")
             });
             function.pointers.extend(made);
         }
     }
+    let handlers: Vec<_> = (0..functions.len()).filter(|&at| is_handler(&functions[at].name)).collect();
+    for switch in functions.iter_mut().filter(|function| function.name == SWITCH) {
+        ensure!(switch.indirect && !handlers.is_empty(), "{SWITCH} does not call {HANDLER}");
+        switch.indirect = false;
+        switch.calls.extend(&handlers);
+    }
     Ok(functions)
+}
+
+/// Whether a function is the handler, with its parameters and hash or without.
+fn is_handler(name: &str) -> bool {
+    name.strip_prefix(HANDLER).is_some_and(|rest| rest.is_empty() || rest.starts_with(':'))
 }
 
 /// Addresses in the words that are relocated, by where these are (RELR, ELF gABI).

@@ -1,7 +1,7 @@
 //! What guests may call: PSCI, discovery, pKVM's hypercalls, the Realm Services Interface, entropy.
 
 use ravelin_abi::{Answer, ExitReason, RunPage, Status, VmKind};
-use ravelin_guest::IMAGE;
+use ravelin_guest::{IMAGE, snippets};
 
 use crate::{
     rt::{
@@ -27,9 +27,68 @@ const CPU_ON: u64 = 0xc400_0003;
 const AFFINITY_INFO: u64 = 0xc400_0004;
 const PSCI_FEATURES: u64 = 0x8400_000a;
 
+snippets! {
+    /// Calls by HVC with x0 to x3, when x4 to x30 are known. Returns a bit for each of these that has changed.
+    hvc_among_registers: "stp x29, x30, [sp, #-96]!", "stp x19, x20, [sp, #16]", "stp x21, x22, [sp, #32]", "stp x23, x24, [sp, #48]",
+        "stp x25, x26, [sp, #64]", "stp x27, x28, [sp, #80]",
+        ".irp n,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30", "mov x\\n, #0x100 + \\n", ".endr",
+        "hvc #0", "mov x0, xzr",
+        ".irp n,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30", "cmp x\\n, #0x100 + \\n", "cset x1, ne", "orr x0, x0, x1, lsl #\\n", ".endr",
+        "ldp x27, x28, [sp, #80]", "ldp x25, x26, [sp, #64]", "ldp x23, x24, [sp, #48]", "ldp x21, x22, [sp, #32]",
+        "ldp x19, x20, [sp, #16]", "ldp x29, x30, [sp], #96";
+
+    /// Calls by SMC with x0 to x3, when x4 to x30 are known. Returns a bit for each of these that has changed.
+    smc_among_registers: "stp x29, x30, [sp, #-96]!", "stp x19, x20, [sp, #16]", "stp x21, x22, [sp, #32]", "stp x23, x24, [sp, #48]",
+        "stp x25, x26, [sp, #64]", "stp x27, x28, [sp, #80]",
+        ".irp n,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30", "mov x\\n, #0x100 + \\n", ".endr",
+        "smc #0", "mov x0, xzr",
+        ".irp n,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30", "cmp x\\n, #0x100 + \\n", "cset x1, ne", "orr x0, x0, x1, lsl #\\n", ".endr",
+        "ldp x27, x28, [sp, #80]", "ldp x25, x26, [sp, #64]", "ldp x23, x24, [sp, #48]", "ldp x21, x22, [sp, #32]",
+        "ldp x19, x20, [sp, #16]", "ldp x29, x30, [sp], #96";
+
+    /// Loads an ID register to x0, and then to all others one by one. Returns 0 if each has it in the end.
+    id_register_everywhere: "stp x29, x30, [sp, #-96]!", "stp x19, x20, [sp, #16]", "stp x21, x22, [sp, #32]", "stp x23, x24, [sp, #48]",
+        "stp x25, x26, [sp, #64]", "stp x27, x28, [sp, #80]",
+        ".irp n,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30", "mov x\\n, #0x100 + \\n", ".endr",
+        "mrs x0, id_aa64pfr0_el1",
+        ".irp n,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30", "mrs x\\n, id_aa64pfr0_el1", ".endr",
+        ".irp n,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30", "eor x\\n, x\\n, x0", ".endr",
+        "mov x0, x1", ".irp n,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30", "orr x0, x0, x\\n", ".endr",
+        "ldp x27, x28, [sp, #80]", "ldp x25, x26, [sp, #64]", "ldp x23, x24, [sp, #48]", "ldp x21, x22, [sp, #32]",
+        "ldp x19, x20, [sp, #16]", "ldp x29, x30, [sp], #96";
+}
+
 /// The first registers of all that a call returns.
 fn first<const N: usize>(x: [u64; 8]) -> [u64; N] {
     core::array::from_fn(|index| x[index])
+}
+
+/// What a call does not return in it keeps, whether EL2 answers it at once, the host is asked meanwhile, or there is no such call.
+/// A load of an ID register changes that register alone.
+pub(crate) fn calls_keep_registers() -> Outcome {
+    let pages = Pages::new(4 * MIB);
+    let vm = Vm::boot(&pages, VmKind::Pkvm, 1)?;
+    vm.add(MEMORY, 1)?;
+    let mut guest = vm.guest(0);
+    let quick = [[0xc600_0002, 0, 0, 0], [0xc600_0002, 1, 0, 0], [0xc600_0040, 0, 0, 0], [PSCI_VERSION, 0, 0, 0]];
+    for call in quick {
+        check_eq!(guest.run(hvc_among_registers(), &call)?[0], 0, "by HVC {call:x?}");
+        check_eq!(guest.run(smc_among_registers(), &call)?[0], 0, "by SMC {call:x?}");
+    }
+    // The host is told of the first one.
+    for (function, name) in [(0xc600_0003, "MEM_SHARE"), (0xc600_0004, "MEM_UNSHARE")] {
+        check_eq!(guest.run(hvc_among_registers(), &[function, MEMORY, 0, 0])?[0], 0, "{name}");
+    }
+    check_eq!(guest.run(id_register_everywhere(), &[])?[0], 0, "MRS");
+    vm.finish()?;
+
+    let pages = Pages::new(4 * MIB);
+    let vm = Vm::boot(&pages, VmKind::Realm, 1)?;
+    let mut guest = vm.guest(0);
+    for call in [[0xc400_0190, 0x1_0000, 0, 0], [0xc400_0191, 0, 0, 0], [0xc400_019a, 0, 0, 0]] {
+        check_eq!(guest.run(smc_among_registers(), &call)?[0], 0, "by SMC {call:x?}");
+    }
+    vm.finish()
 }
 
 /// Version, features and discovery, by HVC and by SMC.

@@ -20,8 +20,8 @@ pub(crate) use attacks::{
     host_gives_what_is_no_memory, host_maps_over, host_speaks_for_the_guest, host_touches_what_it_gave, lives_race,
 };
 pub(crate) use calls::{
-    calls_with_immediates, entropy, pkvm_discovery, psci_discovery, realm_calls_its_host, realm_services, suspend,
-    vcpus_on_and_off, vcpus_start_out_of_reset,
+    calls_keep_registers, calls_with_immediates, entropy, pkvm_discovery, psci_discovery, realm_calls_its_host,
+    realm_services, suspend, vcpus_on_and_off, vcpus_start_out_of_reset,
 };
 pub(crate) use convert::{
     answers_that_do_not_belong, bounded_work, conversion_in_place, conversion_of_blocks,
