@@ -64,7 +64,13 @@ impl<'a, P: TablePool, F: Firmware, O: ObjectMemory> Host<'a, P, F, O> {
         let [function, arguments @ ..] = registers;
         let function = *function;
         let call = match (immediate, arguments.first_chunk::<MAX_ARGUMENTS>()) {
-            (0, Some(arguments)) => HostCall::parse(function, arguments),
+            (0, Some(arguments)) => {
+                if let Some((handle, index)) = HostCall::parse_run(function, arguments) {
+                    self.counters.count_call(function);
+                    return self.run(machine, handle, index, registers);
+                }
+                HostCall::parse(function, arguments)
+            }
             _ => Err(Status::NotSupported),
         };
         if matches!(call, Err(Status::NotSupported)) {
@@ -75,6 +81,15 @@ impl<'a, P: TablePool, F: Firmware, O: ObjectMemory> Host<'a, P, F, O> {
         if let Err(Refusal { status, detail }) = done {
             set_results(registers, [status.register(), detail]);
         }
+    }
+
+    fn run<M: Machine + GuestCpu>(&self, machine: &M, handle: u64, index: u64, registers: &mut Registers) {
+        let memory = MachineMemory::new(self.memory, machine);
+        let results = match self.vms.run_vcpu(&memory, machine, Handle::from_raw(handle), index) {
+            Ok(()) => [SUCCESS, 0],
+            Err(Refusal { status, detail }) => [status.register(), detail],
+        };
+        set_results(registers, results);
     }
 
     /// Handles `SMC #immediate` from EL1 on `cpu`, the index of the CPU it runs on. The caller has moved the host's program
@@ -129,10 +144,7 @@ impl<'a, P: TablePool, F: Firmware, O: ObjectMemory> Host<'a, P, F, O> {
             HostCall::Statistics { page } => {
                 set_results(registers, [SUCCESS, self.write_statistics(machine, single(page)?)?]);
             }
-            HostCall::Run { handle, index } => {
-                self.vms.run_vcpu(&MachineMemory::new(memory, machine), machine, Handle::from_raw(handle), index)?;
-                set_results(registers, [SUCCESS, 0]);
-            }
+            HostCall::Run { handle, index } => self.run(machine, handle, index, registers),
             HostCall::Vm(call) => self.perform_vm(machine, &call, registers)?,
         }
         Ok(())
