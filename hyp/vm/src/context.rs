@@ -205,7 +205,13 @@ impl Context {
     #[must_use]
     pub fn virtual_timer(&self) -> Option<u64> {
         // The virtual counter is behind the physical one by the offset, or ahead of it; a sum beyond 64 bits is never reached.
-        armed(self.cntv_ctl_el0).then(|| self.cntv_cval_el0.saturating_add_signed(self.cntvoff_el2.cast_signed()))
+        self.virtual_deadline().map(|deadline| deadline.saturating_add_signed(self.cntvoff_el2.cast_signed()))
+    }
+
+    /// As [`Context::virtual_timer`], as a value of the virtual counter.
+    #[must_use]
+    pub fn virtual_deadline(&self) -> Option<u64> {
+        armed(self.cntv_ctl_el0).then_some(self.cntv_cval_el0)
     }
 }
 

@@ -10,6 +10,8 @@ use crate::{Backing, Context, RingCall, measurement::Measurements, ranges::Range
 /// What a guest's calls work on.
 pub struct Guest<G> {
     pub(crate) attributes: VmAttributes,
+    /// The first address behind those of the guest's memory.
+    memory_end: u64,
     pub(crate) memory: G,
     /// Where the guest has said that devices are, or, a realm, that memory is.
     pub(crate) named: Mutex<Ranges>,
@@ -48,12 +50,16 @@ pub enum Outcome {
 
 impl<G> Guest<G> {
     pub(crate) fn new(attributes: VmAttributes, memory: G) -> Self {
-        Self {
+        let mut guest = Self {
             attributes,
+            memory_end: 0,
             memory,
             named: Mutex::new(Ranges::default()),
             measurements: Mutex::new(Measurements::default()),
-        }
+        };
+        let bits = u32::try_from(guest.memory_bits()).ok();
+        guest.memory_end = bits.and_then(|bits| 1_u64.checked_shl(bits)).unwrap_or(0);
+        guest
     }
 
     /// Returns what kind of VM it is.
@@ -71,7 +77,7 @@ impl<G> Guest<G> {
     /// Returns the bit of a guest address that marks an access to shared memory or a device, if the guest has such a bit.
     #[must_use]
     pub fn shared_bit(&self) -> Option<u64> {
-        (self.attributes.kind == VmKind::Realm).then(|| self.memory_end())
+        (self.attributes.kind == VmKind::Realm).then_some(self.memory_end)
     }
 
     /// Returns how many bits the addresses of the guest's memory have: in a realm, one less than all addresses.
@@ -80,14 +86,9 @@ impl<G> Guest<G> {
         self.attributes.ipa_bits.saturating_sub((self.attributes.kind == VmKind::Realm).into())
     }
 
-    /// Returns the first address behind those of the guest's memory.
-    fn memory_end(&self) -> u64 {
-        u32::try_from(self.memory_bits()).ok().and_then(|bits| 1_u64.checked_shl(bits)).unwrap_or(0)
-    }
-
     /// Returns the range of the guest's memory that starts at `base`, if it is one.
     pub(crate) fn range(&self, base: u64, pages: u64) -> Option<IpaRange> {
-        IpaRange::new(base, pages).ok().filter(|range| range.end() <= self.memory_end())
+        IpaRange::new(base, pages).ok().filter(|range| range.end() <= self.memory_end)
     }
 
     /// Returns what is at `page`, where stage 2 has refused an access, or `None` if there is a page by now.
@@ -97,7 +98,7 @@ impl<G> Guest<G> {
     pub fn backing<T: Transitions<Guest = G>>(&self, transitions: &T, page: Ipa, described: bool) -> Option<Backing> {
         let marked = self.shared_bit().map(|bit| page.raw() & bit != 0);
         let address = page.raw() & !self.shared_bit().unwrap_or(0);
-        let Some(frame) = Ipa::new(address).filter(|_| address < self.memory_end()) else {
+        let Some(frame) = Ipa::new(address).filter(|_| address < self.memory_end) else {
             return Some(if marked == Some(true) { Backing::Device } else { Backing::Nothing });
         };
         let (frame, _) = transitions.look(&self.memory, IpaRange::single(frame));

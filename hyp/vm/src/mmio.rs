@@ -54,43 +54,34 @@ impl MmioAccess {
         register
     }
 
+    /// Returns how many bits of a register are not the access's.
+    const fn rest(&self) -> u32 {
+        64_u32.wrapping_sub(8 << (self.esr >> iss::SAS_SHIFT & iss::SAS))
+    }
+
     /// Returns what a store puts into memory, as a number whose lowest byte is at the lowest address. Nothing else of the
     /// register is in it.
     #[must_use]
     pub fn stored(&self, context: &Context) -> u64 {
-        self.in_memory_order(context.register(self.register()))
+        self.at_the_top(context.register(self.register())).wrapping_shr(self.rest())
     }
 
     /// Ends a load of `value`, whose lowest byte is at the lowest address and whose bytes beyond the access do not matter.
     pub fn load(&self, context: &mut Context, value: u64) {
-        let value = self.in_memory_order(value);
-        let value = if self.esr & iss::SSE != 0 { self.sign_extended(value) } else { value };
+        let value = self.at_the_top(value);
+        let value = if self.esr & iss::SSE != 0 {
+            value.cast_signed().wrapping_shr(self.rest()).cast_unsigned()
+        } else {
+            value.wrapping_shr(self.rest())
+        };
         // Of an X register, not a W register.
         let value = if self.esr & iss::SF != 0 { value } else { value & 0xffff_ffff };
         context.set_register(self.register(), value);
     }
 
-    /// Cuts a value to the width of the access, and reverses its bytes if memory has them the other way round.
-    const fn in_memory_order(&self, value: u64) -> u64 {
-        match (self.bytes(), self.big_endian) {
-            (1, _) => value & 0xff,
-            (2, false) => value & 0xffff,
-            (2, true) => value.swap_bytes() >> 48,
-            (4, false) => value & 0xffff_ffff,
-            (4, true) => value.swap_bytes() >> 32,
-            (_, false) => value,
-            (_, true) => value.swap_bytes(),
-        }
-    }
-
-    const fn sign_extended(&self, value: u64) -> u64 {
-        let sign: u64 = match self.bytes() {
-            1 => 1 << 7,
-            2 => 1 << 15,
-            4 => 1 << 31,
-            _ => 1 << 63,
-        };
-        (value ^ sign).wrapping_sub(sign)
+    /// Moves what is the access's of a value to the highest bits, and reverses its bytes if memory has them the other way round.
+    const fn at_the_top(&self, value: u64) -> u64 {
+        if self.big_endian { value.swap_bytes() } else { value.wrapping_shl(self.rest()) }
     }
 }
 

@@ -95,6 +95,13 @@ impl Power {
         self.state.store(state, Release);
     }
 
+    /// Returns whether the vCPU goes on, so that neither [`Power::take_start`] nor [`Power::run`] has anything to do. By the one CPU
+    /// that is about to run it.
+    #[inline]
+    pub(crate) fn goes_on(&self) -> bool {
+        self.state.load(Acquire) == ON
+    }
+
     /// Returns once how the vCPU starts after it has been turned on. By the one CPU that has it, which sets its registers so.
     pub fn take_start(&self) -> Option<FirstInstruction> {
         let state = self.state.load(Acquire);

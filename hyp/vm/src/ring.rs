@@ -149,7 +149,21 @@ impl Ring {
 
     /// Ends the conversions that the host had to consent to, before the guest goes on. Bit n of what `released` returns says that
     /// it does to the nth one that it was told of.
+    #[inline]
     pub(crate) fn resume<T: Transitions, C: GuestCpu>(
+        &mut self,
+        transitions: &T,
+        cpu: &C,
+        guest: &Guest<T::Guest>,
+        released: impl FnOnce() -> u64,
+    ) {
+        if self.told != 0 {
+            self.resume_told(transitions, cpu, guest, released);
+        }
+    }
+
+    #[inline(never)]
+    fn resume_told<T: Transitions, C: GuestCpu>(
         &mut self,
         transitions: &T,
         cpu: &C,

@@ -5,14 +5,14 @@
 
 mod registers;
 
-use ravelin_abi::{Answer, RUN_CALL_REGISTERS, RunEntry, RunPage, Status};
+use ravelin_abi::{Answer, RUN_CALL_REGISTERS, RunEntry, RunExit, RunPage, Status};
 use ravelin_memory::{PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_vgic::{Access, Frame, Gic, ListRegisters, VcpuSet, Vcpus};
 
 use crate::{
     Abort, Context, Entry, FirmwareCall, FirstInstruction, GuestCpu, GuestExit, GuestFailure, GuestFeatures, Handle,
-    IdRegisters, Left, MmioAccess, ObjectMemory, Outcome, Pending, Power, Readiness, Refusal, Report, RingCall,
-    SysregAccess, SysregAction, Transitions, Vectors, Vm, Vms, entropy_call,
+    IdRegisters, Left, MmioAccess, ObjectMemory, Outcome, PageAccess, Pending, Power, Readiness, Refusal, Report,
+    RingCall, SysregAccess, SysregAction, Transitions, Vectors, Vm, Vms, entropy_call,
     exit::{Conduit, shows_id_register},
     firmware_call,
     gic::VcpuGics,
@@ -158,14 +158,15 @@ impl<O: ObjectMemory, G: Send + Sync> Vms<O, G, VcpuState> {
             cpu.leave_host(&mut host)?;
             let mut run = Run { transitions, cpu, vm, power, host: &host, index, run_page, wake: VcpuSet::EMPTY };
             let report = run.run(&mut vcpu.state);
-            let wake = run.wake;
+            let [wake_low, wake_high] = run.wake.words();
             cpu.return_to_host(&host);
-            let [wake_low, wake_high] = wake.words();
-            let mut exit = report?.run_exit();
-            (exit.wake_low, exit.wake_high) = (wake_low, wake_high);
-            exit.conversions = vcpu.state.ring.apply(transitions, cpu, vm.guest(), run_page);
-            if let Some(at) = part(run_page, RunPage::EXIT) {
-                cpu.write_words(at, &exit.to_words());
+            let report = report?;
+            let conversions = vcpu.state.ring.apply(transitions, cpu, vm.guest(), run_page);
+            let always = [wake_low, wake_high, conversions];
+            match report {
+                // What guests exit for most.
+                Report::Mmio { .. } => tell(cpu, run_page, report, always),
+                _ => tell_other(cpu, run_page, report, always),
             }
             Ok(())
         })
@@ -296,18 +297,10 @@ where
             state.open = Open::Ended;
             return Ok(Report::of_end(end));
         }
-        if state.start(self.cpu, self.index, self.power) {
-            self.reset_ring(&mut state.ring);
+        if !self.power.goes_on() {
+            self.start(state)?;
         }
         state.context.cntvoff_el2 = self.vm.counter_offset();
-        match self.power.run() {
-            Readiness::Off => return Err(Status::WrongState.into()),
-            Readiness::Starts => {
-                let index = self.index;
-                self.gic(|gic| gic.reset_interface(index));
-            }
-            Readiness::On => {}
-        }
         let report = self.answer(state)?;
         state.ring.resume(self.transitions, self.cpu, self.vm.guest(), || self.host_entry().released);
         if let Some(report) = report {
@@ -316,6 +309,7 @@ where
         let mut loan = Loan { vectors: Vectors::None, timer_held: false };
         let report = loop {
             if let Some(report) = self.end() {
+                state.open = Open::Ended;
                 break report;
             }
             if !self.wake.is_empty() {
@@ -331,10 +325,24 @@ where
         if loan.timer_held {
             self.cpu.release_virtual_timer();
         }
-        if matches!(report, Report::SystemOff | Report::SystemReset | Report::Failed) {
-            state.open = Open::Ended;
-        }
         Ok(report)
+    }
+
+    /// Readies a vCPU that has been turned on.
+    #[inline(never)]
+    fn start(&mut self, state: &mut VcpuState) -> Result<(), Refusal> {
+        if state.start(self.cpu, self.index, self.power) {
+            self.reset_ring(&mut state.ring);
+        }
+        match self.power.run() {
+            Readiness::Off => return Err(Status::WrongState.into()),
+            Readiness::Starts => {
+                let index = self.index;
+                self.gic(|gic| gic.reset_interface(index));
+            }
+            Readiness::On => {}
+        }
+        Ok(())
     }
 
     /// Acts on the host's answer to the last exit. Returns what the host is told if the guest cannot be entered even so.
@@ -458,9 +466,12 @@ where
             handled: None,
         };
         let left = self.cpu.enter(self.host, &mut entry, |esr, context| at_once.handles(esr, context));
-        let handled = at_once.handled;
+        let AtOnce { handled, .. } = at_once;
         self.gic(|gic| gic.after_exit(index, &state.interface));
-        handled.unwrap_or_else(|| self.handle(state, left, loan))
+        match handled {
+            Some(report) => report,
+            None => self.handle(state, left, loan),
+        }
     }
 
     /// Runs `f` on the interrupt controller. What it returns is to be woken; this vCPU is awake.
@@ -475,7 +486,10 @@ where
     fn handle(&mut self, state: &mut VcpuState, left: Left, loan: &mut Loan) -> Option<Report> {
         let syndrome = match left {
             Left::Interrupt => return self.interrupted(&state.context, loan),
-            Left::Error => return Some(Report::Failed),
+            Left::Error => {
+                state.open = Open::Ended;
+                return Some(Report::Failed);
+            }
             Left::Synchronous(syndrome) => syndrome,
         };
         match GuestExit::decode(&syndrome, &state.context) {
@@ -547,7 +561,7 @@ where
 
     /// Performs a call of firmware's, whichever way it comes.
     fn standard_call(&mut self, state: &mut VcpuState) -> Option<Report> {
-        let VcpuState { context, timers, .. } = state;
+        let VcpuState { context, timers, open, .. } = state;
         if entropy_call(self.cpu, context) {
             return None;
         }
@@ -571,8 +585,8 @@ where
                 context.set_results([0]);
                 self.wait(context, timers)
             }
-            FirmwareCall::SystemOff => Some(self.end_as(VmEnd::Off)),
-            FirmwareCall::SystemReset => Some(self.end_as(VmEnd::Reset)),
+            FirmwareCall::SystemOff => Some(self.end_as(VmEnd::Off, open)),
+            FirmwareCall::SystemReset => Some(self.end_as(VmEnd::Reset, open)),
         }
     }
 
@@ -581,8 +595,9 @@ where
         self.vm.end().map(Report::of_end)
     }
 
-    /// Ends the VM. The others are to find out.
-    fn end_as(&mut self, end: VmEnd) -> Report {
+    /// Ends the VM, and with it this vCPU. The others are to find out.
+    fn end_as(&mut self, end: VmEnd, open: &mut Open) -> Report {
+        *open = Open::Ended;
         let end = self.vm.end_as(end);
         self.wake.extend(self.vm.on().without(self.index));
         Report::of_end(end)
@@ -682,6 +697,20 @@ where
             Err(ravelin_vgic::Unsupported) => false,
         }
     }
+}
+
+/// Writes what the host is told to its run page: the report, and what there is with any.
+#[inline(always)]
+fn tell(cpu: &impl PageAccess, run_page: PhysAddr, report: Report, always: [u64; 3]) {
+    if let Some(at) = part(run_page, RunPage::EXIT) {
+        let [wake_low, wake_high, conversions] = always;
+        cpu.write_words(at, &RunExit { wake_low, wake_high, conversions, ..report.run_exit() }.to_words());
+    }
+}
+
+#[inline(never)]
+fn tell_other(cpu: &impl PageAccess, run_page: PhysAddr, report: Report, always: [u64; 3]) {
+    tell(cpu, run_page, report, always);
 }
 
 /// Returns whether a timer has fired.

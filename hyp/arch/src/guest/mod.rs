@@ -261,8 +261,18 @@ impl PageAccess for Hardware {
 
     fn write_words<const N: usize>(&self, at: PhysAddr, words: &[u64; N]) {
         assert!(at.is_aligned(8));
-        // SAFETY: As in `read_words`; the page is mapped writable.
-        unsafe { ptr::with_exposed_provenance_mut::<[u64; N]>(at.raw() as usize).write_volatile(*words) };
+        let target = ptr::with_exposed_provenance_mut::<u64>(at.raw() as usize);
+        // No loop, which code that is built for size would keep: words may come from registers.
+        macro_rules! write {
+            ($($index:literal)+) => {
+                const { assert!(N <= [$($index),+].len()) };
+                $(if let Some(&word) = words.get($index) {
+                    // SAFETY: As in `read_words`; the page is mapped writable.
+                    unsafe { target.wrapping_add($index).write_volatile(word) };
+                })+
+            };
+        }
+        write!(0 1 2 3 4 5 6 7 8 9 10);
     }
 }
 

@@ -100,9 +100,9 @@ struct Controls {
 struct FineGrained([u64; 5], [u64; 5]);
 
 impl HostState {
-    /// Returns when the host's virtual timer fires. Its physical one goes on.
+    /// Returns when the host's virtual timer fires: of the host, both counters are the same. Its physical one goes on.
     pub(super) fn virtual_timer(&self) -> Option<u64> {
-        self.registers.virtual_timer()
+        self.registers.virtual_deadline()
     }
 
     /// Reads what stays the same from one run of a guest to the next.
