@@ -127,7 +127,7 @@ impl<V: Vcpus + ?Sized> Gic<'_, V> {
         for vcpu in 0..self.vcpus.count() {
             let Some(gic) = self.vcpus.get(vcpu).filter(|gic| !gic.queue.is_empty()) else { continue };
             kick.insert(vcpu);
-            if gic.is_running() && before & !groups != 0 {
+            if gic.holds_interrupts() && before & !groups != 0 {
                 self.distributor.stale.insert(vcpu);
             }
         }

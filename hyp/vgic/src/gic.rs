@@ -89,6 +89,10 @@ impl<'a, V: Vcpus + ?Sized> Gic<'a, V> {
     /// run and is turned on again; its redistributor keeps its state.
     pub fn reset_interface(&mut self, vcpu: usize) -> VcpuSet {
         let Some(gic) = self.vcpus.get_mut(vcpu) else { return VcpuSet::EMPTY };
+        // It may have been left with nothing to take back.
+        if gic.used == 0 {
+            gic.running = 0;
+        }
         gic.vmcr = 0;
         gic.ap0r = [0; 4];
         gic.ap1r = [0; 4];

@@ -15,7 +15,8 @@
 //! * Entry: [`Gic::prepare_entry`] gives the values for the list registers and their controls. From then on the vCPU
 //!   *runs*.
 //! * Exit, whatever the reason, also maintenance interrupts: [`Gic::after_exit`] takes them back, before any other
-//!   operation on behalf of that vCPU. It then no longer runs.
+//!   operation on behalf of that vCPU. It then no longer runs. If there is [nothing to take back](ListRegisters::may_stay), the
+//!   vCPU may run on instead, for this model, until [`Gic::enter_again`].
 //! * Traps of the guest: [`Gic::mmio`], [`Gic::send_sgi`], [`Gic::write_dir`].
 //! * Timers and other interrupts private to a vCPU, from EL2 only: [`Gic::set_ppi_level`].
 //! * The host: [`Gic::raise_spi`], for SPIs given to it by [`Gic::give_to_host`], and nothing else.

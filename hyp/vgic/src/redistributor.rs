@@ -64,7 +64,7 @@ impl<V: Vcpus + ?Sized> Gic<'_, V> {
         let mut kick = VcpuSet::EMPTY;
         if !gic.queue.is_empty() {
             kick.insert(owner);
-            if gic.is_running() && asleep {
+            if gic.holds_interrupts() && asleep {
                 self.distributor.stale.insert(owner);
             }
         }

@@ -43,6 +43,17 @@ pub struct ListRegisters {
     pub ap1r: [u32; 4],
 }
 
+impl ListRegisters {
+    /// Returns whether nothing of this has to be taken back at an exit, after an entry with this value of ICH_VMCR_EL2: no
+    /// interrupt, and nothing that decides where interrupts go. Then the vCPU may be left without [`Gic::after_exit`], and be entered
+    /// with [`Gic::enter_again`].
+    #[must_use]
+    #[inline]
+    pub const fn may_stay(&self, vmcr: u64) -> bool {
+        self.used == 0 && self.vmcr == vmcr && self.hcr >> HCR_EOICOUNT_SHIFT & HCR_EOICOUNT == 0
+    }
+}
+
 /// The best few of any number of interrupts.
 struct Shortlist {
     /// Sorted: 0 before 1 for pending before active, then priority, then INTID.
@@ -127,6 +138,19 @@ impl<V: Vcpus + ?Sized> Gic<'_, V> {
             self.list_queued(vcpu, list_registers, groups, asleep, entry);
         }
         Some(())
+    }
+
+    /// As [`Gic::prepare_entry`], also for a vCPU that has been left with [`ListRegisters::may_stay`] and so runs still: `entry` is
+    /// what it was left with, and most of that stays.
+    #[inline]
+    pub fn enter_again(&mut self, vcpu: usize, list_registers: usize, entry: &mut ListRegisters) -> Option<()> {
+        if self.vcpus.get(vcpu).is_some_and(|gic| gic.is_running() && gic.queue.is_empty()) {
+            entry.hcr &= HCR_EN | HCR_TDIR;
+            return Some(());
+        }
+        // There is nothing that would move to another vCPU.
+        let _ = self.after_exit(vcpu, entry);
+        self.prepare_entry(vcpu, list_registers, entry)
     }
 
     /// Fills the list registers of [`Gic::prepare_entry`] with what is queued.

@@ -46,6 +46,11 @@ impl VcpuGic {
         self.running != 0
     }
 
+    /// Returns whether the CPU that runs it holds interrupts in list registers.
+    pub(crate) const fn holds_interrupts(&self) -> bool {
+        self.is_running() && self.used != 0
+    }
+
     pub(crate) const fn is_asleep(&self) -> bool {
         self.asleep != 0
     }

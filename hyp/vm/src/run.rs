@@ -443,8 +443,9 @@ where
             if timers_changed {
                 state.timers.tell(gic, index);
             }
-            gic.prepare_entry(index, list_registers, &mut state.interface)
+            gic.enter_again(index, list_registers, &mut state.interface)
         });
+        let vmcr = state.interface.vmcr;
         let (tree, geometry) = self.transitions.tree(self.vm.guest().memory());
         let deadline = state.context.physical_timer().filter(|&deadline| deadline > now);
         let mut entry = Entry {
@@ -467,7 +468,10 @@ where
         };
         let left = self.cpu.enter(self.host, &mut entry, |esr, context| at_once.handles(esr, context));
         let AtOnce { handled, .. } = at_once;
-        self.gic(|gic| gic.after_exit(index, &state.interface));
+        // Most exits leave nothing for others to know of.
+        if !state.interface.may_stay(vmcr) {
+            self.gic(|gic| gic.after_exit(index, &state.interface));
+        }
         match handled {
             Some(report) => report,
             None => self.handle(state, left, loan),

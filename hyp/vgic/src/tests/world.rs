@@ -11,6 +11,10 @@ pub(crate) struct World {
     spis: Vec<Spi>,
     pub(crate) vcpus: Vec<VcpuGic>,
     pub(crate) cpus: Vec<Option<Cpu>>,
+    /// ICH_VMCR_EL2 at the last entry.
+    entered: Vec<u64>,
+    /// What a vCPU was left with that had nothing to take back.
+    left: Vec<Option<ListRegisters>>,
     lrs: usize,
     /// Kicks wait until [`World::flush`].
     pub(crate) lazy: bool,
@@ -54,6 +58,8 @@ impl World {
             spis: vec![Spi::default(); spis],
             vcpus: vec![VcpuGic::default(); vcpus],
             cpus: vec![None; vcpus],
+            entered: vec![0; vcpus],
+            left: vec![None; vcpus],
             lrs,
             lazy: false,
             waiting: VcpuSet::EMPTY,
@@ -92,8 +98,15 @@ impl World {
 
     pub(crate) fn enter(&mut self, vcpu: usize) {
         let lrs = self.lrs;
-        let entry = prepare(&mut self.gic(), vcpu, lrs).unwrap();
+        let entry = match self.left[vcpu].take() {
+            Some(mut entry) => {
+                assert_eq!(self.gic().enter_again(vcpu, lrs, &mut entry), Some(()));
+                entry
+            }
+            None => prepare(&mut self.gic(), vcpu, lrs).unwrap(),
+        };
         assert!(entry.used <= lrs);
+        self.entered[vcpu] = entry.vmcr;
         let cpu = Cpu(entry);
         assert!(!cpu.maintenance(), "maintenance at once: {cpu:x?}");
         self.cpus[vcpu] = Some(cpu);
@@ -102,6 +115,10 @@ impl World {
     pub(crate) fn exit(&mut self, vcpu: usize) {
         if let Some(cpu) = self.cpus[vcpu].take() {
             self.exits += 1;
+            if cpu.0.may_stay(self.entered[vcpu]) {
+                self.left[vcpu] = Some(cpu.0);
+                return;
+            }
             let kick = self.gic().after_exit(vcpu, &cpu.0);
             assert!(!kick.contains(vcpu));
             self.kick(kick);
