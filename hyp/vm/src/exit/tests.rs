@@ -485,3 +485,20 @@ fn the_test_for_leaks_finds_one() {
     }
     assert!(leaks(&page(&Report::Wait { deadline: Some(0x1234_5678) })).is_empty());
 }
+
+#[test]
+fn only_loads_of_id_registers_are_done_at_once() {
+    let ids = IdRegisters { id_aa64pfr0_el1: 0x123, ..IdRegisters::default() };
+    // MRS x5, ID_AA64PFR0_EL1.
+    let esr = 0x18 << 26 | 3 << 20 | 4 << 1 | 5 << 5 | 1;
+    let before = context();
+    let mut after = before;
+    assert!(shows_id_register(esr, &mut after, &ids));
+    assert_eq!((after.x[5], after.pc), (0x123, before.pc.wrapping_add(4)));
+    // MSR, SCTLR_EL1, another class.
+    for other in [esr & !1, esr | 1 << 10, esr ^ 1 << 26] {
+        let mut after = before;
+        assert!(!shows_id_register(other, &mut after, &ids));
+        assert_eq!(after, before);
+    }
+}
