@@ -35,12 +35,11 @@ static int rv_gmem_mounts;
 /* Makes the page at @index one that the host may touch. NULL for a hole, if @hole is fine. */
 static struct page *rv_gmem_make_usable(struct rv_gmem *gmem, pgoff_t index, bool hole)
 {
-	struct page *page = xa_load(&gmem->pages, index);
+	struct page *page = rv_gmem_page(gmem, index);
 	int err;
 
-	if (page && gmem->vm->kind != RV_ORDINARY &&
-	    xa_get_mark(&gmem->pages, index, RV_GMEM_GIVEN)) {
-		err = xa_get_mark(&gmem->pages, index, RV_GMEM_CLAIMED) ?
+	if (gmem->vm->kind != RV_ORDINARY && rv_gmem_is(gmem, index, RV_GMEM_GIVEN)) {
+		err = rv_gmem_is(gmem, index, RV_GMEM_CLAIMED) ?
 			      0 : rv_gmem_claim_ahead(gmem, index);
 		return err ? ERR_PTR(err) : page;
 	}
@@ -52,9 +51,9 @@ static struct page *rv_gmem_make_usable(struct rv_gmem *gmem, pgoff_t index, boo
 		err = rv_gmem_alloc(gmem, index);
 		if (err)
 			return ERR_PTR(err);
-		page = xa_load(&gmem->pages, index);
+		page = rv_gmem_page(gmem, index);
 	}
-	xa_set_mark(&gmem->pages, index, RV_GMEM_TOUCHED);
+	rv_gmem_touched(gmem, index);
 	return page;
 }
 
@@ -67,11 +66,9 @@ static struct page *rv_gmem_lock_page(struct rv_gmem *gmem, pgoff_t index, bool 
 	struct page *page;
 
 	down_read(&gmem->lock);
-	page = xa_load(&gmem->pages, index);
-	if (page && (xa_get_mark(&gmem->pages, index, RV_GMEM_CLAIMED) ||
-		     (xa_get_mark(&gmem->pages, index, RV_GMEM_TOUCHED) &&
-		      rv_gmem_host_may(gmem, index))))
-		return page;
+	if (rv_gmem_is(gmem, index, RV_GMEM_CLAIMED) ||
+	    (rv_gmem_is(gmem, index, RV_GMEM_TOUCHED) && rv_gmem_host_may(gmem, index)))
+		return rv_gmem_page(gmem, index);
 	up_read(&gmem->lock);
 
 	down_write(&gmem->lock);
@@ -94,19 +91,17 @@ static struct page *rv_gmem_get_page(struct rv_gmem *gmem, pgoff_t index, bool h
 /* Maps @page, and pages behind it that the guest has offered and we have claimed. */
 static int rv_gmem_map_around(struct rv_gmem *gmem, struct vm_fault *vmf, struct page *page)
 {
-	XA_STATE(xas, &gmem->pages, vmf->pgoff + 1);
-	struct page *pages[RV_GMEM_FAULT_AROUND];
 	unsigned long address = vmf->address & PAGE_MASK, most, nr = 1;
+	struct page *pages[RV_GMEM_FAULT_AROUND];
 
 	/* Within one page table, as the first. */
 	most = min3(PHYS_PFN(vmf->vma->vm_end - address), PTRS_PER_PTE - pte_index(address),
 		    ARRAY_SIZE(pages));
 	pages[0] = page;
-	rcu_read_lock();
-	for (page = xas_load(&xas); nr < most && xas_get_mark(&xas, RV_GMEM_CLAIMED);
-	     page = xas_next(&xas))
-		pages[nr++] = page;
-	rcu_read_unlock();
+	/* What is claimed is a guest's, and so not touched by its state. */
+	most = rv_gmem_length(gmem, vmf->pgoff, most, RV_GMEM_CLAIMED, RV_GMEM_TOUCHED);
+	for (; nr < most; nr++)
+		pages[nr] = rv_gmem_page(gmem, vmf->pgoff + nr);
 	/* It ends at what is mapped already. */
 	return vm_insert_pages(vmf->vma, address, pages, &nr);
 }
@@ -242,17 +237,18 @@ static int rv_gmem_punch(struct rv_gmem *gmem, pgoff_t first, pgoff_t last)
 
 static int rv_gmem_punch_hole(struct rv_gmem *gmem, loff_t offset, loff_t len)
 {
-	unsigned long index = offset >> PAGE_SHIFT;
+	pgoff_t first = offset >> PAGE_SHIFT;
 	pgoff_t end = min_t(pgoff_t, (offset + len) >> PAGE_SHIFT, gmem->nr);
+	unsigned long number = first / RV_BLOCK_PAGES;
 	int err = 0;
 
-	/* A block at a time, so that others get their turn. Holes are not mapped. */
-	while (!err && index < end && xa_find(&gmem->pages, &index, end - 1, XA_PRESENT)) {
-		pgoff_t next = min(end, round_down(index, RV_BLOCK_PAGES) + RV_BLOCK_PAGES);
-
+	/* A block at a time, so that others get their turn. Where there is none are only holes. */
+	while (!err && first < end && xa_find(&gmem->blocks, &number, (end - 1) / RV_BLOCK_PAGES,
+					      XA_PRESENT)) {
+		first = max(first, number * RV_BLOCK_PAGES);
+		number++;
 		err = fatal_signal_pending(current) ? -EINTR :
-						      rv_gmem_punch(gmem, index, next - 1);
-		index = next;
+			rv_gmem_punch(gmem, first, min(end, number * RV_BLOCK_PAGES) - 1);
 		cond_resched();
 	}
 	return err;
@@ -270,7 +266,7 @@ static int rv_gmem_allocate(struct rv_gmem *gmem, loff_t offset, loff_t len)
 		if (signal_pending(current))
 			return -EINTR;
 		down_write(&gmem->lock);
-		if (!xa_load(&gmem->pages, index))
+		if (!rv_gmem_page(gmem, index))
 			err = rv_gmem_alloc(gmem, index);
 		up_write(&gmem->lock);
 		cond_resched();
@@ -299,10 +295,11 @@ static long rv_gmem_fallocate(struct file *file, int mode, loff_t offset, loff_t
 static void rv_gmem_end_guest(struct rv_gmem *gmem)
 {
 	struct rv_vm *vm = gmem->vm;
+	pgoff_t first = 0;
 
 	down_write(&vm->slots_lock);
 	while (vm->kind != RV_ORDINARY && vm->phase == RV_LIVE &&
-	       xa_marked(&gmem->pages, RV_GMEM_GIVEN)) {
+	       rv_gmem_find(gmem, &first, gmem->nr - 1, RV_GMEM_GIVEN)) {
 		up_write(&vm->slots_lock);
 		rv_vm_kill(vm);
 		down_write(&vm->slots_lock);
@@ -314,6 +311,8 @@ static int rv_gmem_release(struct inode *inode, struct file *file)
 	struct rv_gmem *gmem = file->private_data;
 	struct rv_vm *vm = gmem->vm;
 	struct rv_slot *slot, *next;
+	struct rv_gmem_block *block;
+	unsigned long number;
 
 	rv_gmem_end_guest(gmem);
 	list_for_each_entry_safe(slot, next, &gmem->slots, gmem_link)
@@ -321,9 +320,11 @@ static int rv_gmem_release(struct inode *inode, struct file *file)
 	up_write(&vm->slots_lock);
 
 	rv_gmem_free(gmem, 0, ULONG_MAX);
-	if (!xa_empty(&gmem->pages))
+	xa_for_each(&gmem->blocks, number, block) {
 		pr_warn_once("the hypervisor does not return pages of a VM: they are lost\n");
-	xa_destroy(&gmem->pages);
+		kvfree(block);
+	}
+	xa_destroy(&gmem->blocks);
 	mtree_destroy(&gmem->attributes);
 	kfree(gmem);
 	rv_vm_put(vm);
@@ -419,7 +420,7 @@ static struct file *rv_gmem_file(struct rv_vm *vm, const struct kvm_create_guest
 	gmem->flags = args->flags;
 	gmem->nr = args->size >> PAGE_SHIFT;
 	init_rwsem(&gmem->lock);
-	xa_init_flags(&gmem->pages, XA_FLAGS_ACCOUNT);
+	xa_init_flags(&gmem->blocks, XA_FLAGS_ACCOUNT);
 	mt_init(&gmem->attributes);
 	INIT_LIST_HEAD(&gmem->slots);
 	return file;

@@ -8,6 +8,7 @@
 #ifndef RV_GMEM_H
 #define RV_GMEM_H
 
+#include <linux/bitmap.h>
 #include <linux/fs.h>
 #include <linux/list.h>
 #include <linux/maple_tree.h>
@@ -15,20 +16,29 @@
 #include <linux/rwsem.h>
 #include <linux/xarray.h>
 
-struct rv_slot;
-struct rv_vm;
+#include "ravelin_kvm.h"
 
 /*
- * States of a page. Without a mark it is the host's, and nobody has touched it.
+ * States of a page. In none of them it is the host's, and nobody has touched it.
  *
- *   TOUCHED          the host's, which may have put something there; processes may map it
- *   GIVEN            a protected guest's, private or offered: the hypervisor knows; PageOffline
- *   GIVEN | CLAIMED  a protected guest's, offered; we may touch it
- *   GIVEN | TOUCHED  the host's, lent to an ordinary VM; GIVEN alone: as long as nobody touches it
+ *   TOUCHED        the host's, which may have put something there; processes may map it
+ *   GIVEN          a protected guest's, private or offered: the hypervisor knows; PageOffline
+ *   GIVEN CLAIMED  a protected guest's, offered; we may touch it
+ *   GIVEN TOUCHED  the host's, lent to an ordinary VM; GIVEN alone: as long as nobody touches it
  */
-#define RV_GMEM_GIVEN	XA_MARK_0
-#define RV_GMEM_CLAIMED	XA_MARK_1
-#define RV_GMEM_TOUCHED	XA_MARK_2
+enum rv_gmem_state {
+	RV_GMEM_GIVEN,
+	RV_GMEM_CLAIMED,
+	RV_GMEM_TOUCHED,
+	RV_GMEM_STATES,
+};
+
+/* What there is of an aligned 2 MiB of the file. Freed with its last page. */
+struct rv_gmem_block {
+	unsigned int nr;	/* of pages that are no holes */
+	unsigned long states[RV_GMEM_STATES][BITS_TO_LONGS(RV_BLOCK_PAGES)];
+	struct page *pages[];	/* fewer than RV_BLOCK_PAGES at the end of the file */
+};
 
 struct rv_gmem {
 	struct rv_vm *vm;
@@ -37,7 +47,7 @@ struct rv_gmem {
 	pgoff_t nr;		/* pages of the file */
 
 	struct rw_semaphore lock;	/* all below, for writing */
-	struct xarray pages;
+	struct xarray blocks;		/* by number */
 	struct maple_tree attributes;	/* where they are not as the flags say */
 	struct list_head slots;		/* by rv_slot.gmem_link */
 	unsigned long claim_ahead;	/* how many pages to claim with one that is touched */
@@ -50,15 +60,23 @@ struct rv_run {
 	struct page *page;
 };
 
-/* gmem_pages.c: the lock is held, for writing but for rv_gmem_next_run(). */
+/* gmem_pages.c: the lock is held, for writing by whoever changes something. */
+struct page *rv_gmem_page(struct rv_gmem *gmem, pgoff_t index);
+bool rv_gmem_is(struct rv_gmem *gmem, pgoff_t index, enum rv_gmem_state state);
+/* Finds the first page in a state from @index on, up to @last. */
+struct page *rv_gmem_find(struct rv_gmem *gmem, pgoff_t *index, pgoff_t last,
+			  enum rv_gmem_state state);
 int rv_gmem_alloc(struct rv_gmem *gmem, pgoff_t index);
+void rv_gmem_touched(struct rv_gmem *gmem, pgoff_t index);
 void rv_gmem_free(struct rv_gmem *gmem, pgoff_t first, pgoff_t last);
-bool rv_gmem_next_run(struct rv_gmem *gmem, pgoff_t first, pgoff_t last, xa_mark_t mark,
+unsigned long rv_gmem_length(struct rv_gmem *gmem, pgoff_t index, unsigned long most,
+			     enum rv_gmem_state with, enum rv_gmem_state without);
+bool rv_gmem_next_run(struct rv_gmem *gmem, pgoff_t first, pgoff_t last, enum rv_gmem_state state,
 		      struct rv_run *run);
 struct rv_run rv_gmem_run_around(struct rv_gmem *gmem, pgoff_t index, pgoff_t first, pgoff_t last);
 void rv_gmem_unmap(struct rv_gmem *gmem, pgoff_t first, pgoff_t last);
-int rv_gmem_isolate(struct rv_gmem *gmem, pgoff_t first, pgoff_t last, xa_mark_t mark,
-		    pgoff_t *busy);
+int rv_gmem_isolate(struct rv_gmem *gmem, pgoff_t first, pgoff_t last,
+		    enum rv_gmem_state state, pgoff_t *busy);
 bool rv_gmem_wait(unsigned long deadline);
 void rv_gmem_given(struct rv_gmem *gmem, pgoff_t first, unsigned long nr);
 void rv_gmem_claimed(struct rv_gmem *gmem, pgoff_t first, unsigned long nr);

@@ -27,12 +27,10 @@ bool rv_gmem_host_may(struct rv_gmem *gmem, pgoff_t index)
 /* Claims what a guest has in a range. */
 static int rv_gmem_make_shared(struct rv_gmem *gmem, pgoff_t first, pgoff_t last, pgoff_t *error)
 {
-	unsigned long index = first;
-	struct page *page;
+	pgoff_t index = first;
 
-	for (page = xa_find(&gmem->pages, &index, last, RV_GMEM_GIVEN); page;
-	     page = xa_find_after(&gmem->pages, &index, last, RV_GMEM_GIVEN)) {
-		if (!xa_get_mark(&gmem->pages, index, RV_GMEM_CLAIMED) &&
+	for (; rv_gmem_find(gmem, &index, last, RV_GMEM_GIVEN); index++) {
+		if (!rv_gmem_is(gmem, index, RV_GMEM_CLAIMED) &&
 		    rv_gmem_claim(gmem, index, last)) {
 			*error = index;
 			return -EPERM;

@@ -43,17 +43,13 @@ static bool rv_gmem_range(const struct rv_slot *slot, u64 gfn, u64 pages, pgoff_
 /* How many pages from @index on may be offered, and the host wants them: not more than @most. */
 static unsigned long rv_gmem_claimable(struct rv_gmem *gmem, pgoff_t index, unsigned long most)
 {
-	XA_STATE(xas, &gmem->pages, index + 1);
-	unsigned long nr = 1;
+	unsigned long nr;
 
-	most = min(most, RV_BLOCK_PAGES - index % RV_BLOCK_PAGES);
-	rcu_read_lock();
-	for (xas_load(&xas); nr < most; nr++, xas_next(&xas)) {
-		if (!xas_get_mark(&xas, RV_GMEM_GIVEN) || xas_get_mark(&xas, RV_GMEM_CLAIMED) ||
-		    !rv_gmem_host_may(gmem, index + nr))
+	most = rv_gmem_length(gmem, index, most, RV_GMEM_GIVEN, RV_GMEM_CLAIMED);
+	for (nr = 1; nr < most; nr++) {
+		if (!rv_gmem_host_may(gmem, index + nr))
 			break;
 	}
-	rcu_read_unlock();
 	return nr;
 }
 
@@ -205,13 +201,13 @@ static int rv_gmem_fault_locked(struct rv_slot *slot, pgoff_t index)
 	pgoff_t busy;
 	int err;
 
-	if (!xa_load(&gmem->pages, index)) {
+	if (!rv_gmem_page(gmem, index)) {
 		err = rv_gmem_alloc(gmem, index);
 		if (err)
 			return err;
 	}
 	/* Another vCPU was faster; or the guest has relinquished it, and we hear of it soon. */
-	if (xa_get_mark(&gmem->pages, index, RV_GMEM_GIVEN))
+	if (rv_gmem_is(gmem, index, RV_GMEM_GIVEN))
 		return 0;
 	if (gmem->vm->kind != RV_ORDINARY) {
 		err = rv_gmem_isolate(gmem, index, index, RV_GMEM_TOUCHED, &busy);
@@ -336,8 +332,7 @@ void rv_gmem_relinquished(struct rv_slot *slot, u64 gfn, u64 pages)
 	if (!gmem || !rv_gmem_range(slot, gfn, pages, &index, &last))
 		return;
 	down_write(&gmem->lock);
-	for (page = xa_find(&gmem->pages, &index, last, RV_GMEM_GIVEN); page;
-	     page = xa_find_after(&gmem->pages, &index, last, RV_GMEM_GIVEN)) {
+	for (; (page = rv_gmem_find(gmem, &index, last, RV_GMEM_GIVEN)); index++) {
 		if (rv_gmem_is_ours(page)) {
 			rv_gmem_returned(gmem, index, 1);
 			rv_gmem_free(gmem, index, index);
@@ -367,7 +362,7 @@ static int rv_gmem_reclaim_range(struct rv_slot *slot, pgoff_t first, pgoff_t la
 	unsigned long index = first;
 	long status;
 
-	while (xa_find(&gmem->pages, &index, last, RV_GMEM_GIVEN)) {
+	while (rv_gmem_find(gmem, &index, last, RV_GMEM_GIVEN)) {
 		status = rv_vm_hyp(slot->vm, RAVELIN_CALL_VM_RECLAIM, &result,
 				   rv_gmem_gpa(slot, index),
 				   rv_gmem_reclaim_pages(slot, index, last));

@@ -16,117 +16,200 @@
 /* Good to have, not worth the trouble of others. */
 #define RV_GMEM_BLOCK_GFP (RV_GMEM_GFP | __GFP_NOWARN | __GFP_NORETRY)
 
-static int rv_gmem_store(struct rv_gmem *gmem, pgoff_t index, struct page *page)
+static struct rv_gmem_block *rv_gmem_block(struct rv_gmem *gmem, pgoff_t index)
 {
-	int err = xa_err(xa_store(&gmem->pages, index, page, GFP_KERNEL_ACCOUNT));
-
-	if (err)
-		__free_page(page);
-	return err;
+	return xa_load(&gmem->blocks, index / RV_BLOCK_PAGES);
 }
 
-/* Tries to allocate the aligned 2 MiB around @index, of which there is nothing yet. */
-static void rv_gmem_alloc_block(struct rv_gmem *gmem, pgoff_t index)
+struct page *rv_gmem_page(struct rv_gmem *gmem, pgoff_t index)
 {
-	pgoff_t first = round_down(index, RV_BLOCK_PAGES);
-	unsigned long found = first, i;
-	struct page *page;
+	struct rv_gmem_block *block = rv_gmem_block(gmem, index);
 
-	if (gmem->nr - first < RV_BLOCK_PAGES ||
-	    xa_find(&gmem->pages, &found, first + RV_BLOCK_PAGES - 1, XA_PRESENT))
-		return;
-	page = alloc_pages(RV_GMEM_BLOCK_GFP, ilog2(RV_BLOCK_PAGES));
+	return block ? block->pages[index % RV_BLOCK_PAGES] : NULL;
+}
+
+bool rv_gmem_is(struct rv_gmem *gmem, pgoff_t index, enum rv_gmem_state state)
+{
+	struct rv_gmem_block *block = rv_gmem_block(gmem, index);
+
+	return block && test_bit(index % RV_BLOCK_PAGES, block->states[state]);
+}
+
+struct page *rv_gmem_find(struct rv_gmem *gmem, pgoff_t *index, pgoff_t last,
+			  enum rv_gmem_state state)
+{
+	struct rv_gmem_block *block;
+	unsigned long number, i;
+
+	xa_for_each_range(&gmem->blocks, number, block, *index / RV_BLOCK_PAGES,
+			  last / RV_BLOCK_PAGES) {
+		pgoff_t first = number * RV_BLOCK_PAGES;
+
+		i = find_next_bit(block->states[state], RV_BLOCK_PAGES,
+				  *index > first ? *index - first : 0);
+		if (i == RV_BLOCK_PAGES)
+			continue;
+		if (first + i > last)
+			break;
+		*index = first + i;
+		return block->pages[i];
+	}
+	return NULL;
+}
+
+/* The block of the page at @index, which may have none yet. */
+static struct rv_gmem_block *rv_gmem_make_block(struct rv_gmem *gmem, pgoff_t index)
+{
+	struct rv_gmem_block *block = rv_gmem_block(gmem, index);
+	pgoff_t first = round_down(index, RV_BLOCK_PAGES);
+
+	if (block)
+		return block;
+	block = kvzalloc(struct_size(block, pages, min(gmem->nr - first, RV_BLOCK_PAGES)),
+			 GFP_KERNEL_ACCOUNT);
+	if (!block)
+		return NULL;
+	if (xa_err(xa_store(&gmem->blocks, index / RV_BLOCK_PAGES, block, GFP_KERNEL_ACCOUNT))) {
+		kvfree(block);
+		return NULL;
+	}
+	return block;
+}
+
+/* Tries to allocate all pages of a block that has none. */
+static void rv_gmem_alloc_all(struct rv_gmem_block *block)
+{
+	struct page *page = alloc_pages(RV_GMEM_BLOCK_GFP, ilog2(RV_BLOCK_PAGES));
+
 	if (!page)
 		return;
 	/* Each has its own references from here on. The memory stays contiguous. */
 	split_page(page, ilog2(RV_BLOCK_PAGES));
-	for (i = 0; i < RV_BLOCK_PAGES; i++)
-		rv_gmem_store(gmem, first + i, page + i);
+	while (block->nr < RV_BLOCK_PAGES)
+		block->pages[block->nr++] = page++;
 }
 
 /* Allocates the page at @index, which is a hole, and perhaps its neighbours. */
 int rv_gmem_alloc(struct rv_gmem *gmem, pgoff_t index)
 {
-	struct page *page;
+	struct rv_gmem_block *block = rv_gmem_make_block(gmem, index);
+	struct page **page;
 
-	rv_gmem_alloc_block(gmem, index);
-	if (xa_load(&gmem->pages, index))
-		return 0;
-	page = alloc_page(RV_GMEM_GFP);
-	if (!page)
+	if (!block)
 		return -ENOMEM;
-	return rv_gmem_store(gmem, index, page);
+	if (!block->nr && gmem->nr - round_down(index, RV_BLOCK_PAGES) >= RV_BLOCK_PAGES)
+		rv_gmem_alloc_all(block);
+	page = &block->pages[index % RV_BLOCK_PAGES];
+	if (*page)
+		return 0;
+	*page = alloc_page(RV_GMEM_GFP);
+	if (!*page)
+		return -ENOMEM;
+	block->nr++;
+	return 0;
+}
+
+/* The host may have put something into a page that is there. */
+void rv_gmem_touched(struct rv_gmem *gmem, pgoff_t index)
+{
+	__set_bit(index % RV_BLOCK_PAGES, rv_gmem_block(gmem, index)->states[RV_GMEM_TOUCHED]);
 }
 
 /* Makes holes, but where a VM has the pages. Who still refers to one keeps it until then. */
 void rv_gmem_free(struct rv_gmem *gmem, pgoff_t first, pgoff_t last)
 {
-	unsigned long index;
-	struct page *page;
+	struct rv_gmem_block *block;
+	unsigned long number;
 
-	xa_for_each_range(&gmem->pages, index, page, first, last) {
-		if (xa_get_mark(&gmem->pages, index, RV_GMEM_GIVEN))
-			continue;
-		xa_erase(&gmem->pages, index);
-		put_page(page);
+	last = min(last, gmem->nr - 1);
+	xa_for_each_range(&gmem->blocks, number, block, first / RV_BLOCK_PAGES,
+			  last / RV_BLOCK_PAGES) {
+		pgoff_t start = number * RV_BLOCK_PAGES;
+		unsigned long i = first > start ? first - start : 0;
+
+		for (; i < RV_BLOCK_PAGES && start + i <= last; i++) {
+			if (!block->pages[i] || test_bit(i, block->states[RV_GMEM_GIVEN]))
+				continue;
+			__clear_bit(i, block->states[RV_GMEM_TOUCHED]);
+			put_page(block->pages[i]);
+			block->pages[i] = NULL;
+			block->nr--;
+		}
+		if (!block->nr) {
+			xa_erase(&gmem->blocks, number);
+			kvfree(block);
+		}
 		cond_resched();
 	}
 }
 
-/*
- * Finds the first pages with @mark in a range, of one block: to take only a part of a block from a
- * VM needs memory for tables.
- */
-bool rv_gmem_next_run(struct rv_gmem *gmem, pgoff_t first, pgoff_t last, xa_mark_t mark,
-		      struct rv_run *run)
+/* How many pages of one block from @index on are in one state and not in the other. */
+unsigned long rv_gmem_length(struct rv_gmem *gmem, pgoff_t index, unsigned long most,
+			     enum rv_gmem_state with, enum rv_gmem_state without)
 {
-	XA_STATE(xas, &gmem->pages, first);
-	struct page *page;
+	struct rv_gmem_block *block = rv_gmem_block(gmem, index);
+	unsigned long i = index % RV_BLOCK_PAGES, end = min(RV_BLOCK_PAGES, i + most);
 
-	rcu_read_lock();
-	page = xas_find_marked(&xas, last, mark);
-	if (page) {
-		run->first = xas.xa_index;
-		run->page = page;
-		run->nr = 1;
-		last = min(last, run->first | (RV_BLOCK_PAGES - 1));
-		while (xas.xa_index < last) {
-			if (xas_next(&xas) != page + run->nr || !xas_get_mark(&xas, mark))
-				break;
-			run->nr++;
-		}
-	}
-	rcu_read_unlock();
-	return page;
+	if (!block)
+		return 0;
+	end = find_next_zero_bit(block->states[with], end, i);
+	return find_next_bit(block->states[without], end, i) - i;
 }
 
-/* Whether the VM may have the page along with another one: the host does nothing with it. */
-static bool rv_gmem_is_idle(struct rv_gmem *gmem, pgoff_t index)
+/*
+ * Finds the first pages in a state in a range, of one block: to take only a part of a block from a
+ * VM needs memory for tables.
+ */
+bool rv_gmem_next_run(struct rv_gmem *gmem, pgoff_t first, pgoff_t last, enum rv_gmem_state state,
+		      struct rv_run *run)
 {
-	struct page *page = xa_load(&gmem->pages, index);
+	struct rv_gmem_block *block;
+	unsigned long i, end;
 
-	if (!page || xa_get_mark(&gmem->pages, index, RV_GMEM_GIVEN))
+	run->first = first;
+	run->page = rv_gmem_find(gmem, &run->first, last, state);
+	if (!run->page)
+		return false;
+	block = rv_gmem_block(gmem, run->first);
+	i = run->first % RV_BLOCK_PAGES;
+	end = min(RV_BLOCK_PAGES, i + (last - run->first) + 1);
+	end = find_next_zero_bit(block->states[state], end, i);
+	for (run->nr = 1; i + run->nr < end; run->nr++) {
+		if (block->pages[i + run->nr] != run->page + run->nr)
+			break;
+	}
+	return true;
+}
+
+/* Whether the VM may have a page along with another one: the host does nothing with it. */
+static bool rv_gmem_is_idle(struct rv_gmem *gmem, const struct rv_gmem_block *block,
+			    unsigned long i)
+{
+	if (test_bit(i, block->states[RV_GMEM_GIVEN]))
 		return false;
 	if (gmem->vm->kind == RV_ORDINARY)
 		return true;
-	return !xa_get_mark(&gmem->pages, index, RV_GMEM_TOUCHED) && page_ref_count(page) == 1;
+	return !test_bit(i, block->states[RV_GMEM_TOUCHED]) &&
+	       page_ref_count(block->pages[i]) == 1;
 }
 
 /* Returns the pages around the one at @index, in a range, that can go to the VM with it. */
 struct rv_run rv_gmem_run_around(struct rv_gmem *gmem, pgoff_t index, pgoff_t first, pgoff_t last)
 {
-	struct rv_run run = { index, 1, xa_load(&gmem->pages, index) };
+	struct rv_gmem_block *block = rv_gmem_block(gmem, index);
+	pgoff_t start = round_down(index, RV_BLOCK_PAGES);
+	struct rv_run run = { index, 1, block->pages[index - start] };
 
-	first = max(first, round_down(index, RV_BLOCK_PAGES));
-	last = min(last, round_down(index, RV_BLOCK_PAGES) + RV_BLOCK_PAGES - 1);
-	while (run.first > first && xa_load(&gmem->pages, run.first - 1) == run.page - 1 &&
-	       rv_gmem_is_idle(gmem, run.first - 1)) {
+	first = max(first, start);
+	last = min(last, start + RV_BLOCK_PAGES - 1);
+	while (run.first > first && block->pages[run.first - 1 - start] == run.page - 1 &&
+	       rv_gmem_is_idle(gmem, block, run.first - 1 - start)) {
 		run.first--;
 		run.page--;
 		run.nr++;
 	}
-	while (index < last && xa_load(&gmem->pages, index + 1) == run.page + run.nr &&
-	       rv_gmem_is_idle(gmem, index + 1)) {
+	while (index < last && block->pages[index + 1 - start] == run.page + run.nr &&
+	       rv_gmem_is_idle(gmem, block, index + 1 - start)) {
 		index++;
 		run.nr++;
 	}
@@ -142,27 +225,29 @@ void rv_gmem_unmap(struct rv_gmem *gmem, pgoff_t first, pgoff_t last)
 
 /*
  * Takes pages out of all processes. -EAGAIN if after that somebody else still refers to one of
- * those with @mark: it is the one at @busy.
+ * those in a state: it is the one at @busy.
  */
-int rv_gmem_isolate(struct rv_gmem *gmem, pgoff_t first, pgoff_t last, xa_mark_t mark,
+int rv_gmem_isolate(struct rv_gmem *gmem, pgoff_t first, pgoff_t last, enum rv_gmem_state state,
 		    pgoff_t *busy)
 {
-	unsigned long index = first;
-	struct page *page;
+	struct rv_run run;
+	unsigned long i;
 
-	page = xa_find(&gmem->pages, &index, last, mark);
-	if (!page)
+	if (!rv_gmem_find(gmem, &first, last, state))
 		return 0;
-	rv_gmem_unmap(gmem, index, last);
+	rv_gmem_unmap(gmem, first, last);
 	/*
 	 * Who gets a reference without a lock, by walking page tables, takes it and then looks
 	 * whether the page is still mapped. We have unmapped it, and then look for references.
 	 */
 	smp_mb();
-	for (; page; page = xa_find_after(&gmem->pages, &index, last, mark)) {
-		if (page_ref_count(page) != 1) {
-			*busy = index;
-			return -EAGAIN;
+	for (; first <= last && rv_gmem_next_run(gmem, first, last, state, &run);
+	     first = run.first + run.nr) {
+		for (i = 0; i < run.nr; i++) {
+			if (page_ref_count(run.page + i) != 1) {
+				*busy = run.first + i;
+				return -EAGAIN;
+			}
 		}
 		cond_resched();
 	}
@@ -178,82 +263,75 @@ bool rv_gmem_wait(unsigned long deadline)
 	return true;
 }
 
+/* Whether the kernel may look into pages of a block that are there. */
+static void rv_gmem_set_offline(struct rv_gmem_block *block, unsigned long i, unsigned long nr,
+				bool offline)
+{
+	for (; nr; i++, nr--) {
+		if (offline)
+			__SetPageOffline(block->pages[i]);
+		else
+			__ClearPageOffline(block->pages[i]);
+	}
+}
+
 /*
- * The VM has pages that were the host's. Those of a protected guest are none that the kernel may
- * look into: /proc/kcore, hibernation and crash dumps know them by PageOffline.
+ * The VM has pages of one block that were the host's. Those of a protected guest are none that the
+ * kernel may look into: /proc/kcore, hibernation and crash dumps know them by PageOffline.
  */
 void rv_gmem_given(struct rv_gmem *gmem, pgoff_t first, unsigned long nr)
 {
-	XA_STATE(xas, &gmem->pages, first);
-	struct page *page;
+	struct rv_gmem_block *block = rv_gmem_block(gmem, first);
+	unsigned long i = first % RV_BLOCK_PAGES;
 
-	xas_lock(&xas);
-	xas_for_each(&xas, page, first + nr - 1) {
-		xas_set_mark(&xas, RV_GMEM_GIVEN);
-		if (gmem->vm->kind == RV_ORDINARY)
-			continue;
-		xas_clear_mark(&xas, RV_GMEM_TOUCHED);
-		__SetPageOffline(page);
-	}
-	xas_unlock(&xas);
+	bitmap_set(block->states[RV_GMEM_GIVEN], i, nr);
+	if (gmem->vm->kind == RV_ORDINARY)
+		return;
+	bitmap_clear(block->states[RV_GMEM_TOUCHED], i, nr);
+	rv_gmem_set_offline(block, i, nr, true);
 }
 
-/* A guest's pages are such that we may touch. */
+/* A guest's pages, of one block, are such that we may touch. */
 void rv_gmem_claimed(struct rv_gmem *gmem, pgoff_t first, unsigned long nr)
 {
-	XA_STATE(xas, &gmem->pages, first);
-	struct page *page;
+	struct rv_gmem_block *block = rv_gmem_block(gmem, first);
 
-	xas_lock(&xas);
-	xas_for_each(&xas, page, first + nr - 1) {
-		__ClearPageOffline(page);
-		xas_set_mark(&xas, RV_GMEM_CLAIMED);
-	}
-	xas_unlock(&xas);
+	rv_gmem_set_offline(block, first % RV_BLOCK_PAGES, nr, false);
+	bitmap_set(block->states[RV_GMEM_CLAIMED], first % RV_BLOCK_PAGES, nr);
 }
 
-/* Pages that we had claimed are none of ours to touch. */
+/* Pages of one block that we had claimed are none of ours to touch. */
 void rv_gmem_released(struct rv_gmem *gmem, pgoff_t first, unsigned long nr)
 {
-	XA_STATE(xas, &gmem->pages, first);
-	struct page *page;
+	struct rv_gmem_block *block = rv_gmem_block(gmem, first);
 
-	xas_lock(&xas);
-	xas_for_each(&xas, page, first + nr - 1) {
-		xas_clear_mark(&xas, RV_GMEM_CLAIMED);
-		__SetPageOffline(page);
-	}
-	xas_unlock(&xas);
+	bitmap_clear(block->states[RV_GMEM_CLAIMED], first % RV_BLOCK_PAGES, nr);
+	rv_gmem_set_offline(block, first % RV_BLOCK_PAGES, nr, true);
 }
 
-static void rv_gmem_return(struct rv_gmem *gmem, pgoff_t first, pgoff_t last)
+static void rv_gmem_return(struct rv_gmem *gmem, const struct rv_run *run)
 {
-	XA_STATE(xas, &gmem->pages, first);
-	struct page *page;
+	struct rv_gmem_block *block = rv_gmem_block(gmem, run->first);
+	unsigned long i = run->first % RV_BLOCK_PAGES, end = i + run->nr;
 
-	xas_lock(&xas);
-	xas_for_each_marked(&xas, page, last, RV_GMEM_GIVEN) {
-		xas_clear_mark(&xas, RV_GMEM_GIVEN);
-		if (gmem->vm->kind == RV_ORDINARY)
-			continue;
-		if (!xas_get_mark(&xas, RV_GMEM_CLAIMED)) {
-			__ClearPageOffline(page);
-			continue;
-		}
-		xas_clear_mark(&xas, RV_GMEM_CLAIMED);
-		xas_set_mark(&xas, RV_GMEM_TOUCHED);
+	bitmap_clear(block->states[RV_GMEM_GIVEN], i, run->nr);
+	if (gmem->vm->kind == RV_ORDINARY)
+		return;
+	for (; i < end; i++) {
+		if (__test_and_clear_bit(i, block->states[RV_GMEM_CLAIMED]))
+			__set_bit(i, block->states[RV_GMEM_TOUCHED]);
+		else
+			__ClearPageOffline(block->pages[i]);
 	}
-	xas_unlock(&xas);
 }
 
 /* Pages that the VM had, and holes among them, are the host's. What was mapped stays mapped. */
 void rv_gmem_returned(struct rv_gmem *gmem, pgoff_t first, unsigned long nr)
 {
-	while (nr) {
-		unsigned long part = min_t(unsigned long, nr, RV_BLOCK_PAGES);
+	pgoff_t last = first + nr - 1;
+	struct rv_run run;
 
-		rv_gmem_return(gmem, first, first + part - 1);
-		first += part;
-		nr -= part;
-	}
+	for (; first <= last && rv_gmem_next_run(gmem, first, last, RV_GMEM_GIVEN, &run);
+	     first = run.first + run.nr)
+		rv_gmem_return(gmem, &run);
 }
