@@ -6,6 +6,7 @@
 #define RV_COMPAT_H
 
 #include <linux/hrtimer.h>
+#include <linux/mm.h>
 #include <linux/sched.h>
 #include <linux/slab.h>
 #include <linux/version.h>
@@ -37,6 +38,14 @@ static inline void rv_leave_streaming_mode(void)
 	kernel_neon_end(&state);
 #endif
 }
+
+#if KERNEL_VERSION(6, 17, 0) > LINUX_VERSION_CODE
+#include <linux/pfn_t.h>
+
+#define rv_insert_pfn_pmd(vmf, pfn, write) vmf_insert_pfn_pmd(vmf, __pfn_to_pfn_t(pfn, 0), write)
+#else
+#define rv_insert_pfn_pmd vmf_insert_pfn_pmd
+#endif
 
 #ifndef kzalloc_obj
 #define kzalloc_obj(obj, gfp) kzalloc(sizeof(obj), gfp)

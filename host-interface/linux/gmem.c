@@ -23,7 +23,6 @@
 #include "ravelin_kvm.h"
 
 #define RV_GMEM_MAGIC 0x52764c6e
-#define RV_GMEM_FLAGS (GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED)
 
 /* How many pages a fault maps at most. */
 #define RV_GMEM_FAULT_AROUND 64
@@ -88,6 +87,17 @@ static struct page *rv_gmem_get_page(struct rv_gmem *gmem, pgoff_t index, bool h
 	return page;
 }
 
+/* Maps pages without references: who takes them from processes unmaps them first. */
+static int rv_gmem_insert_pfns(struct vm_area_struct *vma, unsigned long address,
+			       struct page **pages, unsigned long nr)
+{
+	vm_fault_t fault = VM_FAULT_NOPAGE;
+
+	for (; nr && fault == VM_FAULT_NOPAGE; nr--, address += PAGE_SIZE)
+		fault = vmf_insert_pfn(vma, address, page_to_pfn(*pages++));
+	return vm_fault_to_errno(fault, 0);
+}
+
 /* Maps @page, and pages behind it that the guest has offered and we have claimed. */
 static int rv_gmem_map_around(struct rv_gmem *gmem, struct vm_fault *vmf, struct page *page)
 {
@@ -102,6 +112,8 @@ static int rv_gmem_map_around(struct rv_gmem *gmem, struct vm_fault *vmf, struct
 	most = rv_gmem_length(gmem, vmf->pgoff, most, RV_GMEM_CLAIMED, RV_GMEM_TOUCHED);
 	for (; nr < most; nr++)
 		pages[nr] = rv_gmem_page(gmem, vmf->pgoff + nr);
+	if (gmem->flags & GUEST_MEMFD_FLAG_NO_PIN)
+		return rv_gmem_insert_pfns(vmf->vma, address, pages, nr);
 	/* It ends at what is mapped already. */
 	return vm_insert_pages(vmf->vma, address, pages, &nr);
 }
@@ -117,6 +129,8 @@ static vm_fault_t rv_gmem_vm_fault(struct vm_fault *vmf)
 	page = rv_gmem_lock_page(gmem, vmf->pgoff, false);
 	if (IS_ERR(page))
 		err = PTR_ERR(page);
+	else if (pmd_trans_huge(pmdp_get_lockless(vmf->pmd)))
+		err = 0;	/* Another thread was faster, and has mapped the block. */
 	else
 		err = rv_gmem_map_around(gmem, vmf, page);
 	up_read(&gmem->lock);
@@ -129,6 +143,49 @@ static const struct vm_operations_struct rv_gmem_vm_ops = {
 	.fault = rv_gmem_vm_fault,
 };
 
+/*
+ * Maps a block of memory at once, if a guest has offered all of it, and there is no page table yet.
+ * The lock is held for writing, so that nobody maps single pages there meanwhile.
+ */
+static vm_fault_t rv_gmem_map_block(struct rv_gmem *gmem, struct vm_fault *vmf, pgoff_t first)
+{
+	pmd_t pmd = pmdp_get_lockless(vmf->pmd);
+	struct page *page;
+
+	if (!pmd_none(pmd) && !pmd_trans_huge(pmd))
+		return VM_FAULT_FALLBACK;
+	if (!rv_gmem_whole_block(gmem, first, RV_GMEM_GIVEN) || rv_gmem_claim_block(gmem, first))
+		return VM_FAULT_FALLBACK;
+	page = rv_gmem_page(gmem, first);
+	return rv_insert_pfn_pmd(vmf, page_to_pfn(page), vmf->flags & FAULT_FLAG_WRITE);
+}
+
+static vm_fault_t rv_gmem_vm_huge_fault(struct vm_fault *vmf, unsigned int order)
+{
+	unsigned long address = ALIGN_DOWN(vmf->address, PMD_SIZE);
+	struct vm_area_struct *vma = vmf->vma;
+	struct rv_gmem *gmem = vma->vm_file->private_data;
+	vm_fault_t fault;
+	pgoff_t first;
+
+	if (order != ilog2(RV_BLOCK_PAGES) || address < vma->vm_start ||
+	    vma->vm_end - address < PMD_SIZE)
+		return VM_FAULT_FALLBACK;
+	first = linear_page_index(vma, address);
+	if (!IS_ALIGNED(first, RV_BLOCK_PAGES))
+		return VM_FAULT_FALLBACK;
+
+	down_write(&gmem->lock);
+	fault = rv_gmem_map_block(gmem, vmf, first);
+	up_write(&gmem->lock);
+	return fault;
+}
+
+static const struct vm_operations_struct rv_gmem_no_pin_vm_ops = {
+	.fault = rv_gmem_vm_fault,
+	.huge_fault = rv_gmem_vm_huge_fault,
+};
+
 static int rv_gmem_mmap(struct file *file, struct vm_area_struct *vma)
 {
 	struct rv_gmem *gmem = file->private_data;
@@ -137,8 +194,13 @@ static int rv_gmem_mmap(struct file *file, struct vm_area_struct *vma)
 		return -ENODEV;
 	if ((vma->vm_flags & (VM_SHARED | VM_MAYSHARE)) != (VM_SHARED | VM_MAYSHARE))
 		return -EINVAL;
-	vm_flags_set(vma, VM_MIXEDMAP | VM_DONTDUMP);
-	vma->vm_ops = &rv_gmem_vm_ops;
+	if (gmem->flags & GUEST_MEMFD_FLAG_NO_PIN) {
+		vm_flags_set(vma, VM_PFNMAP | VM_DONTDUMP);
+		vma->vm_ops = &rv_gmem_no_pin_vm_ops;
+	} else {
+		vm_flags_set(vma, VM_MIXEDMAP | VM_DONTDUMP);
+		vma->vm_ops = &rv_gmem_vm_ops;
+	}
 	return 0;
 }
 
@@ -343,6 +405,7 @@ static const struct file_operations rv_gmem_fops = {
 	.unlocked_ioctl = rv_gmem_ioctl,
 	.compat_ioctl = compat_ptr_ioctl,
 	.mmap = rv_gmem_mmap,
+	.get_unmapped_area = thp_get_unmapped_area,
 	.fsync = noop_fsync,
 	.fallocate = rv_gmem_fallocate,
 	.release = rv_gmem_release,

@@ -117,6 +117,28 @@ int rv_gmem_claim_ahead(struct rv_gmem *gmem, pgoff_t index)
 	return min(nr, 0L);
 }
 
+/* Asks for access to all of a block, of which a guest has all pages. */
+int rv_gmem_claim_block(struct rv_gmem *gmem, pgoff_t first)
+{
+	struct rv_slot *slot = rv_gmem_slot(gmem, first);
+	pgoff_t index = first, end = first + RV_BLOCK_PAGES;
+	unsigned long nr;
+
+	if (!slot || rv_gmem_slot_last(slot) < end - 1)
+		return -EFAULT;
+	for (; index < end; index += nr) {
+		nr = rv_gmem_length(gmem, index, end - index, RV_GMEM_CLAIMED, RV_GMEM_TOUCHED);
+		if (nr)
+			continue;
+		nr = rv_gmem_claimable(gmem, index, end - index);
+		if (!rv_gmem_host_may(gmem, index) ||
+		    rv_vm_hyp(slot->vm, RAVELIN_CALL_CLAIM, NULL, rv_gmem_gpa(slot, index), nr))
+			return -EFAULT;
+		rv_gmem_claimed(gmem, index, nr);
+	}
+	return 0;
+}
+
 static int rv_gmem_give(struct rv_slot *slot, const struct rv_run *run)
 {
 	long status;
@@ -335,6 +357,8 @@ void rv_gmem_relinquished(struct rv_slot *slot, u64 gfn, u64 pages)
 	for (; (page = rv_gmem_find(gmem, &index, last, RV_GMEM_GIVEN)); index++) {
 		if (rv_gmem_is_ours(page)) {
 			rv_gmem_returned(gmem, index, 1);
+			if (rv_gmem_is(gmem, index, RV_GMEM_TOUCHED))
+				rv_gmem_unmap(gmem, index, index);
 			rv_gmem_free(gmem, index, index);
 		}
 		cond_resched();

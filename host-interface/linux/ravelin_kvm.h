@@ -257,6 +257,9 @@ long rv_set_one_reg(struct rv_vcpu *vcpu, const struct kvm_one_reg *reg);
 long rv_get_reg_list(struct kvm_reg_list __user *list);
 
 /* gmem.c */
+#define RV_GMEM_FLAGS \
+	(GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED | GUEST_MEMFD_FLAG_NO_PIN)
+
 /* The fd of a new file, which holds a reference to the VM. */
 int rv_gmem_create(struct rv_vm *vm, const struct kvm_create_guest_memfd *args);
 /*

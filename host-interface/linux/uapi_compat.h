@@ -15,6 +15,9 @@
 #define GUEST_MEMFD_FLAG_INIT_SHARED BIT_ULL(1)
 #endif
 
+/* Ravelin's: nobody can pin what is mapped, and so it can be mapped 2 MiB at once. */
+#define GUEST_MEMFD_FLAG_NO_PIN BIT_ULL(30)
+
 #ifndef KVM_CAP_GUEST_MEMFD_FLAGS
 #define KVM_CAP_GUEST_MEMFD_FLAGS 244
 #endif

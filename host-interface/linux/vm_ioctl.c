@@ -41,7 +41,7 @@ int rv_check_extension(struct rv_vm *vm, long cap)
 	case KVM_CAP_IRQ_ROUTING:
 		return RV_MAX_ROUTES;
 	case KVM_CAP_GUEST_MEMFD_FLAGS:
-		return GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED;
+		return RV_GMEM_FLAGS;
 	case KVM_CAP_EXIT_HYPERCALL:
 		return BIT(KVM_HC_MAP_GPA_RANGE);
 	case KVM_CAP_ARM_VM_IPA_SIZE:

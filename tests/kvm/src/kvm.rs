@@ -73,6 +73,9 @@ pub(crate) const FLAG_MMAP: u64 = 1 << 0;
 /// What is in a guest_memfd is shared when it is made.
 pub(crate) const FLAG_INIT_SHARED: u64 = 1 << 1;
 
+/// Nobody can pin what is mapped of a guest_memfd, which may be mapped 2 MiB at once: Ravelin's own.
+pub(crate) const FLAG_NO_PIN: u64 = 1 << 30;
+
 /// Its flags that are valid.
 pub(crate) const CAP_GUEST_MEMFD_FLAGS: u32 = 244;
 

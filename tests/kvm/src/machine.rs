@@ -8,7 +8,7 @@ use ravelin_guest::{BLOCK_SIZE, DEVICE, IMAGE};
 
 use crate::check::{Outcome, works};
 use crate::guest::Guest;
-use crate::kvm::{self, Kind, Vcpu, Vm};
+use crate::kvm::{self, FLAG_INIT_SHARED, FLAG_MMAP, FLAG_NO_PIN, Kind, Vcpu, Vm};
 use crate::memory::{Mapping, PAGE};
 
 /// The guest's program.
@@ -36,6 +36,8 @@ pub(crate) enum Backing {
     Anonymous,
     /// A guest_memfd.
     Memfd,
+    /// One that nobody can pin.
+    NoPin,
 }
 
 /// What a machine has.
@@ -83,7 +85,11 @@ impl Memory {
         if backing == Backing::Anonymous {
             return Ok(Self { mapping: works("mmap", Mapping::anonymous(size))?, file: None });
         }
-        let file = vm.shared_memfd(size)?;
+        let file = if backing == Backing::NoPin {
+            works("guest_memfd that nobody can pin", vm.memfd(size as u64, FLAG_MMAP | FLAG_INIT_SHARED | FLAG_NO_PIN))?
+        } else {
+            vm.shared_memfd(size)?
+        };
         let mapping = works("mmap of guest_memfd", Mapping::shared(&file, size))?;
         Ok(Self { mapping, file: Some(file) })
     }

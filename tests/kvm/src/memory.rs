@@ -131,6 +131,18 @@ impl Mapping {
         Self::new(file, 0, size, MapFlags::MAP_SHARED)
     }
 
+    /// Maps a file, shared, in the place of a part of this one.
+    pub(crate) fn replace(&self, at: usize, file: impl AsFd, offset: usize, size: usize) -> Result<Self, Errno> {
+        assert!(at + size <= self.size);
+        let length = NonZeroUsize::new(size).ok_or(Errno::EINVAL)?;
+        let (place, offset) = (self.start.addr().checked_add(at), i64::try_from(offset).map_err(|_| Errno::EINVAL)?);
+        let permissions = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: This mapping is there, and no object of Rust's is in it.
+        let start =
+            unsafe { mmap(place, length, permissions, MapFlags::MAP_SHARED | MapFlags::MAP_FIXED, file, offset) }?;
+        Ok(Self { start, size })
+    }
+
     /// Maps anonymous memory.
     pub(crate) fn anonymous(size: usize) -> Result<Self, Errno> {
         let length = NonZeroUsize::new(size).ok_or(Errno::EINVAL)?;

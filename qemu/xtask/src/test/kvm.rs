@@ -28,7 +28,7 @@ type Row = (Config, &'static str, usize);
 const ROWS: [Row; 7] = [
     (Config::new("cortex-a76", 2, "1G"), "memfd slots ioctls", 100),
     (Config::new("cortex-a76", 2, "1G"), "run", 60),
-    (Config::new("cortex-a76", 2, "1G"), "convert pins ring attributes", 73),
+    (Config::new("cortex-a76", 2, "1G"), "convert pins ring attributes huge", 104),
     (Config::new("cortex-a76", 2, "1G"), "attack irq io", 22),
     (Config::new("cortex-a76", 2, "512M"), "life", 15),
     (Config::new("max", 4, "1G"), "run.pkvm run.realm convert.realm irq", 70),

@@ -12,7 +12,7 @@ use nix::unistd::{ftruncate, read, write};
 
 use super::cases;
 use crate::check::{Outcome, check_eq, fails, works};
-use crate::kvm::{self, CREATE_GUEST_MEMFD, FLAG_INIT_SHARED, FLAG_MMAP, KINDS, Kind, Vm};
+use crate::kvm::{self, CREATE_GUEST_MEMFD, FLAG_INIT_SHARED, FLAG_MMAP, FLAG_NO_PIN, KINDS, Kind, Vm};
 use crate::memory::{Mapping, PAGE};
 
 cases! {
@@ -71,7 +71,8 @@ fn capabilities(kind: Kind) -> Outcome {
     let vm = Vm::new(kind)?;
     check_eq!(kvm::capability(&vm, KVM_CAP_GUEST_MEMFD), Ok(1), "KVM_CAP_GUEST_MEMFD");
     let flags = works("KVM_CAP_GUEST_MEMFD_FLAGS", kvm::capability(&vm, kvm::CAP_GUEST_MEMFD_FLAGS))?;
-    check_eq!(flags, 3, "KVM_CAP_GUEST_MEMFD_FLAGS");
+    let own = if kvm::is_ravelin() { FLAG_NO_PIN } else { 0 };
+    check_eq!(flags as u64, FLAG_MMAP | FLAG_INIT_SHARED | own, "KVM_CAP_GUEST_MEMFD_FLAGS");
     Ok(())
 }
 
@@ -82,6 +83,7 @@ fn flags(kind: Kind) -> Outcome {
         let result = vm.memfd(P, flag);
         match flag {
             FLAG_MMAP | FLAG_INIT_SHARED => works(format_args!("flag {flag:#x}"), result).map(drop)?,
+            FLAG_NO_PIN if kvm::is_ravelin() => works(format_args!("flag {flag:#x}"), result).map(drop)?,
             _ => fails(format_args!("flag {flag:#x}"), result, Errno::EINVAL)?,
         }
     }

@@ -6,6 +6,7 @@ mod attack;
 mod attributes;
 mod bench;
 mod convert;
+mod huge;
 mod io;
 mod ioctls;
 mod irq;
@@ -25,6 +26,7 @@ pub(crate) const GROUPS: &[(&str, &[Case])] = &[
     ("convert", convert::CASES),
     ("pins", pins::CASES),
     ("ring", ring::CASES),
+    ("huge", huge::CASES),
     ("attributes", attributes::CASES),
     ("attack", attack::CASES),
     ("irq", irq::CASES),
