@@ -23,7 +23,7 @@ use crate::check::{Outcome, check_eq, skip, works};
 use crate::guest::{Guest, Stop, clear, snippets};
 use crate::host;
 use crate::kvm::{Exit, Kind};
-use crate::machine::{MEMORY, Machine, Plan};
+use crate::machine::{Backing, MEMORY, Machine, Plan};
 use crate::memory::{Mapping, PAGE};
 use crate::runner::line;
 
@@ -36,6 +36,9 @@ cases! {
 
 const P: u64 = PAGE as u64;
 const MIB: usize = 1 << 20;
+
+/// What the host can map at once.
+const BLOCK: usize = 2 * MIB;
 
 /// Where the guest rings for transfers: it stores the address of their plan.
 const BELL: u64 = DEVICE + P;
@@ -310,6 +313,11 @@ impl Load {
         let [own, other] = meeting;
         let arguments = [plan, plan + PLAN_SIZE as u64, self.rounds, BELL, ring, own, other];
         lane.guest.begin_code(transfer(), &arguments)?;
+        // Where single pages were mapped, the one that stands has no blocks any more.
+        let anew = self.size >= BLOCK && matches!(self.scheme, Scheme::Stand | Scheme::Ring);
+        let all = lane.base + SIZE;
+        let anew = if anew { Some(works("mmap", Mapping::shared(machine.memory.file()?, all))?) } else { None };
+        let standing = anew.as_ref().unwrap_or(&machine.memory.mapping);
         let mut rung = 0;
         let reply = loop {
             match lane.guest.go()? {
@@ -317,7 +325,7 @@ impl Load {
                 Stop::Exit(Exit::Mmio { address: BELL, write: true, value, .. }) => {
                     let half = usize::from(value != plan);
                     rung += 1;
-                    self.receive(machine, &halves[half], lane)?;
+                    self.receive(machine, standing, &halves[half], lane)?;
                 }
                 Stop::Exit(exit) => anyhow::bail!("{self:?}: {exit:x?}"),
             }
@@ -335,7 +343,7 @@ impl Load {
     }
 
     /// Copies the data of a half to the disk.
-    fn receive(&self, machine: &Machine, half: &Half, lane: &mut Lane<'_>) -> Outcome {
+    fn receive(&self, machine: &Machine, standing: &Mapping, half: &Half, lane: &mut Lane<'_>) -> Outcome {
         let memory = &machine.memory;
         let mut at = 0;
         for span in &half.data {
@@ -350,7 +358,7 @@ impl Load {
                 let length = target.len();
                 check_eq!(pread(memory.file()?, target, i64::try_from(offset)?), Ok(length), "pread");
             } else {
-                copy(&memory.mapping, offset, target);
+                copy(standing, offset, target);
             }
         }
         Ok(())
@@ -380,11 +388,11 @@ fn copy(from: &Mapping, offset: usize, to: &mut [u8]) {
 }
 
 /// Makes a guest of so many vCPUs with their data, each of which has a CPU for itself.
-fn with_guest(vcpus: usize, f: impl FnOnce(&Machine, &mut [Lane<'_>]) -> Outcome) -> Outcome {
+fn with_guest(vcpus: usize, backing: Backing, f: impl FnOnce(&Machine, &mut [Lane<'_>]) -> Outcome) -> Outcome {
     if host::cpus() < vcpus {
         skip!("fewer CPUs than vCPUs");
     }
-    let machine = Plan::new(Kind::Pkvm, vcpus * SIZE / PAGE).vcpus(vcpus as u64).build()?;
+    let machine = Plan::new(Kind::Pkvm, vcpus * SIZE / PAGE).backing(backing).vcpus(vcpus as u64).build()?;
     let mut guests = vec![machine.boot()?];
     for index in 1..vcpus {
         check_eq!(guests[0].cpu_on(index as u64)?, 0, "CPU_ON of vCPU {index}");
@@ -406,30 +414,38 @@ fn with_guest(vcpus: usize, f: impl FnOnce(&Machine, &mut [Lane<'_>]) -> Outcome
 
 /// Each way, with sizes that take every path.
 fn contents(_: Kind) -> Outcome {
-    with_guest(1, |machine, lanes| {
-        for scheme in SCHEMES {
-            for (size, transfers) in [(512, 1), (512, 5), (3 * PAGE, 3), (PAGE, MAX_CONVERSIONS), (4 * MIB, 1)] {
-                for aligned in [true, false] {
-                    lanes[0].disk.fill(0);
-                    Load { scheme, size, transfers, aligned, rounds: 2 }.run(machine, &mut lanes[0])?;
+    for backing in [Backing::Memfd, Backing::NoPin] {
+        with_guest(1, backing, |machine, lanes| {
+            for scheme in SCHEMES {
+                for (size, transfers) in [(512, 1), (512, 5), (3 * PAGE, 3), (PAGE, MAX_CONVERSIONS), (4 * MIB, 1)] {
+                    for aligned in [true, false] {
+                        lanes[0].disk.fill(0);
+                        Load { scheme, size, transfers, aligned, rounds: 2 }.run(machine, &mut lanes[0])?;
+                    }
                 }
             }
-        }
-        Ok(())
-    })
+            Ok(())
+        })?;
+    }
+    Ok(())
 }
 
 /// Each way, by two vCPUs at once.
 fn contents_on_two_vcpus(_: Kind) -> Outcome {
-    with_guest(2, |machine, lanes| {
-        for scheme in SCHEMES {
-            for (size, transfers, aligned) in [(PAGE, MAX_CONVERSIONS, true), (3 * PAGE, 3, false), (MIB, 1, true)] {
-                lanes.iter_mut().for_each(|lane| lane.disk.fill(0));
-                Load { scheme, size, transfers, aligned, rounds: 4 }.run_together(machine, lanes)?;
+    const LOADS: [(usize, usize, bool); 4] =
+        [(PAGE, MAX_CONVERSIONS, true), (3 * PAGE, 3, false), (MIB, 1, true), (BLOCK, 1, true)];
+    for backing in [Backing::Memfd, Backing::NoPin] {
+        with_guest(2, backing, |machine, lanes| {
+            for scheme in SCHEMES {
+                for (size, transfers, aligned) in LOADS {
+                    lanes.iter_mut().for_each(|lane| lane.disk.fill(0));
+                    Load { scheme, size, transfers, aligned, rounds: 4 }.run_together(machine, lanes)?;
+                }
             }
-        }
-        Ok(())
-    })
+            Ok(())
+        })?;
+    }
+    Ok(())
 }
 
 /// How often each measurement is made: interrupts of the host come between.
@@ -447,9 +463,9 @@ impl Load {
 }
 
 fn schemes(_: Kind) -> Outcome {
-    const SIZES: [usize; 7] = [512, 4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB];
+    const SIZES: [usize; 8] = [512, 4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB, 2 * MIB, 4 * MIB];
     const ROUNDS: u64 = 2;
-    with_guest(1, |machine, lanes| {
+    with_guest(1, Backing::NoPin, |machine, lanes| {
         for scheme in SCHEMES {
             for size in SIZES {
                 for (transfers, aligned) in [1, 8, 64].into_iter().flat_map(|it| [(it, true), (it, false)]) {
@@ -482,7 +498,7 @@ fn schemes_on_two_vcpus(_: Kind) -> Outcome {
         (64 * KIB, 8, true, 4),
         (4 * KIB, 64, true, 1),
     ];
-    with_guest(2, |machine, lanes| {
+    with_guest(2, Backing::NoPin, |machine, lanes| {
         for scheme in SCHEMES {
             for (size, transfers, aligned, rounds) in LOADS {
                 let load = Load { scheme, size, transfers, aligned, rounds };
