@@ -25,7 +25,7 @@
 #define RV_GMEM_MAGIC 0x52764c6e
 
 /* How many pages a fault maps at most. */
-#define RV_GMEM_FAULT_AROUND 64
+#define RV_GMEM_FAULT_AROUND 64UL
 
 /* Mounted while there are files. */
 static struct vfsmount *rv_gmem_mount;
@@ -87,31 +87,48 @@ static struct page *rv_gmem_get_page(struct rv_gmem *gmem, pgoff_t index, bool h
 	return page;
 }
 
-/* Maps pages without references: who takes them from processes unmaps them first. */
+struct rv_gmem_insertion {
+	struct vm_area_struct *vma;
+	struct page **pages;
+};
+
+static int rv_gmem_insert_pte(pte_t *pte, unsigned long address, void *data)
+{
+	struct rv_gmem_insertion *insertion = data;
+	struct vm_area_struct *vma = insertion->vma;
+	struct page *page = *insertion->pages++;
+
+	if (pte_none(ptep_get(pte)))
+		set_pte_at(vma->vm_mm, address, pte,
+			   pte_mkspecial(pfn_pte(page_to_pfn(page), vma->vm_page_prot)));
+	return 0;
+}
+
+/*
+ * Maps pages without references: who takes them from processes unmaps them first. As
+ * vmf_insert_pfn(), which would walk the page tables for each page.
+ */
 static int rv_gmem_insert_pfns(struct vm_area_struct *vma, unsigned long address,
 			       struct page **pages, unsigned long nr)
 {
-	vm_fault_t fault = VM_FAULT_NOPAGE;
+	struct rv_gmem_insertion insertion = { vma, pages };
 
-	for (; nr && fault == VM_FAULT_NOPAGE; nr--, address += PAGE_SIZE)
-		fault = vmf_insert_pfn(vma, address, page_to_pfn(*pages++));
-	return vm_fault_to_errno(fault, 0);
+	return apply_to_page_range(vma->vm_mm, address, nr * PAGE_SIZE, rv_gmem_insert_pte,
+				   &insertion);
 }
 
-/* Maps @page, and pages behind it that the guest has offered and we have claimed. */
-static int rv_gmem_map_around(struct rv_gmem *gmem, struct vm_fault *vmf, struct page *page)
+/* Maps a page that is there, and pages behind it that the guest has offered and we have claimed. */
+static int rv_gmem_map_around(struct rv_gmem *gmem, struct vm_fault *vmf)
 {
-	unsigned long address = vmf->address & PAGE_MASK, most, nr = 1;
-	struct page *pages[RV_GMEM_FAULT_AROUND];
+	unsigned long address = vmf->address & PAGE_MASK, most, nr;
+	struct page **pages = rv_gmem_pages(gmem, vmf->pgoff);
 
 	/* Within one page table, as the first. */
 	most = min3(PHYS_PFN(vmf->vma->vm_end - address), PTRS_PER_PTE - pte_index(address),
-		    ARRAY_SIZE(pages));
-	pages[0] = page;
+		    RV_GMEM_FAULT_AROUND);
 	/* What is claimed is a guest's, and so not touched by its state. */
-	most = rv_gmem_length(gmem, vmf->pgoff, most, RV_GMEM_CLAIMED, RV_GMEM_TOUCHED);
-	for (; nr < most; nr++)
-		pages[nr] = rv_gmem_page(gmem, vmf->pgoff + nr);
+	nr = rv_gmem_length(gmem, vmf->pgoff, most, RV_GMEM_CLAIMED, RV_GMEM_TOUCHED);
+	nr = max(nr, 1UL);
 	if (gmem->flags & GUEST_MEMFD_FLAG_NO_PIN)
 		return rv_gmem_insert_pfns(vmf->vma, address, pages, nr);
 	/* It ends at what is mapped already. */
@@ -132,7 +149,7 @@ static vm_fault_t rv_gmem_vm_fault(struct vm_fault *vmf)
 	else if (pmd_trans_huge(pmdp_get_lockless(vmf->pmd)))
 		err = 0;	/* Another thread was faster, and has mapped the block. */
 	else
-		err = rv_gmem_map_around(gmem, vmf, page);
+		err = rv_gmem_map_around(gmem, vmf);
 	up_read(&gmem->lock);
 
 	/* EBUSY: another thread was faster, for one of them at least. */

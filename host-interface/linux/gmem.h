@@ -62,6 +62,8 @@ struct rv_run {
 
 /* gmem_pages.c: the lock is held, for writing by whoever changes something. */
 struct page *rv_gmem_page(struct rv_gmem *gmem, pgoff_t index);
+/* That page, which is there, and those behind it up to the end of its block. */
+struct page **rv_gmem_pages(struct rv_gmem *gmem, pgoff_t index);
 bool rv_gmem_is(struct rv_gmem *gmem, pgoff_t index, enum rv_gmem_state state);
 /* Finds the first page in a state from @index on, up to @last. */
 struct page *rv_gmem_find(struct rv_gmem *gmem, pgoff_t *index, pgoff_t last,

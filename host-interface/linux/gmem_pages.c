@@ -28,6 +28,11 @@ struct page *rv_gmem_page(struct rv_gmem *gmem, pgoff_t index)
 	return block ? block->pages[index % RV_BLOCK_PAGES] : NULL;
 }
 
+struct page **rv_gmem_pages(struct rv_gmem *gmem, pgoff_t index)
+{
+	return &rv_gmem_block(gmem, index)->pages[index % RV_BLOCK_PAGES];
+}
+
 bool rv_gmem_is(struct rv_gmem *gmem, pgoff_t index, enum rv_gmem_state state)
 {
 	struct rv_gmem_block *block = rv_gmem_block(gmem, index);
