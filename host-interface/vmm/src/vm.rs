@@ -50,6 +50,10 @@ const TYPE_PROTECTED: u64 = 1 << 31;
 const TYPE_REALM: u64 = 1 << 8;
 /// The file can be mapped, and what it has at first is shared.
 const GUEST_MEMFD_FLAGS: u64 = 1 << 0 | 1 << 1;
+/// Mappings take no references: nothing here needs any, and the kernel can map 2 MiB at once. Ravelin's own.
+const GUEST_MEMFD_NO_PIN: u64 = 1 << 30;
+/// Which of these flags there are.
+const CAP_GUEST_MEMFD_FLAGS: u64 = 244;
 /// Bits of an address that a VM gets if the machine has so many; also those of type 0.
 const IPA_BITS: u32 = 40;
 
@@ -175,7 +179,9 @@ impl Vm {
 
     fn memory(&self, config: &Config) -> Result<GuestRam> {
         if self.protected {
-            let gmem = kvm_create_guest_memfd { size: config.memory, flags: GUEST_MEMFD_FLAGS, ..Default::default() };
+            let known = u64::try_from(self.fd.check_extension_raw(CAP_GUEST_MEMFD_FLAGS)).unwrap_or(0);
+            let flags = GUEST_MEMFD_FLAGS | (known & GUEST_MEMFD_NO_PIN);
+            let gmem = kvm_create_guest_memfd { size: config.memory, flags, ..Default::default() };
             let gmem = self.fd.create_guest_memfd(gmem).context("no guest_memfd that can be mapped")?;
             // SAFETY: the descriptor is new, and nobody else has it.
             let file = unsafe { File::from_raw_fd(gmem) };
