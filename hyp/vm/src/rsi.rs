@@ -64,7 +64,7 @@ pub(crate) fn answer(kind: VmKind, context: &mut Context) -> bool {
     is_answered
 }
 
-/// Performs a realm's call, if it is one of this interface that [`answer()`] does not perform. `None` if not: then it is another
+/// Performs a realm's call, if it is one of this interface that `answer` does not perform. `None` if not: then it is another
 /// interface's, or not supported, as the calls are that ask for an attestation token.
 ///
 /// With [`Outcome::HostCall`], `send` has been given x0 to x30 as the realm wants its host to see them, in little-endian order.
