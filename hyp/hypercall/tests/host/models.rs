@@ -1,7 +1,7 @@
 //! Calls of several CPUs at the same time, and the locks that they take.
 
 use ravelin_abi::{PageStateCode, Status};
-use ravelin_memory::{PAGE_SIZE, PhysRange};
+use ravelin_memory::{PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_sync::model::{explore, spawn_on};
 use ravelin_world::{Action, Door, Layout, World, call, lasting_world};
 
@@ -43,7 +43,7 @@ fn pins_need_their_lock() {
     });
 }
 
-/// Calls of the host and of a guest that take the lock of memory, that of a guest's memory, and both.
+/// Calls of the host and of a guest that take the locks of regions, that of a guest's memory, and both.
 #[test]
 fn locks() {
     explore(|| {
@@ -67,6 +67,7 @@ fn locks() {
 fn a_deadlock_is_seen() {
     explore(|| {
         let world = lasting_world(Layout::FOUR_BLOCKS);
-        world.memory.with_stable_map(|| world.memory.counts());
+        let page = PhysAddr::new(PAGE).unwrap();
+        world.memory.with_stable_map(page, || world.memory.counts(world.machine));
     });
 }
