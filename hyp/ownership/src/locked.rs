@@ -36,8 +36,7 @@ impl Mask {
         Self(self.0 | 1_u32.wrapping_shl(index as u32))
     }
 
-    /// Returns the regions of both.
-    pub(crate) const fn and(self, other: Self) -> Self {
+    pub(crate) const fn union(self, other: Self) -> Self {
         Self(self.0 | other.0)
     }
 
@@ -116,8 +115,9 @@ impl<'m, 'a, P: TablePool, M: Machine> Locked<'m, 'a, P, M> {
         }
     }
 
-    /// Releases the locks.
+    /// Releases the locks, and gives up what is reserved first: who has all locks relies on it that nobody else has reserved tables.
     pub(crate) fn release(&mut self) {
+        self.tables.give_up();
         for region in self.held.drain(..) {
             debug_assert!(region.owed.is_empty() && region.el2_owed.is_empty(), "the lock is released with a debt");
             self.machine.hint(Hint::Unlock(region.lock_name()));
@@ -173,13 +173,17 @@ impl<'m, 'a, P: TablePool, M: Machine> Locked<'m, 'a, P, M> {
 
     /// Returns the region that an address lies in, if it is held.
     pub(crate) fn of(&self, page: PhysAddr) -> Option<&Region<'a>> {
-        if let [region] = self.held.as_slice()
-            && region.covers(PhysRange::single(page))
-        {
-            return Some(region);
-        }
-        let (index, _) = self.memory.cut(PhysRange::single(page)).next()?;
+        let index = self.memory.index_of(page);
         self.regions().find(|region| region.index == index)
+    }
+
+    /// Returns the region that is held if it is one, and `range` lies there: what most ranges do, which then need not be cut.
+    #[inline]
+    fn only(&self, range: PhysRange) -> Option<&Region<'a>> {
+        match self.held.as_slice() {
+            [region] if region.covers(range) => Some(region),
+            _ => None,
+        }
     }
 
     /// As [`crate::OwnershipTable::visit`], in all regions that are held.
@@ -188,9 +192,7 @@ impl<'m, 'a, P: TablePool, M: Machine> Locked<'m, 'a, P, M> {
         range: PhysRange,
         f: &mut dyn FnMut(PhysRange, Option<Entry>, u64) -> ControlFlow<B>,
     ) -> ControlFlow<B> {
-        if let [region] = self.held.as_slice()
-            && region.covers(range)
-        {
+        if let Some(region) = self.only(range) {
             return region.table.visit(range, f);
         }
         let mut is_ram = true;
@@ -211,9 +213,7 @@ impl<'m, 'a, P: TablePool, M: Machine> Locked<'m, 'a, P, M> {
 
     /// Checks that `step` may be taken from every page of `range`.
     pub(crate) fn check(&mut self, range: PhysRange, step: &Step) -> Result<(), Failure> {
-        if let [region] = self.held.as_slice()
-            && region.covers(range)
-        {
+        if let Some(region) = self.only(range) {
             return region.table.check(range, step);
         }
         for (index, part) in self.memory.cut(range) {

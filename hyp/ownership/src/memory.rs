@@ -28,8 +28,8 @@ const REGION_SHIFTS: core::ops::RangeInclusive<u32> = 30..=39;
 /// Who owns memory and what is mapped: the ownership table, the host's stage 2, the EL2 stage 1 and the tables for both.
 ///
 /// It consists of regions, each with a lock, so that CPUs that work in different ones do not wait for each other. An operation
-/// takes the locks of all regions that it has to do with, in ascending order and behind that of the guest, before it looks
-/// at anything, and keeps them to its end. No method calls out while it holds any, but for the machine, the pool, and closures of
+/// takes the locks of all regions that it has to do with, in ascending order and behind that of the guest, before it checks
+/// anything there, and keeps them to its end. No method calls out while it holds any, but for the machine, the pool, and closures of
 /// which it says that they must not call methods of this.
 pub struct Memory<'a, P> {
     /// Where each region but the first is, in ascending order. All else is the first one's: what is not RAM, and RAM for which there

@@ -49,6 +49,15 @@ impl<'m, P: TablePool> Tables<'m, P> {
         self.reserved = self.reserved.saturating_add(missing);
         true
     }
+
+    /// Gives up what is reserved.
+    pub(crate) fn give_up(&mut self) {
+        if self.reserved != 0 {
+            let mut pool = self.pool.lock();
+            pool.reserved = pool.reserved.saturating_sub(self.reserved);
+        }
+        (self.reserved, self.taken) = (0, 0);
+    }
 }
 
 impl<P: TablePool> TablePool for Tables<'_, P> {
@@ -85,9 +94,6 @@ impl<P: TablePool> TablePool for Tables<'_, P> {
 
 impl<P: TablePool> Drop for Tables<'_, P> {
     fn drop(&mut self) {
-        if self.reserved != 0 {
-            let mut pool = self.pool.lock();
-            pool.reserved = pool.reserved.saturating_sub(self.reserved);
-        }
+        self.give_up();
     }
 }

@@ -14,9 +14,9 @@ impl<P: TablePool, M: Machine> Locked<'_, '_, P, M> {
         self.reserve_or_evict(machine, MOST_TABLES, 0)
     }
 
-    /// Calls `f` with the pages of each of `runs`, cut at the borders of regions, while EL2 has them mapped writable at its physical address: as many
-    /// at a time as there are tables for, and one invalidation for them together. None of the runs is mapped in EL2, and
-    /// [`Locked::reserve_transient`] has returned true.
+    /// Calls `f` with the pages of each of `runs`, cut at the borders of regions, while EL2 has them mapped writable at their physical
+    /// addresses: as many at a time as there are tables for, and one invalidation for them together. None of the runs is mapped in
+    /// EL2, and [`Locked::reserve_transient`] has returned true.
     pub(crate) fn with_mapped(&mut self, machine: &M, runs: &[Run], f: &mut dyn FnMut(&Run, PhysRange)) {
         let memory = self.memory();
         let mut left = runs.iter().flat_map(|run| memory.cut(run.pages).map(move |part| (run, part))).peekable();

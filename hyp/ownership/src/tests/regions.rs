@@ -177,6 +177,18 @@ fn what_is_reserved_is_there() {
 }
 
 #[test]
+fn nothing_is_reserved_when_the_locks_are_free() {
+    with_five(|rig| {
+        let free = rig.counts().free_tables;
+        let mut locked = rig.memory.lock(&rig.machine, Mask::ALL);
+        assert!(locked.tables.reserve(5, 0));
+        assert_eq!(Tables::new(rig.memory.pool()).available(), free - 5);
+        locked.release();
+        assert_eq!(Tables::new(rig.memory.pool()).available(), free, "before it is dropped");
+    });
+}
+
+#[test]
 fn limits_hold_across_regions() {
     with_five(|rig| {
         let guest = rig.guest(0, GuestKind::Pkvm, 16);

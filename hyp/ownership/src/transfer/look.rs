@@ -248,7 +248,7 @@ impl<P: TablePool, M: Machine> Locked<'_, '_, P, M> {
     ) {
         let needed = self.see(machine, guest, tables, frames, view);
         if !self.extend(needed) {
-            let all = self.mask().and(needed);
+            let all = self.mask().union(needed);
             self.flush_host(machine);
             self.release();
             self.take_locks(all);
@@ -320,8 +320,8 @@ impl<P: TablePool, M: Machine> Locked<'_, '_, P, M> {
 }
 
 impl Guest {
-    /// Returns the regions of the pages in the first of `frames`, in one view or in both: of as many as a call does at least. Says in
-    /// `seen`, where there is nothing, what there is first.
+    /// Returns the regions of the pages in the first of `frames`, in one view or in both. That is all that a call comes to: no look
+    /// counts fewer steps for what it passes than this does. Says in `seen`, where there is nothing, what there is first.
     fn reach<P: TablePool, M: Machine>(
         &self,
         machine: &M,
@@ -340,7 +340,7 @@ impl Guest {
                     Place::Absent { by_page: true } => part.pages().div_ceil(EMPTY_PER_STEP),
                     Place::Absent { by_page: false } | Place::Poisoned => 1,
                     Place::Pages { pages, by_page } => {
-                        mask = mask.and(memory.mask(pages));
+                        mask = mask.union(memory.mask(pages));
                         if by_page { pages.pages() } else { 1 }
                     }
                 };

@@ -7,7 +7,6 @@ use ravelin_memory::{BLOCK_SIZE, IpaRange, Level, PAGE_SIZE, PhysAddr, PhysRange
 use ravelin_pgtable::{Flush, Found, Geometry, Machine, TablePool};
 
 use super::{MAX_RUNS, MAX_STEPS};
-
 use crate::{
     HOST_RESERVE,
     entry::{Entry, State},
@@ -129,7 +128,7 @@ impl<P: TablePool> Memory<'_, P> {
                 tables.spare.pop(machine);
                 pages.push(page);
             }
-            let mask = pages.iter().fold(Mask::NONE, |mask, &page| mask.and(self.mask(PhysRange::single(page))));
+            let mask = pages.iter().fold(Mask::NONE, |mask, &page| mask.union(self.mask(PhysRange::single(page))));
             let returned = self.with(machine, mask, |locked| locked.return_spare(machine, &pages));
             for &page in pages.iter().skip(returned).rev() {
                 tables.spare.push(machine, page);
