@@ -67,6 +67,7 @@ impl Bench {
         let names: Vec<_> = console.lines().filter_map(|line| line.trim().strip_prefix("bench ")).collect();
         let marks: Vec<_> = events.windows(2).filter(|pair| pair[1].get("number") == 1).collect();
         ensure!(names.len() == marks.len(), "{} measurements; the console:\n{console}", marks.len());
+        ensure!(names.iter().any(|name| name.contains(".apart ")), "{cpus} CPUs have no GiB each in {MEMORY} MiB");
         names
             .into_iter()
             .zip(marks)

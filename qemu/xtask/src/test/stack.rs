@@ -2,8 +2,8 @@
 //!
 //! Frames, calls and jumps to other functions are what the instructions say. A call of a function pointer is taken to reach
 //! every closure that a function on the way there, itself included, has made; but not one that is running, because it is
-//! borrowed mutably. What the world switch calls is known by name. Functions that end the machine are left out: if the stack is too small for them, the page below it
-//! ends the machine as well.
+//! borrowed mutably. What the world switch calls is known by name. Functions that end the machine are left out: if the stack is too
+//! small for them, the page below it ends the machine as well.
 
 use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
@@ -181,11 +181,11 @@ fn functions(elf: &[u8]) -> Result<Vec<Function>> {
         }
     }
     let handlers: Vec<_> = (0..functions.len()).filter(|&at| is_handler(&functions[at].name)).collect();
-    for switch in functions.iter_mut().filter(|function| function.name == SWITCH) {
-        ensure!(switch.indirect && !handlers.is_empty(), "{SWITCH} does not call {HANDLER}");
-        switch.indirect = false;
-        switch.calls.extend(&handlers);
-    }
+    let switch = functions.iter_mut().find(|function| function.name == SWITCH);
+    let switch = switch.with_context(|| format!("the image has no function {SWITCH}"))?;
+    ensure!(switch.indirect && !handlers.is_empty(), "{SWITCH} does not call {HANDLER}");
+    switch.indirect = false;
+    switch.calls.extend(&handlers);
     Ok(functions)
 }
 

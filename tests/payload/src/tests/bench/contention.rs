@@ -162,8 +162,8 @@ fn shares(guest: &Guest<'_>, run: u64) -> Outcome {
     Ok(())
 }
 
-/// Lets each CPU do rounds of two conversions, and measures while the boot CPU does its: `bench NAME.WHERE CPUS CONVERSIONS`, where the
-/// CPUs are those that have not come to an end before. A second mark 0 comes when all of them are at work.
+/// Lets each CPU do rounds of two conversions, and measures while the boot CPU does its: `bench NAME.WHERE CPUS CONVERSIONS`, where
+/// the CPUs are those that have not come to an end before. A second mark 0 comes when all of them are at work.
 fn contend((name, suffix): (&str, &str), round: impl Fn(usize) -> Outcome + Sync) -> Outcome {
     let (ready, begun) = (AtomicUsize::new(0), AtomicBool::new(false));
     let rounds = [const { AtomicU64::new(0) }; MAX_CPUS];
