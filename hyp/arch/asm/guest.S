@@ -20,6 +20,17 @@
     str     x28, [x1, #{x} + 224]
 .endm
 
+// Goes on with the guest at `way` if x3, what its handler says, is 1, and no interrupt waits. One that does is not sure to be taken
+// before the guest's next instruction if that traps again (DDI 0487, D1.3.6), and so a guest of nothing but calls could keep the
+// CPU. Else x1 is the context, which x0 points to, and x0 why the guest is left: 0 if nobody has handled it, or 1.
+.macro goes_on way
+    mrs     x2, isr_el1
+    bic     x2, x3, x2, lsr #7          // I
+    mov     x1, x0
+    tbnz    w2, #0, \way
+    mov     x0, x3
+.endm
+
 // An exception of EL2's own is as fatal with these vectors in place as with any.
 .macro fatal_guest_vector slot
     .balign 0x80
@@ -120,11 +131,9 @@ guest_run:
     ldp     x0, x4, [sp, #96]
     b.eq    .Lguest_sysreg              // class 0x18
     blr     x4                          // 0x16 or 0x17: HVC or SMC of AArch64
-    mov     x3, x0
+    and     x3, x0, #1
     ldr     x0, [sp, #112]
-    tbnz    w3, #0, .Lguest_enter
-    mov     x1, x0
-    mov     x0, #0
+    goes_on .Lguest_enter
 .Lguest_leave:
     save_preserved
 .Lguest_left:
@@ -139,8 +148,7 @@ guest_run:
 .Lguest_sysreg:
     save_preserved
     blr     x4
-    mov     x3, x0
+    and     x3, x0, #1
     ldr     x0, [sp, #112]
-    tbnz    w3, #0, .Lguest_load
-    mov     x0, #0
+    goes_on .Lguest_load
     b       .Lguest_left

@@ -1,7 +1,7 @@
 //! Running a vCPU: from the host's call to what the host is told.
 //!
-//! Exits that concern the hypervisor alone are handled here, and the guest goes on. Each turn enters the guest, in which an
-//! interrupt for the host is taken first of all, so that no guest keeps a CPU from its host.
+//! Exits that concern the hypervisor alone are handled here, and the guest goes on, unless an interrupt for the host waits, so that
+//! no guest keeps a CPU from its host.
 
 mod registers;
 
@@ -472,10 +472,12 @@ where
         if !state.interface.may_stay(vmcr) {
             self.gic(|gic| gic.after_exit(index, &state.interface));
         }
-        match handled {
+        let report = match handled {
             Some(report) => report,
             None => self.handle(state, left, loan),
-        }
+        };
+        // The guest's next instruction may trap again before an interrupt is taken.
+        report.or_else(|| self.interrupted(&state.context, loan))
     }
 
     /// Runs `f` on the interrupt controller. What it returns is to be woken; this vCPU is awake.
@@ -489,7 +491,7 @@ where
     /// Handles an exit. `None` if the guest goes on.
     fn handle(&mut self, state: &mut VcpuState, left: Left, loan: &mut Loan) -> Option<Report> {
         let syndrome = match left {
-            Left::Interrupt => return self.interrupted(&state.context, loan),
+            Left::Interrupt => return None,
             Left::Error => {
                 state.open = Open::Ended;
                 return Some(Report::Failed);
