@@ -89,7 +89,7 @@ impl<'a, V: Vcpus + ?Sized> Gic<'a, V> {
     /// run and is turned on again; its redistributor keeps its state.
     pub fn reset_interface(&mut self, vcpu: usize) -> VcpuSet {
         let Some(gic) = self.vcpus.get_mut(vcpu) else { return VcpuSet::EMPTY };
-        // It may have been left with nothing to take back.
+        // It may have been left with nothing to take back. With list registers in use it does run, which is its caller's mistake.
         if gic.used == 0 {
             gic.running = 0;
         }

@@ -19,15 +19,15 @@ pub struct VcpuGic {
     /// INTIDs in the list registers while the vCPU runs, the first `used` of them.
     pub(crate) listed: [u16; MAX_LIST_REGISTERS],
     pub(crate) used: u8,
-    /// Not zero between entry and exit.
+    /// Not zero from entry to exit, and after an exit with nothing to take back until the next entry or reset.
     pub(crate) running: u8,
     /// GICR_WAKER.ProcessorSleep.
     pub(crate) asleep: u8,
     /// ICH_VMCR_EL2 as of the last exit.
     pub(crate) vmcr: u32,
-    /// `ICH_AP0R<n>_EL2` as of the last exit.
+    /// `ICH_AP0R<n>_EL2` as of the last exit with something to take back.
     pub(crate) ap0r: [u32; 4],
-    /// `ICH_AP1R<n>_EL2` as of the last exit.
+    /// `ICH_AP1R<n>_EL2`, likewise.
     pub(crate) ap1r: [u32; 4],
 }
 

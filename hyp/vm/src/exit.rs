@@ -256,6 +256,7 @@ impl Abort {
 
 /// What the host is told of an exit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+// So that it is moved by whole registers.
 #[repr(u64)]
 pub enum Report {
     /// There is something for the host to do, such as a physical interrupt.

@@ -48,18 +48,20 @@ pub enum Outcome {
     },
 }
 
+fn memory_bits(attributes: VmAttributes) -> u64 {
+    attributes.ipa_bits.saturating_sub((attributes.kind == VmKind::Realm).into())
+}
+
 impl<G> Guest<G> {
     pub(crate) fn new(attributes: VmAttributes, memory: G) -> Self {
-        let mut guest = Self {
+        let bits = u32::try_from(memory_bits(attributes)).ok();
+        Self {
             attributes,
-            memory_end: 0,
+            memory_end: bits.and_then(|bits| 1_u64.checked_shl(bits)).unwrap_or(0),
             memory,
             named: Mutex::new(Ranges::default()),
             measurements: Mutex::new(Measurements::default()),
-        };
-        let bits = u32::try_from(guest.memory_bits()).ok();
-        guest.memory_end = bits.and_then(|bits| 1_u64.checked_shl(bits)).unwrap_or(0);
-        guest
+        }
     }
 
     /// Returns what kind of VM it is.
@@ -83,7 +85,7 @@ impl<G> Guest<G> {
     /// Returns how many bits the addresses of the guest's memory have: in a realm, one less than all addresses.
     #[must_use]
     pub fn memory_bits(&self) -> u64 {
-        self.attributes.ipa_bits.saturating_sub((self.attributes.kind == VmKind::Realm).into())
+        memory_bits(self.attributes)
     }
 
     /// Returns the range of the guest's memory that starts at `base`, if it is one.

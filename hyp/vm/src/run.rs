@@ -334,14 +334,11 @@ where
         if state.start(self.cpu, self.index, self.power) {
             self.reset_ring(&mut state.ring);
         }
-        match self.power.run() {
-            Readiness::Off => return Err(Status::WrongState.into()),
-            Readiness::Starts => {
-                let index = self.index;
-                self.gic(|gic| gic.reset_interface(index));
-            }
-            Readiness::On => {}
+        if self.power.run() != Readiness::Starts {
+            return Err(Status::WrongState.into());
         }
+        let index = self.index;
+        self.gic(|gic| gic.reset_interface(index));
         Ok(())
     }
 
@@ -508,8 +505,7 @@ where
                 Some(Report::Yield)
             }
             GuestExit::Hvc(immediate) => {
-                // As if it had not been executed, like SMC.
-                state.context.pc = state.context.pc.wrapping_sub(4);
+                Conduit::Hvc.rewind(&mut state.context);
                 self.call(state, immediate)
             }
             GuestExit::Smc(immediate) => self.call(state, immediate),
