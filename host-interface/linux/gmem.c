@@ -160,6 +160,8 @@ static const struct vm_operations_struct rv_gmem_vm_ops = {
 	.fault = rv_gmem_vm_fault,
 };
 
+/* Else get_user_pages_fast() would take references through an entry of 2 MiB. */
+#ifdef CONFIG_ARCH_SUPPORTS_PMD_PFNMAP
 /*
  * Maps a block of memory at once, if a guest has offered all of it, and there is no page table yet.
  * The lock is held for writing, so that nobody maps single pages there meanwhile.
@@ -167,14 +169,16 @@ static const struct vm_operations_struct rv_gmem_vm_ops = {
 static vm_fault_t rv_gmem_map_block(struct rv_gmem *gmem, struct vm_fault *vmf, pgoff_t first)
 {
 	pmd_t pmd = pmdp_get_lockless(vmf->pmd);
-	struct page *page;
+	struct rv_run run;
 
-	if (!pmd_none(pmd) && !pmd_trans_huge(pmd))
+	/* Of an ordinary VM there is nothing to claim. */
+	if (gmem->vm->kind == RV_ORDINARY || (!pmd_none(pmd) && !pmd_trans_huge(pmd)))
 		return VM_FAULT_FALLBACK;
-	if (!rv_gmem_whole_block(gmem, first, RV_GMEM_GIVEN) || rv_gmem_claim_block(gmem, first))
+	if (!rv_gmem_next_run(gmem, first, first + RV_BLOCK_PAGES - 1, RV_GMEM_GIVEN, &run) ||
+	    run.nr != RV_BLOCK_PAGES || !IS_ALIGNED(page_to_pfn(run.page), RV_BLOCK_PAGES) ||
+	    rv_gmem_claim_block(gmem, first))
 		return VM_FAULT_FALLBACK;
-	page = rv_gmem_page(gmem, first);
-	return rv_insert_pfn_pmd(vmf, page_to_pfn(page), vmf->flags & FAULT_FLAG_WRITE);
+	return rv_insert_pfn_pmd(vmf, page_to_pfn(run.page), vmf->flags & FAULT_FLAG_WRITE);
 }
 
 static vm_fault_t rv_gmem_vm_huge_fault(struct vm_fault *vmf, unsigned int order)
@@ -198,9 +202,25 @@ static vm_fault_t rv_gmem_vm_huge_fault(struct vm_fault *vmf, unsigned int order
 	return fault;
 }
 
+#endif
+
+/*
+ * fork() calls this before it copies. It reads an entry of 2 MiB before it takes the locks
+ * (copy_huge_pmd()), so that one which we take out meanwhile would stay in the child. So there is
+ * none to copy: faults of the parent wait until fork() is done.
+ */
+static void rv_gmem_vm_open(struct vm_area_struct *vma)
+{
+	rv_gmem_unmap(vma->vm_file->private_data, vma->vm_pgoff,
+		      vma->vm_pgoff + vma_pages(vma) - 1);
+}
+
 static const struct vm_operations_struct rv_gmem_no_pin_vm_ops = {
+	.open = rv_gmem_vm_open,
 	.fault = rv_gmem_vm_fault,
+#ifdef CONFIG_ARCH_SUPPORTS_PMD_PFNMAP
 	.huge_fault = rv_gmem_vm_huge_fault,
+#endif
 };
 
 static int rv_gmem_mmap(struct file *file, struct vm_area_struct *vma)
@@ -377,6 +397,7 @@ static void rv_gmem_end_guest(struct rv_gmem *gmem)
 	pgoff_t first = 0;
 
 	down_write(&vm->slots_lock);
+	/* Without the gmem's lock: the file is closed, and who comes by a slot holds slots_lock. */
 	while (vm->kind != RV_ORDINARY && vm->phase == RV_LIVE &&
 	       rv_gmem_find(gmem, &first, gmem->nr - 1, RV_GMEM_GIVEN)) {
 		up_write(&vm->slots_lock);

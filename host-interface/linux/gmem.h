@@ -75,7 +75,6 @@ unsigned long rv_gmem_length(struct rv_gmem *gmem, pgoff_t index, unsigned long 
 			     enum rv_gmem_state with, enum rv_gmem_state without);
 bool rv_gmem_next_run(struct rv_gmem *gmem, pgoff_t first, pgoff_t last, enum rv_gmem_state state,
 		      struct rv_run *run);
-struct page *rv_gmem_whole_block(struct rv_gmem *gmem, pgoff_t first, enum rv_gmem_state state);
 struct rv_run rv_gmem_run_around(struct rv_gmem *gmem, pgoff_t index, pgoff_t first, pgoff_t last);
 void rv_gmem_unmap(struct rv_gmem *gmem, pgoff_t first, pgoff_t last);
 int rv_gmem_isolate(struct rv_gmem *gmem, pgoff_t first, pgoff_t last,

@@ -186,22 +186,6 @@ bool rv_gmem_next_run(struct rv_gmem *gmem, pgoff_t first, pgoff_t last, enum rv
 	return true;
 }
 
-/* Returns the first of 512 pages that are in a state, and a block of memory; NULL if not. */
-struct page *rv_gmem_whole_block(struct rv_gmem *gmem, pgoff_t first, enum rv_gmem_state state)
-{
-	struct rv_gmem_block *block = rv_gmem_block(gmem, first);
-	unsigned long i;
-
-	if (!block || !bitmap_full(block->states[state], RV_BLOCK_PAGES) ||
-	    !IS_ALIGNED(page_to_pfn(block->pages[0]), RV_BLOCK_PAGES))
-		return NULL;
-	for (i = 1; i < RV_BLOCK_PAGES; i++) {
-		if (block->pages[i] != block->pages[0] + i)
-			return NULL;
-	}
-	return block->pages[0];
-}
-
 /* Whether the VM may have a page along with another one: the host does nothing with it. */
 static bool rv_gmem_is_idle(struct rv_gmem *gmem, const struct rv_gmem_block *block,
 			    unsigned long i)
