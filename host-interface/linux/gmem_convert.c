@@ -127,8 +127,8 @@ int rv_gmem_claim_block(struct rv_gmem *gmem, pgoff_t first)
 	if (!slot || rv_gmem_slot_last(slot) < end - 1)
 		return -EFAULT;
 	for (; index < end; index += nr) {
-		nr = rv_gmem_length(gmem, index, end - index, RV_GMEM_CLAIMED, RV_GMEM_TOUCHED);
-		if (nr)
+		nr = 1;
+		if (rv_gmem_is(gmem, index, RV_GMEM_CLAIMED))
 			continue;
 		nr = rv_gmem_claimable(gmem, index, end - index);
 		if (!rv_gmem_host_may(gmem, index) ||
@@ -168,6 +168,7 @@ static int rv_gmem_give_payload(struct rv_slot *slot)
 	err = rv_gmem_isolate_payload(slot);
 	while (!err && rv_gmem_next_run(gmem, first, last, RV_GMEM_TOUCHED, &run)) {
 		err = rv_gmem_give(slot, &run);
+		first = run.first + run.nr;
 		cond_resched();
 	}
 	return err;
@@ -271,6 +272,7 @@ static int rv_gmem_unclaim_slot(struct rv_slot *slot, pgoff_t first, pgoff_t las
 		if (status)
 			return rv_errno(status);
 		rv_gmem_released(gmem, run.first, run.nr);
+		first = run.first + run.nr;
 		cond_resched();
 	}
 	return err;
@@ -326,8 +328,10 @@ int rv_gmem_let_go(struct rv_slot *slot, u64 gfn, u64 pages, unsigned long deadl
 	do {
 		down_write(&gmem->lock);
 		err = rv_gmem_isolate(gmem, first, last, RV_GMEM_CLAIMED, &busy);
-		while (!err && rv_gmem_next_run(gmem, first, last, RV_GMEM_CLAIMED, &run))
+		while (!err && rv_gmem_next_run(gmem, first, last, RV_GMEM_CLAIMED, &run)) {
 			rv_gmem_released(gmem, run.first, run.nr);
+			first = run.first + run.nr;
+		}
 		up_write(&gmem->lock);
 	} while (err == -EAGAIN && rv_gmem_wait(deadline));
 	return err;
@@ -425,6 +429,7 @@ static int rv_gmem_unlend(struct rv_slot *slot, pgoff_t first, pgoff_t last)
 		if (status)
 			return rv_errno(status);
 		rv_gmem_returned(gmem, run.first, run.nr);
+		first = run.first + run.nr;
 		cond_resched();
 	}
 	return 0;
@@ -469,6 +474,7 @@ static int rv_gmem_force(struct rv_slot *slot, pgoff_t first, pgoff_t last)
 		if (status)
 			return rv_errno(status);
 		rv_gmem_returned(gmem, run.first, run.nr);
+		first = run.first + run.nr;
 		cond_resched();
 	}
 	return 0;
