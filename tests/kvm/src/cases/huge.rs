@@ -271,7 +271,7 @@ fn several_processes(kind: Kind) -> Outcome {
     touch(&other, 0, PAGES as usize)?;
     let (go, done) = (works("pipe", pipe())?, works("pipe", pipe())?);
     let child = Child::new(|| {
-        touch(mapping, 0, PAGES as usize)?;
+        check_eq!(faults(|| touch(mapping, 0, PAGES as usize))?, 1, "faults after fork, which copies nothing");
         works("write", write(&done.1, &[1]))?;
         works("read", read(&go.0, &mut [0]))?;
         for mapping in [mapping, &other] {

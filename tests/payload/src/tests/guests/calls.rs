@@ -27,35 +27,52 @@ const CPU_ON: u64 = 0xc400_0003;
 const AFFINITY_INFO: u64 = 0xc400_0004;
 const PSCI_FEATURES: u64 = 0x8400_000a;
 
-snippets! {
-    /// Calls by HVC with x0 to x3, when x4 to x30 are known. Returns a bit for each of these that has changed.
-    hvc_among_registers: "stp x29, x30, [sp, #-96]!", "stp x19, x20, [sp, #16]", "stp x21, x22, [sp, #32]", "stp x23, x24, [sp, #48]",
-        "stp x25, x26, [sp, #64]", "stp x27, x28, [sp, #80]",
-        ".irp n,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30", "mov x\\n, #0x100 + \\n", ".endr",
-        "hvc #0", "mov x0, xzr",
-        ".irp n,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30", "cmp x\\n, #0x100 + \\n", "cset x1, ne", "orr x0, x0, x1, lsl #\\n", ".endr",
-        "ldp x27, x28, [sp, #80]", "ldp x25, x26, [sp, #64]", "ldp x23, x24, [sp, #48]", "ldp x21, x22, [sp, #32]",
-        "ldp x19, x20, [sp, #16]", "ldp x29, x30, [sp], #96";
+/// Defines a function that returns code for a guest that may change all registers but x18.
+macro_rules! among_registers {
+    ($(#[$meta:meta])* $name:ident: $($line:literal),+) => {
+        snippets! {
+            $(#[$meta])*
+            $name: "stp x29, x30, [sp, #-96]!", "stp x19, x20, [sp, #16]", "stp x21, x22, [sp, #32]", "stp x23, x24, [sp, #48]",
+                "stp x25, x26, [sp, #64]", "stp x27, x28, [sp, #80]",
+                $($line,)+
+                "ldp x27, x28, [sp, #80]", "ldp x25, x26, [sp, #64]", "ldp x23, x24, [sp, #48]", "ldp x21, x22, [sp, #32]",
+                "ldp x19, x20, [sp, #16]", "ldp x29, x30, [sp], #96";
+        }
+    };
+}
 
-    /// Calls by SMC with x0 to x3, when x4 to x30 are known. Returns a bit for each of these that has changed.
-    smc_among_registers: "stp x29, x30, [sp, #-96]!", "stp x19, x20, [sp, #16]", "stp x21, x22, [sp, #32]", "stp x23, x24, [sp, #48]",
-        "stp x25, x26, [sp, #64]", "stp x27, x28, [sp, #80]",
-        ".irp n,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30", "mov x\\n, #0x100 + \\n", ".endr",
-        "smc #0", "mov x0, xzr",
-        ".irp n,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30", "cmp x\\n, #0x100 + \\n", "cset x1, ne", "orr x0, x0, x1, lsl #\\n", ".endr",
-        "ldp x27, x28, [sp, #80]", "ldp x25, x26, [sp, #64]", "ldp x23, x24, [sp, #48]", "ldp x21, x22, [sp, #32]",
-        "ldp x19, x20, [sp, #16]", "ldp x29, x30, [sp], #96";
+/// Defines a function that returns code that calls with x0 to x3, when the others are known, and returns a bit for each that has changed.
+macro_rules! call_among_registers {
+    ($(#[$meta:meta])* $name:ident: $call:literal) => {
+        among_registers! {
+            $(#[$meta])*
+            $name:
+                ".irp n,4,5,6,7,8,9,10,11,12,13,14,15,16,17,19,20,21,22,23,24,25,26,27,28,29,30", "mov x\\n, #0x100 + \\n", ".endr",
+                $call, "mov x0, xzr",
+                ".irp n,4,5,6,7,8,9,10,11,12,13,14,15,16,17,19,20,21,22,23,24,25,26,27,28,29,30",
+                "cmp x\\n, #0x100 + \\n", "cset x1, ne", "orr x0, x0, x1, lsl #\\n", ".endr"
+        }
+    };
+}
 
+call_among_registers! {
+    /// Calls by HVC.
+    hvc_among_registers: "hvc #0"
+}
+
+call_among_registers! {
+    /// Calls by SMC.
+    smc_among_registers: "smc #0"
+}
+
+among_registers! {
     /// Loads an ID register to x0, and then to all others one by one. Returns 0 if each has it in the end.
-    id_register_everywhere: "stp x29, x30, [sp, #-96]!", "stp x19, x20, [sp, #16]", "stp x21, x22, [sp, #32]", "stp x23, x24, [sp, #48]",
-        "stp x25, x26, [sp, #64]", "stp x27, x28, [sp, #80]",
-        ".irp n,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30", "mov x\\n, #0x100 + \\n", ".endr",
+    id_register_everywhere:
+        ".irp n,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,19,20,21,22,23,24,25,26,27,28,29,30", "mov x\\n, #0x100 + \\n", ".endr",
         "mrs x0, id_aa64pfr0_el1",
-        ".irp n,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30", "mrs x\\n, id_aa64pfr0_el1", ".endr",
-        ".irp n,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30", "eor x\\n, x\\n, x0", ".endr",
-        "mov x0, x1", ".irp n,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30", "orr x0, x0, x\\n", ".endr",
-        "ldp x27, x28, [sp, #80]", "ldp x25, x26, [sp, #64]", "ldp x23, x24, [sp, #48]", "ldp x21, x22, [sp, #32]",
-        "ldp x19, x20, [sp, #16]", "ldp x29, x30, [sp], #96";
+        ".irp n,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,19,20,21,22,23,24,25,26,27,28,29,30",
+        "mrs x\\n, id_aa64pfr0_el1", "eor x\\n, x\\n, x0", ".endr",
+        "mov x0, x1", ".irp n,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,19,20,21,22,23,24,25,26,27,28,29,30", "orr x0, x0, x\\n", ".endr"
 }
 
 /// The first registers of all that a call returns.
