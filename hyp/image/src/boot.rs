@@ -162,7 +162,7 @@ impl BootMemory {
         buffer: &'b mut [u8],
     ) -> Result<&'b [u8], BootError> {
         for page in range.iter() {
-            if self.tables.lookup(&self.machine, page.identity_va()).mapping.is_none() {
+            if self.tables.lookup(&self.machine, page.identity_va()).output().is_none() {
                 let va = HypRange::single(page.identity_va());
                 self.tables.map(&self.machine, &mut self.pool, va, page, El2Usage::Rodata)?;
             }

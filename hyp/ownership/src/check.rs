@@ -4,7 +4,7 @@ use ravelin_memory::{BLOCK_SIZE, IpaRange, PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_pgtable::{El2Usage, Machine, Mapping, Stage2Usage, TablePool};
 
 use crate::{
-    counts::Counts,
+    counts::RegionCounts,
     entry::{Entry, State},
     guest::{GuestKind, GuestMemory},
     locked::{Locked, Mask},
@@ -86,9 +86,9 @@ impl<P: TablePool, M: Machine> Locked<'_, '_, P, M> {
     fn check_counts(&self) -> Result<(), Inconsistency> {
         let mut in_use = 0_usize;
         for Region { table, host, el2, counts, .. } in self.regions() {
-            let mut counted = Counts::default();
+            let mut counted = RegionCounts::default();
             table.count_pages(&mut counted);
-            if counted.pages() != counts.pages() {
+            if !counted.same_pages(counts) {
                 return Err(Inconsistency::Counts);
             }
             for (block, owned) in table.blocks() {
@@ -163,7 +163,7 @@ impl Region<'_> {
                 let walk = self.el2.lookup(machine, addr.identity_va());
                 let entry = self.table.entry(addr);
                 let expected = entry.is_some_and(Entry::in_el2);
-                match walk.mapping {
+                match walk.mapping() {
                     Some(mapping) if expected && mapping == (Mapping { to: addr, usage: El2Usage::Data }) => {}
                     // What the image is made of.
                     Some(_) if entry.is_some_and(|entry| entry.state() == State::HYP_OWNED) => {}
@@ -187,7 +187,7 @@ impl Region<'_> {
 
 impl OwnershipTable<'_> {
     /// Adds up the pages per state. In time that grows with the number of blocks and of pages in split ones.
-    pub(crate) fn count_pages(&self, counts: &mut Counts) {
+    pub(crate) fn count_pages(&self, counts: &mut RegionCounts) {
         for (block, split) in self.blocks() {
             match (split, self.entry(block.base())) {
                 (None, Some(entry)) => counts.moved(State::NOBODY, entry.state(), block.pages()),

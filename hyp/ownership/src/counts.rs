@@ -42,32 +42,19 @@ pub struct Counts {
 }
 
 impl Counts {
-    /// Moves `pages` from one state to another.
-    pub(crate) fn moved(&mut self, before: State, after: State, pages: u64) {
-        if before == after {
-            return;
-        }
-        if let Some(count) = self.of(before) {
-            *count = count.wrapping_sub(pages);
-        }
-        if let Some(count) = self.of(after) {
-            *count = count.wrapping_add(pages);
-        }
-    }
-
     /// Adds what is counted of a region.
     pub(crate) fn add(&mut self, region: &Region<'_>) {
         let its = &region.counts;
         for (sum, more) in [
-            (&mut self.host_owned, its.host_owned),
-            (&mut self.host_shared, its.host_shared),
-            (&mut self.hyp_owned, its.hyp_owned),
-            (&mut self.hyp_donated, its.hyp_donated),
-            (&mut self.hyp_kept, its.hyp_kept),
-            (&mut self.host_lent, its.host_lent),
-            (&mut self.guest_owned, its.guest_owned),
-            (&mut self.guest_offered, its.guest_offered),
-            (&mut self.guest_claimed, its.guest_claimed),
+            (&mut self.host_owned, its.pages(State::HOST_OWNED)),
+            (&mut self.host_shared, its.pages(State::HOST_SHARED).wrapping_add(its.pages(State::HOST_BORROWED))),
+            (&mut self.hyp_owned, its.pages(State::HYP_OWNED)),
+            (&mut self.hyp_donated, its.pages(State::HYP_DONATED)),
+            (&mut self.hyp_kept, its.pages(State::HYP_KEPT)),
+            (&mut self.host_lent, its.pages(State::HOST_LENT)),
+            (&mut self.guest_owned, its.pages(State::GUEST_OWNED).wrapping_add(its.pages(State::GUEST_PINNED))),
+            (&mut self.guest_offered, its.pages(State::GUEST_OFFERED)),
+            (&mut self.guest_claimed, its.pages(State::GUEST_CLAIMED)),
             (&mut self.stage2_invalidations, its.stage2_invalidations),
             (&mut self.el2_invalidations, its.el2_invalidations),
             (&mut self.evictions, its.evictions),
@@ -79,35 +66,44 @@ impl Counts {
         self.host_tables = self.host_tables.wrapping_add(region.host.tables());
         self.el2_tables = self.el2_tables.wrapping_add(region.el2.tables());
     }
+}
 
-    /// Returns how many pages are in each state.
-    pub(crate) const fn pages(&self) -> [u64; 9] {
-        [
-            self.host_owned,
-            self.host_shared,
-            self.hyp_owned,
-            self.hyp_donated,
-            self.hyp_kept,
-            self.host_lent,
-            self.guest_owned,
-            self.guest_offered,
-            self.guest_claimed,
-        ]
+/// What is counted of one region.
+#[derive(Debug, Default)]
+pub(crate) struct RegionCounts {
+    /// Pages in each state, by its number.
+    pages: [u64; State::NUMBERS],
+    pub(crate) stage2_invalidations: u64,
+    pub(crate) el2_invalidations: u64,
+    pub(crate) evictions: u64,
+    pub(crate) faults_resolved: u64,
+    pub(crate) faults_denied: u64,
+}
+
+impl RegionCounts {
+    /// Returns how many pages are in a state.
+    pub(crate) fn pages(&self, state: State) -> u64 {
+        self.pages.get(state.number()).copied().unwrap_or_default()
     }
 
-    fn of(&mut self, state: State) -> Option<&mut u64> {
-        match state {
-            State::HOST_OWNED => Some(&mut self.host_owned),
-            State::HOST_SHARED | State::HOST_BORROWED => Some(&mut self.host_shared),
-            State::HYP_OWNED => Some(&mut self.hyp_owned),
-            State::HYP_DONATED => Some(&mut self.hyp_donated),
-            State::HYP_KEPT => Some(&mut self.hyp_kept),
-            State::HOST_LENT => Some(&mut self.host_lent),
-            State::GUEST_OWNED | State::GUEST_PINNED => Some(&mut self.guest_owned),
-            State::GUEST_OFFERED => Some(&mut self.guest_offered),
-            State::GUEST_CLAIMED => Some(&mut self.guest_claimed),
-            _ => None,
+    /// Moves `pages` from one state to another.
+    #[inline]
+    pub(crate) fn moved(&mut self, before: State, after: State, pages: u64) {
+        self.add_pages(before, pages.wrapping_neg());
+        self.add_pages(after, pages);
+    }
+
+    #[inline]
+    fn add_pages(&mut self, state: State, more: u64) {
+        if let Some(count) = self.pages.get_mut(state.number()) {
+            *count = count.wrapping_add(more);
         }
+    }
+
+    /// Returns whether the same number of pages is in each state that a page can be in here and by `other`.
+    pub(crate) fn same_pages(&self, other: &Self) -> bool {
+        // Nothing counts what is in no state at first.
+        self.pages.iter().skip(1).eq(other.pages.iter().skip(1))
     }
 }
 
@@ -115,27 +111,57 @@ impl Counts {
 mod tests {
     use super::*;
 
+    impl Counts {
+        /// Returns how many pages there are of each kind.
+        pub(crate) fn pages(&self) -> [u64; 9] {
+            [
+                self.host_owned,
+                self.host_shared,
+                self.hyp_owned,
+                self.hyp_donated,
+                self.hyp_kept,
+                self.host_lent,
+                self.guest_owned,
+                self.guest_offered,
+                self.guest_claimed,
+            ]
+        }
+    }
+
     #[test]
     fn each_state_is_counted_on_its_own() {
-        let states = [
-            State::HOST_OWNED,
-            State::HOST_SHARED,
-            State::HYP_OWNED,
-            State::HYP_DONATED,
-            State::HYP_KEPT,
-            State::HOST_LENT,
-            State::GUEST_OWNED,
-            State::GUEST_OFFERED,
-            State::GUEST_CLAIMED,
-        ];
-        let mut counts = Counts::default();
-        for (state, pages) in states.into_iter().zip(1..) {
+        let mut counts = RegionCounts::default();
+        for (state, pages) in STATES.into_iter().zip(1..) {
             counts.moved(State::NOBODY, state, pages);
         }
-        assert_eq!(counts.pages(), [1, 2, 3, 4, 5, 6, 7, 8, 9]);
         counts.moved(State::GUEST_OFFERED, State::GUEST_CLAIMED, 8);
         counts.moved(State::HOST_SHARED, State::HOST_BORROWED, 2);
-        counts.moved(State::HYP_KEPT, State::NOBODY, 5);
-        assert_eq!(counts.pages(), [1, 2, 3, 4, 0, 6, 7, 0, 17]);
+        counts.moved(State::HYP_KEPT, State::HYP_KEPT, 6);
+        let pages = STATES.map(|state| counts.pages(state));
+        assert_eq!(pages, [1, 0, 5, 4, 5, 6, 7, 8, 9, 2, 19]);
     }
+
+    #[test]
+    fn a_page_more_in_a_state_is_a_difference() {
+        for state in STATES {
+            let mut counts = RegionCounts::default();
+            assert!(counts.same_pages(&RegionCounts::default()));
+            counts.moved(State::NOBODY, state, 1);
+            assert!(!counts.same_pages(&RegionCounts::default()), "{state:?}");
+        }
+    }
+
+    const STATES: [State; 11] = [
+        State::HOST_OWNED,
+        State::HOST_SHARED,
+        State::HOST_BORROWED,
+        State::HYP_OWNED,
+        State::HYP_DONATED,
+        State::HYP_KEPT,
+        State::HOST_LENT,
+        State::GUEST_OWNED,
+        State::GUEST_PINNED,
+        State::GUEST_OFFERED,
+        State::GUEST_CLAIMED,
+    ];
 }

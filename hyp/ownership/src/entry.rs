@@ -73,6 +73,15 @@ impl State {
         self.0 & 0b11 == Self::GUEST_OWNED.0 || self.0 == Self::HOST_LENT.0
     }
 
+    /// How many numbers there are for states.
+    pub(crate) const NUMBERS: usize = 16;
+
+    /// Returns its number, below [`State::NUMBERS`].
+    #[inline]
+    pub(crate) fn number(self) -> usize {
+        usize::try_from(self.0 & 0xf).unwrap_or_default()
+    }
+
     const fn bits(self) -> u64 {
         self.0 << STATE_SHIFT
     }

@@ -64,7 +64,7 @@ impl Region<'_> {
         ipa: Ipa,
     ) -> Result<HostFault, usize> {
         let walk = self.host.lookup(machine, ipa);
-        if walk.mapping.is_some() {
+        if walk.output().is_some() {
             return Ok(HostFault::Resolved);
         }
         let page = ipa.page().identity_pa();

@@ -30,6 +30,8 @@ pub struct GuestMemory {
     kind: GuestKind,
     vttbr: Vttbr,
     geometry: Geometry,
+    /// The first address behind those of frames.
+    end: u64,
     inner: TicketMutex<Guest>,
 }
 
@@ -56,7 +58,11 @@ impl GuestMemory {
         let tables = PageTable::of_guest(root, geometry, Vmid::new(slot.wrapping_add(1)));
         let vttbr = tables.vttbr();
         let inner = TicketMutex::new(Guest { tables, spare: Spare::default(), pages: 0, dying: false });
-        Self { slot, kind, vttbr, geometry, inner }
+        let end = match kind {
+            GuestKind::Realm => geometry.end() >> 1,
+            GuestKind::Ordinary | GuestKind::Pkvm => geometry.end(),
+        };
+        Self { slot, kind, vttbr, geometry, end, inner }
     }
 
     /// Returns the tables as they are at first and in the end.
@@ -96,10 +102,7 @@ impl GuestMemory {
     /// Returns the first guest address behind those of frames: for a realm, where the alias begins.
     #[must_use]
     pub const fn end(&self) -> u64 {
-        match self.kind {
-            GuestKind::Realm => self.geometry.end() >> 1,
-            GuestKind::Ordinary | GuestKind::Pkvm => self.geometry.end(),
-        }
+        self.end
     }
 
     /// Says that the guest never runs again. Only now, and from now on, its pages can be reclaimed.
@@ -128,12 +131,18 @@ impl GuestMemory {
 
     /// Returns where `frames` are mapped in `view`.
     pub(crate) fn in_view(&self, view: View, frames: IpaRange) -> IpaRange {
+        IpaRange::new(self.address_in(view, frames.base()).raw(), frames.pages()).unwrap_or(frames)
+    }
+
+    /// Returns where `frame` is mapped in `view`.
+    #[inline]
+    pub(crate) fn address_in(&self, view: View, frame: Ipa) -> Ipa {
         let alias = match (self.kind, view) {
             (GuestKind::Realm, View::Shared) => self.end(),
             _ => 0,
         };
         // Frames lie below the alias.
-        IpaRange::new(frames.base().raw() | alias, frames.pages()).unwrap_or(frames)
+        Ipa::from_bits_truncating(frame.raw() | alias)
     }
 
     /// Returns the other view, if there is one.

@@ -6,7 +6,7 @@ use ravelin_memory::{HypAddr, Level, PhysAddr, PhysRange};
 use ravelin_pgtable::{El2, El2Usage, Flush, Machine, PageTable, Stage2, TablePool};
 
 use crate::{
-    counts::Counts,
+    counts::RegionCounts,
     entry::{Entry, State},
     step::{El2Change, Step},
     table::OwnershipTable,
@@ -26,7 +26,7 @@ pub(crate) struct Region<'a> {
     pub(crate) owed: Flush<Stage2>,
     /// The same of the EL2 stage 1.
     pub(crate) el2_owed: Flush<El2>,
-    pub(crate) counts: Counts,
+    pub(crate) counts: RegionCounts,
 }
 
 impl<'a> Region<'a> {

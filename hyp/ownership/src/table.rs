@@ -7,7 +7,7 @@ use ravelin_memory::{BLOCK_SIZE, PAGE_SHIFT, PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_pgtable::Stage2Usage;
 
 use crate::{
-    counts::Counts,
+    counts::RegionCounts,
     entry::{Block, Entry, State},
     memory::{Failure, Reason},
     step::Step,
@@ -302,14 +302,20 @@ impl<'a> OwnershipTable<'a> {
         below
     }
 
+    /// Returns the region of RAM that `page` lies in, and the index of its block's entry.
+    #[inline]
+    fn region_of(&self, page: PhysAddr) -> Option<(&Region, usize)> {
+        let region = self.regions.iter().find(|region| region.range.contains(page))?;
+        let offset = (page.raw() / BLOCK_SIZE).wrapping_sub(region.first);
+        Some((region, region.index.wrapping_add(to_usize(offset))))
+    }
+
     /// Returns the part of `range` that is RAM from its first page on, if that page is.
     ///
     /// Regions that touch are one, so what follows that part is not RAM.
     #[inline]
     pub(crate) fn ram_range(&self, range: PhysRange) -> Option<RamRange> {
-        let region = self.regions.iter().find(|region| region.range.contains(range.base()))?;
-        let offset = (range.base().raw() / BLOCK_SIZE).wrapping_sub(region.first);
-        let index = region.index.wrapping_add(to_usize(offset));
+        let (region, index) = self.region_of(range.base())?;
         if range.end() <= region.range.end() {
             return Some(RamRange { range, index });
         }
@@ -580,26 +586,27 @@ impl<'a> OwnershipTable<'a> {
     }
 
     /// Gives one page of a split block, or all of a uniform one, the entry `new` and what follows it, if it has `old` and what follows
-    /// that. Returns whether it had. Neither is [`State::HOST_OWNED`].
+    /// that. Returns whether it had. Both are entries of a guest, so that no block has them of which part is not RAM.
     #[inline]
     pub(crate) fn exchange(&mut self, pages: PhysRange, old: Entry, new: Entry) -> bool {
-        let Some(RamRange { index, .. }) = self.ram_range(pages) else { return false };
-        let is_split = self.block(index).as_uniform().is_none();
-        if pages.pages() == PAGES_PER_BLOCK_U64 && pages.base().is_aligned(BLOCK_SIZE) {
-            let has = self.block(index).as_uniform() == Some(old);
-            if has {
-                self.set_block(index, Block::uniform(new));
-            }
-            return has;
-        }
+        let Some((_, index)) = self.region_of(pages.base()) else { return false };
+        let Some(block) = self.blocks.get_mut(index) else { return false };
         let in_block = to_usize(pages.base().page_number() & PAGES_PER_BLOCK_U64.wrapping_sub(1));
-        match self.pages.get_mut(index).and_then(|entries| entries.get_mut(in_block)) {
-            Some(bits) if is_split && pages.pages() == 1 && *bits == old.bits() => {
-                *bits = new.bits();
-                true
-            }
-            _ => false,
+        let (bits, has) = match Block::from_bits(*block).as_uniform() {
+            Some(entry) if in_block == 0 && pages.pages() == PAGES_PER_BLOCK_U64 => (block, entry),
+            None if pages.pages() == 1 => match self.pages.get_mut(index).and_then(|pages| pages.get_mut(in_block)) {
+                Some(page) => {
+                    let has = Entry::from_bits(*page);
+                    (page, has)
+                }
+                None => return false,
+            },
+            _ => return false,
+        };
+        if has == old {
+            *bits = new.bits();
         }
+        has == old
     }
 
     /// Yields every block of RAM with its number of pages in state `HostOwned`, if it is split.
@@ -674,10 +681,13 @@ impl<'a> OwnershipTable<'a> {
     }
 
     /// Returns how many pages are in which state when nothing has changed hands yet.
-    pub(crate) fn first_counts(&self) -> Counts {
+    pub(crate) fn first_counts(&self) -> RegionCounts {
         let ram = self.regions.iter().map(|region| region.range.pages()).fold(0, u64::wrapping_add);
         let hyp_owned = self.carve_out.map_or(0, |range| range.pages());
-        Counts { host_owned: ram.wrapping_sub(hyp_owned), hyp_owned, ..Counts::default() }
+        let mut counts = RegionCounts::default();
+        counts.moved(State::NOBODY, State::HOST_OWNED, ram.wrapping_sub(hyp_owned));
+        counts.moved(State::NOBODY, State::HYP_OWNED, hyp_owned);
+        counts
     }
 
     /// Sets every page of `ram` to `entry`, whatever it was: for the start.

@@ -236,11 +236,11 @@ impl Guest {
         let Some(other) = guest.other(change.view) else {
             return GuestReason::Absent;
         };
-        let walk = self.tables.lookup(machine, guest.in_view(other, IpaRange::single(frame)).base());
-        match (walk.mapping, other) {
+        let walk = self.tables.lookup(machine, guest.address_in(other, frame));
+        match (walk.output(), other) {
             (Some(_), View::Private) => refusal(change, State::GUEST_OWNED),
             (Some(_), View::Shared) => GuestReason::Denied,
-            (None, _) if walk.poisoned => GuestReason::Poisoned,
+            (None, _) if walk.is_poisoned() => GuestReason::Poisoned,
             (None, _) => GuestReason::Absent,
         }
     }

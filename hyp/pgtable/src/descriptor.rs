@@ -120,7 +120,7 @@ impl Descriptor {
     /// Returns what this descriptor means at `level`.
     #[must_use]
     pub const fn kind(self, level: Level) -> Kind {
-        let address = PhysAddr::from_bits_truncating(self.0 & ADDRESS);
+        let address = self.address();
         match (self.0 & VALID != 0, self.0 & TABLE_OR_PAGE != 0, level) {
             (true, true, Level::L3) | (true, false, Level::L1 | Level::L2) => Kind::Leaf(address),
             (true, true, _) => Kind::Table(address),
@@ -128,6 +128,26 @@ impl Descriptor {
             (false, false, _) if self.0 == POISON => Kind::Poisoned,
             _ => Kind::Invalid,
         }
+    }
+
+    /// Returns the table that this descriptor of a level above the last one points to, if it is valid.
+    #[inline]
+    #[must_use]
+    pub const fn next_table(self) -> Option<PhysAddr> {
+        if self.0 & (VALID | TABLE_OR_PAGE) == VALID | TABLE_OR_PAGE { Some(self.address()) } else { None }
+    }
+
+    /// Returns the start of the memory that this descriptor maps at `level`, if it is a leaf.
+    #[inline]
+    #[must_use]
+    pub const fn output(self, level: Level) -> Option<PhysAddr> {
+        let page = if matches!(level, Level::L3) { TABLE_OR_PAGE } else { 0 };
+        let is_leaf = level.can_map() && self.0 & (VALID | TABLE_OR_PAGE) == VALID | page;
+        if is_leaf { Some(self.address()) } else { None }
+    }
+
+    const fn address(self) -> PhysAddr {
+        PhysAddr::from_bits_truncating(self.0 & ADDRESS)
     }
 
     /// Returns the attribute bits of a leaf.

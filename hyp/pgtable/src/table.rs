@@ -30,14 +30,35 @@ pub struct PageTable<R: Regime> {
 }
 
 /// Where the walk for an address ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Walk<U> {
+pub struct Walk<R: Regime> {
     /// Level of the last descriptor that was read.
     pub level: Level,
-    /// What it maps; `None` if it is invalid.
-    pub mapping: Option<Mapping<U>>,
-    /// Whether it is poisoned.
-    pub poisoned: bool,
+    /// That descriptor; [`Descriptor::INVALID`] if none was.
+    descriptor: Descriptor,
+    addr: Addr<R::Space>,
+}
+
+impl<R: Regime> Walk<R> {
+    /// Returns what the address is translated to, whatever for; `None` if the walk ended with an invalid descriptor.
+    #[inline]
+    #[must_use]
+    pub fn output(&self) -> Option<PhysAddr> {
+        let base = self.descriptor.output(self.level)?;
+        let offset = self.addr.raw() & self.level.size().wrapping_sub(1);
+        Some(Addr::from_bits_truncating(base.raw() | offset))
+    }
+
+    /// Returns what the address is translated to, and what for; `None` also for attributes that the regime does not use.
+    #[must_use]
+    pub fn mapping(&self) -> Option<Mapping<R::Usage>> {
+        mapping_of::<R>(self.descriptor, self.output()?)
+    }
+
+    /// Returns whether the walk ended with poison.
+    #[must_use]
+    pub fn is_poisoned(&self) -> bool {
+        self.descriptor == Descriptor::POISONED
+    }
 }
 
 /// What an address is translated to.
@@ -308,27 +329,17 @@ impl<R: Regime> PageTable<R> {
     }
 
     /// Walks the tables for `addr`.
-    pub fn lookup<M: Machine>(&self, machine: &M, addr: Addr<R::Space>) -> Walk<R::Usage> {
-        let raw = addr.raw();
+    pub fn lookup<M: Machine>(&self, machine: &M, addr: Addr<R::Space>) -> Walk<R> {
         let mut level = self.start();
-        if !self.window.contains(raw) {
-            return Walk { level, mapping: None, poisoned: false };
+        if !self.window.contains(addr.raw()) {
+            return Walk { level, descriptor: Descriptor::INVALID, addr };
         }
-        let mut table = self.top_table(raw);
+        let mut table = self.top_table(addr.raw());
         loop {
-            let descriptor = Descriptor::from_bits(machine.read(table, index_of(raw, level.shift())));
-            // As where the devices of guests are.
-            if descriptor == Descriptor::INVALID {
-                return Walk { level, mapping: None, poisoned: false };
-            }
-            match (descriptor.kind(level), level.next()) {
-                (Kind::Table(next), Some(below)) => (table, level) = (next, below),
-                (Kind::Leaf(base), _) => {
-                    let to = base.raw() | (raw & level.size().wrapping_sub(1));
-                    let mapping = mapping_of::<R>(descriptor, Addr::from_bits_truncating(to));
-                    return Walk { level, mapping, poisoned: false };
-                }
-                (kind, _) => return Walk { level, mapping: None, poisoned: matches!(kind, Kind::Poisoned) },
+            let descriptor = Descriptor::from_bits(machine.read(table, index_of(addr.raw(), level.shift())));
+            match (level.next(), descriptor.next_table()) {
+                (Some(below), Some(next)) => (level, table) = (below, next),
+                _ => return Walk { level, descriptor, addr },
             }
         }
     }

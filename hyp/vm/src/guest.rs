@@ -89,6 +89,7 @@ impl<G> Guest<G> {
     }
 
     /// Returns the range of the guest's memory that starts at `base`, if it is one.
+    #[inline]
     pub(crate) fn range(&self, base: u64, pages: u64) -> Option<IpaRange> {
         IpaRange::new(base, pages).ok().filter(|range| range.end() <= self.memory_end)
     }

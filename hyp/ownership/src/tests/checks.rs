@@ -8,7 +8,7 @@ use super::{
     *,
 };
 use crate::{
-    Counts, GuestKind, GuestMemory, Inconsistency,
+    GuestKind, GuestMemory, Inconsistency,
     entry::{Block, Entry, State},
     guest::Guest,
     pool::Pool,
@@ -47,22 +47,24 @@ fn finds(expected: Inconsistency, contradict: impl FnOnce(&Rig<'_>)) {
 
 #[test]
 fn a_wrong_count() {
-    let counts: [fn(&mut Counts) -> &mut u64; 9] = [
-        |counts| &mut counts.host_owned,
-        |counts| &mut counts.host_shared,
-        |counts| &mut counts.hyp_owned,
-        |counts| &mut counts.hyp_donated,
-        |counts| &mut counts.hyp_kept,
-        |counts| &mut counts.host_lent,
-        |counts| &mut counts.guest_owned,
-        |counts| &mut counts.guest_offered,
-        |counts| &mut counts.guest_claimed,
+    let states = [
+        State::HOST_OWNED,
+        State::HOST_SHARED,
+        State::HOST_BORROWED,
+        State::HYP_OWNED,
+        State::HYP_DONATED,
+        State::HYP_KEPT,
+        State::HOST_LENT,
+        State::GUEST_OWNED,
+        State::GUEST_PINNED,
+        State::GUEST_OFFERED,
+        State::GUEST_CLAIMED,
     ];
     with_rig(|rig| {
-        for count in counts {
-            rig.with_region(GIB, |region, _| *count(&mut region.counts) += 1);
-            assert_eq!(rig.memory.check(&rig.machine), Err(Inconsistency::Counts));
-            rig.with_region(GIB, |region, _| *count(&mut region.counts) -= 1);
+        for state in states {
+            rig.with_region(GIB, |region, _| region.counts.moved(State::NOBODY, state, 1));
+            assert_eq!(rig.memory.check(&rig.machine), Err(Inconsistency::Counts), "{state:?}");
+            rig.with_region(GIB, |region, _| region.counts.moved(state, State::NOBODY, 1));
             rig.check();
         }
     });

@@ -51,7 +51,7 @@ fn edges_of_ram_are_mapped_by_the_page() {
     assert_eq!(level(&rig, 3 * GIB + 5 * PAGE), Level::L3);
     let usage = |page: u64| {
         let walk = rig.with_region(page, |region, _| region.host.lookup(&rig.machine, Ipa::new(page).unwrap()));
-        walk.mapping.map(|mapping| mapping.usage)
+        walk.mapping().map(|mapping| mapping.usage)
     };
     assert_eq!(usage(3 * GIB + 4 * PAGE), Some(Stage2Usage::Device));
     assert_eq!(usage(3 * GIB + 511 * PAGE), Some(Stage2Usage::Memory));

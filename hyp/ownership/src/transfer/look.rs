@@ -100,10 +100,10 @@ impl<P: TablePool> Memory<'_, P> {
         let Some(frame) = guest.frame(ipa) else { return GuestPage::Absent };
         let tables = guest.lock(machine);
         let in_view = |view| {
-            let walk = tables.tables.lookup(machine, guest.in_view(view, IpaRange::single(frame)).base());
-            match walk.mapping {
-                Some(mapping) => GuestPage::of(self.entry(mapping.to).unwrap_or(Entry::NOBODY).state()),
-                None if walk.poisoned => GuestPage::Poisoned,
+            let walk = tables.tables.lookup(machine, guest.address_in(view, frame));
+            match walk.output() {
+                Some(page) => GuestPage::of(self.entry(page).unwrap_or(Entry::NOBODY).state()),
+                None if walk.is_poisoned() => GuestPage::Poisoned,
                 None => GuestPage::Absent,
             }
         };
@@ -374,11 +374,9 @@ impl Guest {
         if range.pages() == 1 {
             // The same, but shorter, because others wait for the lock.
             let walk = self.tables.lookup(machine, range.base());
-            let place = match walk.mapping {
-                Some(mapping) => {
-                    Place::Pages { pages: PhysRange::single(mapping.to), by_page: walk.level == Level::L3 }
-                }
-                None if walk.poisoned => Place::Poisoned,
+            let place = match walk.output() {
+                Some(page) => Place::Pages { pages: PhysRange::single(page), by_page: walk.level == Level::L3 },
+                None if walk.is_poisoned() => Place::Poisoned,
                 None => Place::Absent { by_page: walk.level == Level::L3 },
             };
             return f(range, place);

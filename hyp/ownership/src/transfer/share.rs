@@ -68,18 +68,10 @@ impl<P: TablePool> Memory<'_, P> {
         guest: &GuestMemory,
         range: IpaRange,
     ) -> Result<u64, GuestFailure> {
-        let mut tables = guest.lock(machine);
-        if guest.kind() == GuestKind::Pkvm && self.exchange(machine, guest, &tables, range, State::GUEST_OWNED, &SHARE)
-        {
+        if guest.kind() == GuestKind::Pkvm && self.exchange(machine, guest, range, State::GUEST_OWNED, &SHARE) {
             return Ok(range.pages());
         }
-        let mut locked = Locked::new(self, machine);
-        locked.reach(machine, guest, &tables, range, SHARE.view);
-        let plan = locked.plan(machine, guest, &tables, range, &SHARE)?;
-        let moves = locked.convert(machine, guest, &mut tables, &plan, &SHARE)?;
-        locked.release();
-        tables.follow(machine, moves);
-        Ok(plan.frames.pages())
+        Ok(self.convert(machine, guest, range, &SHARE)?.frames.pages())
     }
 
     /// Makes pages that a guest has offered its own alone again: the first pages of `range`, at once, unless the host has
@@ -94,22 +86,11 @@ impl<P: TablePool> Memory<'_, P> {
         guest: &GuestMemory,
         range: IpaRange,
     ) -> Result<Unshare, GuestFailure> {
-        let mut tables = guest.lock(machine);
-        if guest.kind() == GuestKind::Pkvm
-            && self.exchange(machine, guest, &tables, range, State::GUEST_OFFERED, &UNSHARE)
-        {
+        if guest.kind() == GuestKind::Pkvm && self.exchange(machine, guest, range, State::GUEST_OFFERED, &UNSHARE) {
             return Ok(Unshare::Done(range.pages()));
         }
-        let mut locked = Locked::new(self, machine);
-        locked.reach(machine, guest, &tables, range, UNSHARE.view);
-        let plan = locked.plan(machine, guest, &tables, range, &UNSHARE)?;
-        if plan.claimed {
-            return Ok(Unshare::NeedsRelease(plan.frames));
-        }
-        let moves = locked.convert(machine, guest, &mut tables, &plan, &UNSHARE)?;
-        locked.release();
-        tables.follow(machine, moves);
-        Ok(Unshare::Done(plan.frames.pages()))
+        let plan = self.convert(machine, guest, range, &UNSHARE)?;
+        Ok(if plan.claimed { Unshare::NeedsRelease(plan.frames) } else { Unshare::Done(plan.frames.pages()) })
     }
 
     /// Gives the host access to pages that a guest has offered. No TLB maintenance.
@@ -119,11 +100,10 @@ impl<P: TablePool> Memory<'_, P> {
     /// [`crate::GuestReason::NotOffered`] for private pages, [`crate::GuestReason::Denied`] for others that are not offered,
     /// [`crate::GuestReason::Absent`], [`crate::GuestReason::Poisoned`], [`crate::GuestReason::OutOfRange`], [`crate::GuestReason::TooLarge`].
     pub fn claim<M: Machine>(&self, machine: &M, guest: &GuestMemory, range: IpaRange) -> Result<(), GuestFailure> {
-        let tables = guest.lock(machine);
-        if self.exchange(machine, guest, &tables, range, State::GUEST_OFFERED, &CLAIM) {
+        if self.exchange(machine, guest, range, State::GUEST_OFFERED, &CLAIM) {
             return Ok(());
         }
-        self.change_all(machine, guest, &tables, range, &CLAIM)
+        self.change_all(machine, guest, range, &CLAIM)
     }
 
     /// Ends the host's access to pages that it has claimed; they stay offered. One invalidation of the host's stage 2 if it
@@ -133,7 +113,7 @@ impl<P: TablePool> Memory<'_, P> {
     ///
     /// As [`Memory::claim`], with [`crate::GuestReason::Denied`] for pages that are not claimed.
     pub fn release<M: Machine>(&self, machine: &M, guest: &GuestMemory, range: IpaRange) -> Result<(), GuestFailure> {
-        self.change_all(machine, guest, &guest.lock(machine), range, &RELEASE)
+        self.change_all(machine, guest, range, &RELEASE)
     }
 }
 
@@ -145,20 +125,20 @@ impl<P: TablePool> Memory<'_, P> {
         &self,
         machine: &M,
         guest: &GuestMemory,
-        tables: &Guest,
         range: IpaRange,
         before: State,
         change: &Change,
     ) -> bool {
         let is_page = range.pages() == 1;
-        if !is_page && range.size() != BLOCK_SIZE || tables.dying || range.end() > guest.end() {
+        if !is_page && range.size() != BLOCK_SIZE || range.end() > guest.end() {
             return false;
         }
-        let walk = tables.tables.lookup(machine, guest.in_view(change.view, range).base());
-        let pages = walk
-            .mapping
-            .filter(|_| is_page || walk.level == Level::L2)
-            .and_then(|found| PhysRange::new(found.to.raw(), range.pages()).ok());
+        let tables = guest.lock(machine);
+        let walk = tables.tables.lookup(machine, guest.address_in(change.view, range.base()));
+        if tables.dying || !is_page && walk.level != Level::L2 {
+            return false;
+        }
+        let pages = walk.output().and_then(|base| PhysRange::new(base.raw(), range.pages()).ok());
         let Some((pages, region)) = pages.and_then(|pages| Some((pages, self.region(self.index_of(pages.base()))?)))
         else {
             return false;
@@ -172,19 +152,42 @@ impl<P: TablePool> Memory<'_, P> {
         done
     }
 
+    /// Converts the first pages of `range`, unless the host has claimed any of them. Returns which.
+    // Out of line, so that nobody who gets on without has its registers to save.
+    #[inline(never)]
+    fn convert<M: Machine>(
+        &self,
+        machine: &M,
+        guest: &GuestMemory,
+        range: IpaRange,
+        change: &Change,
+    ) -> Result<Plan, GuestFailure> {
+        let mut tables = guest.lock(machine);
+        let mut locked = Locked::new(self, machine);
+        locked.reach(machine, guest, &tables, range, change.view);
+        let plan = locked.plan(machine, guest, &tables, range, change)?;
+        if !plan.claimed {
+            let moves = locked.convert(machine, guest, &mut tables, &plan, change)?;
+            locked.release();
+            tables.follow(machine, moves);
+        }
+        Ok(plan)
+    }
+
     /// Makes a change of all pages of `range` that changes nothing in the guest's tables.
+    #[inline(never)]
     fn change_all<M: Machine>(
         &self,
         machine: &M,
         guest: &GuestMemory,
-        tables: &Guest,
         range: IpaRange,
         change: &Change,
     ) -> Result<(), GuestFailure> {
+        let tables = guest.lock(machine);
         let mut locked = Locked::new(self, machine);
-        locked.reach(machine, guest, tables, range, change.view);
-        let plan = locked.plan_all(machine, guest, tables, range, change)?;
-        locked.set_state(machine, guest, tables, &plan, change);
+        locked.reach(machine, guest, &tables, range, change.view);
+        let plan = locked.plan_all(machine, guest, &tables, range, change)?;
+        locked.set_state(machine, guest, &tables, &plan, change);
         Ok(())
     }
 }

@@ -135,7 +135,7 @@ fn a_part_of_a_block_is_poisoned_without_its_neighbours() {
     let poisoned = pages(GIB + 510 * PAGE, 4);
     assert_eq!(rig.poison(&mut guest, poisoned), [Op::InvalidateStage2(VMID, poisoned, true)]);
     for page in [0, 509, 514, 1023] {
-        let to = guest.lookup(&rig.machine, Ipa::new(GIB + page * PAGE).unwrap()).mapping.unwrap().to;
+        let to = guest.lookup(&rig.machine, Ipa::new(GIB + page * PAGE).unwrap()).mapping().unwrap().to;
         assert_eq!(to.raw(), 8 * GIB + page * PAGE);
     }
     assert_eq!(found(&rig, &guest, poisoned), [(1, None, true); 4]);
@@ -181,7 +181,7 @@ fn a_part_of_a_poisoned_block_is_taken_out_without_its_neighbours() {
     rig.give(&mut guest, pages(GIB, 1024), 9 * GIB);
     for page in [0, 509, 510, 513, 514, 1023] {
         let to =
-            guest.lookup(&rig.machine, Ipa::new(GIB + page * PAGE).unwrap()).mapping.map(|mapping| mapping.to.raw());
+            guest.lookup(&rig.machine, Ipa::new(GIB + page * PAGE).unwrap()).mapping().map(|mapping| mapping.to.raw());
         assert_eq!(to, (510..514).contains(&page).then_some(9 * GIB + page * PAGE), "{page}");
     }
     // Single pages of poison cost nothing either, until the table goes.

@@ -22,7 +22,7 @@ fn parts_are_apart<R: Staged>(mut rig: Rig<R>, tables: usize) {
     for (tree, gib) in parts.iter_mut().zip([1, 3]).chain([(table, 2)]) {
         for range in [pages(gib * GIB + PAGE, 1), pages(gib * GIB + 2 * MIB, 512)] {
             tree.map(machine, pool, range, physical(range), R::USAGE).unwrap();
-            assert!(tree.lookup(machine, range.base()).mapping.is_some());
+            assert!(tree.lookup(machine, range.base()).mapping().is_some());
         }
     }
     machine.assert_quiescent();
@@ -74,7 +74,7 @@ fn a_part_keeps_to_its_addresses() {
     let to = PhysAddr::new(2 * GIB).unwrap();
     let across = pages(2 * GIB - PAGE, 2);
     assert_eq!(part.map(machine, pool, across, to, Stage2Usage::Memory), Err(MapError::OutOfRange));
-    assert_eq!(part.lookup(machine, Addr::new(2 * GIB).unwrap()).mapping, None);
+    assert_eq!(part.lookup(machine, Addr::new(2 * GIB).unwrap()).mapping(), None);
     let mut seen = 0;
     part.for_each_leaf(machine, |_, _| seen += 1);
     let flush = part.unmap(machine, pool, across, Flush::new());

@@ -31,7 +31,7 @@ fn the_alignment_of_both_sides_limits_the_block() {
     let last = lookup(4 * GIB + 511 * PAGE + 12);
     assert_eq!(last.level, Level::L3);
     let to = PhysAddr::new(514 * PAGE + 12).unwrap();
-    assert_eq!(last.mapping, Some(Mapping { to, usage: El2Usage::Data }));
+    assert_eq!(last.mapping(), Some(Mapping { to, usage: El2Usage::Data }));
 }
 
 #[test]
@@ -83,7 +83,7 @@ fn the_end_of_the_space_is_respected() {
     let mut rig = stage2(40);
     assert_eq!(rig.map(pages((1 << 40) - PAGE, 2), 0, Stage2Usage::Memory), Err(MapError::OutOfRange));
     assert_eq!(rig.map(pages(0, 2), (1 << 48) - PAGE, Stage2Usage::Memory), Err(MapError::OutOfRange));
-    assert_eq!(rig.table.lookup(&rig.machine, Addr::new(1 << 40).unwrap()).mapping, None);
+    assert_eq!(rig.table.lookup(&rig.machine, Addr::new(1 << 40).unwrap()).mapping(), None);
     assert!(!rig.unmap(&[pages(1 << 40, 512)]));
     rig.identity(pages((1 << 40) - PAGE, 1));
     assert!(rig.unmap(&[pages((1 << 40) - PAGE, 512)]));
