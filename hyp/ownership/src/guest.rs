@@ -32,6 +32,8 @@ pub struct GuestMemory {
     geometry: Geometry,
     /// The first address behind those of frames.
     end: u64,
+    /// The bit of addresses in [`View::Shared`]; 0 if that is the only view.
+    alias: u64,
     inner: TicketMutex<Guest>,
 }
 
@@ -58,11 +60,11 @@ impl GuestMemory {
         let tables = PageTable::of_guest(root, geometry, Vmid::new(slot.wrapping_add(1)));
         let vttbr = tables.vttbr();
         let inner = TicketMutex::new(Guest { tables, spare: Spare::default(), pages: 0, dying: false });
-        let end = match kind {
-            GuestKind::Realm => geometry.end() >> 1,
-            GuestKind::Ordinary | GuestKind::Pkvm => geometry.end(),
+        let (end, alias) = match kind {
+            GuestKind::Realm => (geometry.end() >> 1, geometry.end() >> 1),
+            GuestKind::Ordinary | GuestKind::Pkvm => (geometry.end(), 0),
         };
-        Self { slot, kind, vttbr, geometry, end, inner }
+        Self { slot, kind, vttbr, geometry, end, alias, inner }
     }
 
     /// Returns the tables as they are at first and in the end.
@@ -137,10 +139,7 @@ impl GuestMemory {
     /// Returns where `frame` is mapped in `view`.
     #[inline]
     pub(crate) fn address_in(&self, view: View, frame: Ipa) -> Ipa {
-        let alias = match (self.kind, view) {
-            (GuestKind::Realm, View::Shared) => self.end(),
-            _ => 0,
-        };
+        let alias = if view == View::Shared { self.alias } else { 0 };
         // Frames lie below the alias.
         Ipa::from_bits_truncating(frame.raw() | alias)
     }

@@ -372,6 +372,11 @@ impl Transitions for Fake {
         Ok(range.pages())
     }
 
+    fn exchange(&self, guest: &FakeGuest, range: IpaRange, share: bool) -> bool {
+        let done = || if share { self.share(guest, range) } else { self.unshare(guest, range) };
+        guest.attributes.kind == VmKind::Pkvm && range.pages() == 1 && done().is_ok()
+    }
+
     fn share(&self, guest: &FakeGuest, range: IpaRange) -> Result<u64, GuestFailure> {
         let range = first(range);
         let mut world = self.lock();

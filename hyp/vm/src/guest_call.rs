@@ -38,19 +38,55 @@ pub(crate) const SUCCESS: u64 = 0;
 /// SMCCC_RET_INVALID_PARAMETER, -3.
 pub(crate) const INVALID_PARAMETER: u64 = u64::MAX - 2;
 
-/// Performs a call whose results are always the same, if it is one. Returns whether it is.
-#[inline]
-pub(crate) fn answer(kind: VmKind, context: &mut Context) -> bool {
-    let [_, x1, x2, x3, ..] = context.x;
-    // Arrays would be compared byte by byte, which takes longer than the call.
-    let is_answered = kind == VmKind::Pkvm && guest::function(context) == HYP_MEMINFO && x1 | x2 | x3 == 0;
-    if is_answered {
-        context.set_results([PAGE_SIZE, HAS_RANGE, 0, 0]);
-    }
-    is_answered
+/// What most calls of pKVM guests are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Common {
+    /// One whose results are always the same. They are in the registers.
+    Answered,
+    /// One that shares.
+    Share,
+    /// One that unshares.
+    Unshare,
 }
 
-/// Performs a guest's call, if it is one of those that its kind of VM has and that [`answer()`] does not perform. `None` if not:
+/// Returns which of these a call is, if it is one of them.
+#[inline]
+pub(crate) fn common(kind: VmKind, context: &mut Context) -> Option<Common> {
+    if kind != VmKind::Pkvm {
+        return None;
+    }
+    let [_, x1, x2, x3, ..] = context.x;
+    let function = guest::function(context);
+    // One comparison, which stays the first one. Arrays would be compared byte by byte, which takes longer than the call.
+    if u64::from(function ^ HYP_MEMINFO) | x1 | x2 | x3 == 0 {
+        context.set_results([PAGE_SIZE, HAS_RANGE, 0, 0]);
+        return Some(Common::Answered);
+    }
+    match function {
+        MEM_SHARE => Some(Common::Share),
+        MEM_UNSHARE => Some(Common::Unshare),
+        _ => None,
+    }
+}
+
+/// Performs a call to share or to unshare if that is possible with few instructions, as it is for most. Returns the pages; if it has
+/// not, [`call`] does.
+#[inline(always)]
+pub(crate) fn exchange<T: Transitions>(
+    transitions: &T,
+    guest: &Guest<T::Guest>,
+    context: &mut Context,
+    share: bool,
+) -> Option<IpaRange> {
+    let range = pages_of(guest, context)?;
+    if !transitions.exchange(&guest.memory, range, share) {
+        return None;
+    }
+    accept_pages(context, range.pages());
+    Some(range)
+}
+
+/// Performs a guest's call, if it is one of those that its kind of VM has and that [`common()`] does not answer. `None` if not:
 /// then it is another interface's, or not supported.
 ///
 /// A call without a number of pages is for one page, and zeroes x1. A range is done in part if it is long: x1 says how many
@@ -106,6 +142,25 @@ pub(crate) fn accept(context: &mut Context) {
     context.set_results([SUCCESS, 0, 0, 0]);
 }
 
+/// Returns the pages that a call names, if its registers are in order.
+#[inline(always)]
+fn pages_of<G>(guest: &Guest<G>, context: &Context) -> Option<IpaRange> {
+    let [_, base, count, reserved, ..] = context.x;
+    let pages = if count == 0 { 1 } else { count };
+    if reserved != 0 || pages > MAX_RANGE_PAGES {
+        return None;
+    }
+    let range = guest.range(base, pages)?;
+    if guest.named.lock().overlaps(&range) { None } else { Some(range) }
+}
+
+/// Tells the guest that so many pages are done.
+#[inline(always)]
+fn accept_pages(context: &mut Context, done: u64) {
+    let [_, _, count, ..] = context.x;
+    context.set_results([SUCCESS, if count == 0 { 0 } else { done }, 0, 0]);
+}
+
 /// Takes a step that the registers ask for. Out of line, so that the other calls do not pay for its registers.
 #[inline(never)]
 fn perform<G>(
@@ -114,19 +169,14 @@ fn perform<G>(
     outcome: impl FnOnce(IpaRange) -> Outcome,
     step: impl FnOnce(IpaRange) -> Result<u64, GuestFailure>,
 ) -> Outcome {
-    let [_, base, count, reserved, ..] = context.x;
-    let pages = if count == 0 { 1 } else { count };
-    let range = guest
-        .range(base, pages)
-        .filter(|range| reserved == 0 && pages <= MAX_RANGE_PAGES && !guest.named.lock().overlaps(range));
-    let Some(range) = range else {
+    let Some(range) = pages_of(guest, context) else {
         refuse(context);
         return Outcome::Done;
     };
     match step(range) {
         Ok(done) => {
-            context.set_results([SUCCESS, if count == 0 { 0 } else { done }, 0, 0]);
-            IpaRange::new(base, done).map_or(Outcome::Done, outcome)
+            accept_pages(context, done);
+            IpaRange::new(range.base().raw(), done).map_or(Outcome::Done, outcome)
         }
         Err(GuestFailure::Absent(frame)) => Outcome::PageFault(frame),
         Err(GuestFailure::Claimed(claimed)) => Outcome::Unshare(claimed),

@@ -144,6 +144,10 @@ impl<P: TablePool, M: Machine + PageAccess> Transitions for MachineMemory<'_, '_
         })?)
     }
 
+    fn exchange(&self, guest: &GuestMemory, range: IpaRange, share: bool) -> bool {
+        self.memory.guest_exchange(self.machine, guest, range, share)
+    }
+
     fn share(&self, guest: &GuestMemory, range: IpaRange) -> Result<u64, GuestFailure> {
         Ok(self.memory.guest_share(self.machine, guest, range)?)
     }

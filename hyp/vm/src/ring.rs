@@ -207,6 +207,7 @@ impl Ring {
 }
 
 /// Returns whether the host has said in its run page that it need not be told of shares.
+#[inline]
 pub(crate) fn is_quiet(cpu: &impl PageAccess, run_page: PhysAddr) -> bool {
     read(cpu, run_page, RunPage::ENTRY.wrapping_add(offset_of!(RunEntry, flags)), 0) & RUN_QUIET_SHARES != 0
 }
@@ -247,6 +248,7 @@ fn place(page: PhysAddr, offset: usize, number: u64) -> Option<PhysAddr> {
     page.checked_add(u64::try_from(offset).ok()?.wrapping_add((number & last).wrapping_mul(8)))
 }
 
+#[inline]
 fn read(cpu: &impl PageAccess, page: PhysAddr, offset: usize, number: u64) -> u64 {
     let [word] = place(page, offset, number).map_or([0], |at| cpu.read_words(at));
     word

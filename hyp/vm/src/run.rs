@@ -17,7 +17,8 @@ use crate::{
     firmware_call,
     gic::VcpuGics,
     guest::NOT_SUPPORTED,
-    guest_call, mpidr,
+    guest_call::{self, Common},
+    mpidr,
     ring::{Ring, is_quiet},
     rsi,
     vm::VmEnd,
@@ -222,22 +223,34 @@ where
         let Some(conduit) = Conduit::decode(esr) else {
             return self.may_go_on() && shows_id_register(esr, context, self.ids);
         };
-        // Needs no stack, of which the others take much.
-        if self.answers(conduit, context) { self.goes_on(None) } else { self.performs(conduit, context) }
-    }
-
-    /// Performs a call whose results are always the same, if it is one.
-    #[inline(always)]
-    fn answers(&self, conduit: Conduit, context: &mut Context) -> bool {
         let kind = self.vm.guest().kind();
+        // What is answered needs no stack, of which the others take much.
         let is_answered = match conduit {
-            Conduit::Hvc => guest_call::answer(kind, context),
+            Conduit::Hvc => match guest_call::common(kind, context) {
+                Some(Common::Share) => return self.converts(true, context),
+                Some(Common::Unshare) => return self.converts(false, context),
+                Some(Common::Answered) => true,
+                None => false,
+            },
             Conduit::Smc => rsi::answer(kind, context),
         };
-        if is_answered {
-            conduit.pass(context);
+        if !is_answered {
+            return self.performs(conduit, context);
         }
-        is_answered
+        conduit.pass(context);
+        self.goes_on(None)
+    }
+
+    /// Performs a call to share or unshare.
+    #[inline(never)]
+    fn converts(&mut self, share: bool, context: &mut Context) -> bool {
+        let Run { transitions, cpu, run_page, .. } = *self.run;
+        let Some(range) = guest_call::exchange(transitions, self.vm.guest(), context, share) else {
+            return self.performs(Conduit::Hvc, context);
+        };
+        Conduit::Hvc.pass(context);
+        let is_told = share && !is_quiet(cpu, run_page);
+        self.goes_on(is_told.then_some(Report::Shared(range)))
     }
 
     /// Performs a call that is about memory.

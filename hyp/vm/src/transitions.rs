@@ -126,6 +126,11 @@ pub trait Transitions {
     /// NO_MEMORY, and what the frames are if they are not private.
     fn read_pages(&self, guest: &Self::Guest, range: IpaRange, read: &mut dyn FnMut(&[u8])) -> Result<u64, Refusal>;
 
+    /// Does with few instructions what most calls of pKVM guests are about: offers a page or a block to the host (`share`), or makes
+    /// it the guest's alone again. Returns whether it has. If not, nothing has changed, and [`Transitions::share`] and
+    /// [`Transitions::unshare`] do more or say why.
+    fn exchange(&self, guest: &Self::Guest, range: IpaRange, share: bool) -> bool;
+
     /// Offers pages of a guest to the host, the first pages of the range. Returns how many; at least one.
     ///
     /// # Errors

@@ -45,6 +45,9 @@ impl Rig<'_> {
     pub(super) fn change(&self, change: Change, guest: &GuestMemory, at: u64, pages: u64) -> Outcome {
         let (memory, machine, range) = (&self.memory, &self.machine, frames(at, pages));
         let result = match change {
+            GuestShare | GuestUnshare if memory.guest_exchange(machine, guest, range, change == GuestShare) => {
+                Ok(Some(range.pages()))
+            }
             GuestShare => memory.guest_share(machine, guest, range).map(Some),
             GuestUnshare => memory.guest_unshare(machine, guest, range).map(|unshare| match unshare {
                 Unshare::Done(pages) => Some(pages),

@@ -68,9 +68,6 @@ impl<P: TablePool> Memory<'_, P> {
         guest: &GuestMemory,
         range: IpaRange,
     ) -> Result<u64, GuestFailure> {
-        if guest.kind() == GuestKind::Pkvm && self.exchange(machine, guest, range, State::GUEST_OWNED, &SHARE) {
-            return Ok(range.pages());
-        }
         Ok(self.convert(machine, guest, range, &SHARE)?.frames.pages())
     }
 
@@ -86,11 +83,16 @@ impl<P: TablePool> Memory<'_, P> {
         guest: &GuestMemory,
         range: IpaRange,
     ) -> Result<Unshare, GuestFailure> {
-        if guest.kind() == GuestKind::Pkvm && self.exchange(machine, guest, range, State::GUEST_OFFERED, &UNSHARE) {
-            return Ok(Unshare::Done(range.pages()));
-        }
         let plan = self.convert(machine, guest, range, &UNSHARE)?;
         Ok(if plan.claimed { Unshare::NeedsRelease(plan.frames) } else { Unshare::Done(plan.frames.pages()) })
+    }
+
+    /// Does with few instructions what most calls of pKVM guests are about, a page or a block: offers it to the host (`share`), as
+    /// [`Memory::guest_share`], or makes it the guest's alone again, as [`Memory::guest_unshare`]. Returns whether it has. If not,
+    /// nothing has changed, and they do more or say why.
+    pub fn guest_exchange<M: Machine>(&self, machine: &M, guest: &GuestMemory, range: IpaRange, share: bool) -> bool {
+        let (before, change) = if share { (State::GUEST_OWNED, &SHARE) } else { (State::GUEST_OFFERED, &UNSHARE) };
+        guest.kind() == GuestKind::Pkvm && self.exchange(machine, guest, range, before, change)
     }
 
     /// Gives the host access to pages that a guest has offered. No TLB maintenance.
@@ -118,8 +120,7 @@ impl<P: TablePool> Memory<'_, P> {
 }
 
 impl<P: TablePool> Memory<'_, P> {
-    /// Does what most conversions are with few instructions: gives one page in a block that is split, or a block that the guest maps
-    /// as one, the state after `change`, if it is in `before`. Returns whether it was; if not, nothing has changed. This is for
+    /// Gives one page in a block that is split, or a block that the guest maps as one, the state after `change`, if it is in `before`. Returns whether it was; if not, nothing has changed. This is for
     /// changes that are about the ownership table alone.
     fn exchange<M: Machine>(
         &self,
@@ -138,7 +139,11 @@ impl<P: TablePool> Memory<'_, P> {
         if tables.dying || !is_page && walk.level != Level::L2 {
             return false;
         }
-        let pages = walk.output().and_then(|base| PhysRange::new(base.raw(), range.pages()).ok());
+        let pages = match walk.output() {
+            Some(page) if is_page => Some(PhysRange::single(page)),
+            Some(block) => PhysRange::new(block.raw(), range.pages()).ok(),
+            None => None,
+        };
         let Some((pages, region)) = pages.and_then(|pages| Some((pages, self.region(self.index_of(pages.base()))?)))
         else {
             return false;
@@ -153,8 +158,6 @@ impl<P: TablePool> Memory<'_, P> {
     }
 
     /// Converts the first pages of `range`, unless the host has claimed any of them. Returns which.
-    // Out of line, so that nobody who gets on without has its registers to save.
-    #[inline(never)]
     fn convert<M: Machine>(
         &self,
         machine: &M,

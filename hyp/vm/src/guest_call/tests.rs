@@ -12,10 +12,15 @@ const INVALID: u64 = -3_i64 as u64;
 fn outcome(test: &TestGuest, first: [u64; 4]) -> (Option<Outcome>, [u64; 4]) {
     let mut context = registers(first);
     let before = context;
-    let outcome = if answer(test.guest.kind(), &mut context) {
-        Some(Outcome::Done)
-    } else {
-        call(&test.memory, &test.guest, &mut context)
+    let outcome = match common(test.guest.kind(), &mut context) {
+        Some(Common::Answered) => Some(Outcome::Done),
+        Some(Common::Share) if exchange(&test.memory, &test.guest, &mut context, true).is_some() => {
+            IpaRange::new(first[1], 1).ok().map(Outcome::Shared)
+        }
+        Some(Common::Unshare) if exchange(&test.memory, &test.guest, &mut context, false).is_some() => {
+            Some(Outcome::Done)
+        }
+        _ => call(&test.memory, &test.guest, &mut context),
     };
     assert_eq!(context.x[4..], before.x[4..]);
     let x = [context.x[0], context.x[1], context.x[2], context.x[3]];
