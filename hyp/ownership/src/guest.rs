@@ -3,7 +3,7 @@
 use core::ops::DerefMut;
 
 use ravelin_memory::{Ipa, IpaRange, PAGE_SIZE, PhysAddr};
-use ravelin_pgtable::{Geometry, Machine, PageTable, Stage2, TablePool, Vmid, Vttbr};
+use ravelin_pgtable::{Geometry, Machine, PageTable, Stage2, TablePool, Tree, Vmid, Vttbr};
 use ravelin_sync::TicketMutex;
 
 use crate::held::Held;
@@ -28,8 +28,7 @@ pub enum GuestKind {
 pub struct GuestMemory {
     slot: u8,
     kind: GuestKind,
-    vttbr: Vttbr,
-    geometry: Geometry,
+    tree: Tree,
     /// The first address behind those of frames.
     end: u64,
     /// The bit of addresses in [`View::Shared`]; 0 if that is the only view.
@@ -58,18 +57,18 @@ impl GuestMemory {
     pub(crate) fn new(slot: u8, kind: GuestKind, geometry: Geometry, root: PhysAddr) -> Self {
         // The host has VMID 0.
         let tables = PageTable::of_guest(root, geometry, Vmid::new(slot.wrapping_add(1)));
-        let vttbr = tables.vttbr();
+        let tree = Tree { vttbr: tables.vttbr(), geometry };
         let inner = TicketMutex::new(Guest { tables, spare: Spare::default(), pages: 0, dying: false });
         let (end, alias) = match kind {
             GuestKind::Realm => (geometry.end() >> 1, geometry.end() >> 1),
             GuestKind::Ordinary | GuestKind::Pkvm => (geometry.end(), 0),
         };
-        Self { slot, kind, vttbr, geometry, end, alias, inner }
+        Self { slot, kind, tree, end, alias, inner }
     }
 
     /// Returns the tables as they are at first and in the end.
     pub(crate) const fn empty_tables(&self) -> PageTable<Stage2> {
-        PageTable::of_guest(self.vttbr.root, self.geometry, self.vttbr.vmid)
+        PageTable::of_guest(self.tree.vttbr.root, self.tree.geometry, self.tree.vttbr.vmid)
     }
 
     /// Tells a trace that the root of the guest's stage 2 is about to be given back, and nothing uses it any more.
@@ -92,13 +91,13 @@ impl GuestMemory {
     /// Returns root and VMID of the guest's stage 2.
     #[must_use]
     pub const fn vttbr(&self) -> Vttbr {
-        self.vttbr
+        self.tree.vttbr
     }
 
-    /// Returns the shape of the guest's stage 2, which [`Geometry::vtcr`] makes VTCR_EL2 of.
+    /// Returns the guest's stage 2 as a CPU has to know it.
     #[must_use]
-    pub const fn geometry(&self) -> Geometry {
-        self.geometry
+    pub const fn tree(&self) -> &Tree {
+        &self.tree
     }
 
     /// Returns the first guest address behind those of frames: for a realm, where the alias begins.
@@ -128,7 +127,7 @@ impl GuestMemory {
     }
 
     pub(crate) fn lock<M: Machine>(&self, machine: &M) -> impl DerefMut<Target = Guest> {
-        Held::new(self.inner.lock(), machine, self.vttbr.root)
+        Held::new(self.inner.lock(), machine, self.tree.vttbr.root)
     }
 
     /// Returns where `frames` are mapped in `view`.
@@ -155,10 +154,8 @@ impl GuestMemory {
 
     /// Returns the frame that `ipa`, in either view, names.
     pub(crate) fn frame(&self, ipa: Ipa) -> Option<Ipa> {
-        if ipa.raw() >= self.geometry.end() {
-            return None;
-        }
-        Ipa::new(ipa.raw() & self.end().wrapping_sub(1)).map(Ipa::page)
+        let frame = Ipa::from_bits_truncating(ipa.raw() & self.end().wrapping_sub(1));
+        (ipa.raw() < self.tree.geometry.end()).then_some(frame.page())
     }
 }
 

@@ -67,6 +67,9 @@ impl PhysicalSize {
 pub struct Geometry {
     bits: u32,
     start: Level,
+    table_shift: u32,
+    /// VTCR_EL2 of a stage 2, with zero for PS: each entry of a guest writes it.
+    vtcr: u64,
 }
 
 /// Inner and outer write-back, read- and write-allocate, inner shareable table walks; the fields IRGN0, ORGN0 and SH0
@@ -76,7 +79,7 @@ const PS_SHIFT: u32 = 16;
 
 impl Geometry {
     /// The EL2 stage 1: 48 bits, four levels.
-    pub const EL2: Self = Self { bits: ADDRESS_BITS, start: Level::L0 };
+    pub const EL2: Self = Self::new(ADDRESS_BITS, Level::L0);
 
     /// MAIR_EL2 for the indices that EL2 descriptors use: 0 is Device-nGnRE, 1 Normal write-back, 2 Normal non-cacheable.
     pub const MAIR_EL2: u64 = 0x04 | (0xff << 8) | (0x44 << 16);
@@ -94,7 +97,17 @@ impl Geometry {
             44..=48 => Level::L0,
             _ => return None,
         };
-        Some(Self { bits, start })
+        Some(Self::new(bits, start))
+    }
+
+    const fn new(bits: u32, start: Level) -> Self {
+        let sl0 = match start {
+            Level::L0 => 0b10,
+            Level::L1 => 0b01,
+            Level::L2 | Level::L3 => 0b00,
+        };
+        let table_shift = start.shift().wrapping_add(TABLE_ENTRIES.trailing_zeros());
+        Self { bits, start, table_shift, vtcr: t0sz(bits) | (sl0 << 6) | WALK_ATTRIBUTES | (1 << 31) }
     }
 
     /// Returns the number of bits of an input address.
@@ -124,21 +137,17 @@ impl Geometry {
     }
 
     /// Returns VTCR_EL2 for a stage 2: 8-bit VMIDs, neither access flag nor dirty state managed by hardware.
+    #[inline]
     #[must_use]
-    pub fn vtcr(self, physical: PhysicalSize) -> u64 {
-        let sl0: u64 = match self.start {
-            Level::L0 => 0b10,
-            Level::L1 => 0b01,
-            Level::L2 | Level::L3 => 0b00,
-        };
-        self.t0sz() | (sl0 << 6) | WALK_ATTRIBUTES | (physical.field() << PS_SHIFT) | (1 << 31)
+    pub const fn vtcr(self, physical: PhysicalSize) -> u64 {
+        self.vtcr | (physical.field() << PS_SHIFT)
     }
 
     /// Returns TCR_EL2, in its layout for HCR_EL2.E2H = 0, for the EL2 stage 1: no tagged addresses, neither access
     /// flag nor dirty state managed by hardware.
     #[must_use]
     pub fn tcr_el2(physical: PhysicalSize) -> u64 {
-        Self::EL2.t0sz() | WALK_ATTRIBUTES | (physical.field() << PS_SHIFT) | (1 << 23) | (1 << 31)
+        t0sz(ADDRESS_BITS) | WALK_ATTRIBUTES | (physical.field() << PS_SHIFT) | (1 << 23) | (1 << 31)
     }
 
     /// Returns the root table that translates `addr`, with `root` the first one.
@@ -149,13 +158,14 @@ impl Geometry {
 
     /// Returns the binary logarithm of what one root table covers, in bytes.
     pub(crate) const fn table_shift(self) -> u32 {
-        self.start.shift().wrapping_add(TABLE_ENTRIES.trailing_zeros())
+        self.table_shift
     }
+}
 
-    fn t0sz(self) -> u64 {
-        // 16 to 32.
-        64_u64.wrapping_sub(u64::from(self.bits))
-    }
+/// Returns the field T0SZ for so many bits of input address, 32 to 48.
+#[expect(clippy::as_conversions, reason = "no other way in a constant function")]
+const fn t0sz(bits: u32) -> u64 {
+    64_u32.wrapping_sub(bits) as u64
 }
 
 #[cfg(test)]

@@ -45,5 +45,5 @@ pub use descriptor::{Descriptor, Kind};
 pub use flush::Flush;
 pub use geometry::{Geometry, PhysicalSize};
 pub use machine::{Hint, Machine, TablePool};
-pub use regime::{El2, El2Usage, Regime, Stage2, Stage2Usage, Vmid, Vttbr};
+pub use regime::{El2, El2Usage, Regime, Stage2, Stage2Usage, Tree, Vmid, Vttbr};
 pub use table::{Found, Invalidated, MapError, Mapping, PageTable, Walk};

@@ -4,7 +4,7 @@ use core::fmt;
 
 use ravelin_memory::{Hyp, HypRange, Intermediate, IpaRange, PageRange, PhysAddr, Space};
 
-use crate::Machine;
+use crate::{Geometry, Machine};
 
 /// What differs between kinds of translation tables: attributes of leaves and TLB maintenance.
 pub trait Regime {
@@ -59,6 +59,15 @@ impl Vttbr {
     pub fn bits(self) -> u64 {
         self.root.raw() | u64::from(self.vmid.0) << 48
     }
+}
+
+/// A stage 2 as the hardware has to know it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tree {
+    /// Root and VMID.
+    pub vttbr: Vttbr,
+    /// Shape, which [`Geometry::vtcr`] makes VTCR_EL2 of.
+    pub geometry: Geometry,
 }
 
 /// Access flag: set from the start, so that no access ever faults for want of it.

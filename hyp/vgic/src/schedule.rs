@@ -142,15 +142,23 @@ impl<V: Vcpus + ?Sized> Gic<'_, V> {
 
     /// As [`Gic::prepare_entry`], also for a vCPU that has been left with [`ListRegisters::may_stay`] and so runs still: `entry` is
     /// what it was left with, and most of that stays.
+    ///
+    /// Returns whether there is nothing to list. If so, and the vCPU is left with [`ListRegisters::may_stay`], it may be entered with
+    /// what it was left with and without this, as long as nothing else is done to the interrupt controller.
     #[inline]
-    pub fn enter_again(&mut self, vcpu: usize, list_registers: usize, entry: &mut ListRegisters) -> Option<()> {
-        if self.vcpus.get(vcpu).is_some_and(|gic| gic.is_running() && gic.queue.is_empty()) {
+    pub fn enter_again(&mut self, vcpu: usize, list_registers: usize, entry: &mut ListRegisters) -> bool {
+        if self.has_none_queued(vcpu) && self.vcpus.get(vcpu).is_some_and(VcpuGic::is_running) {
             entry.hcr &= HCR_EN | HCR_TDIR;
-            return Some(());
+            return true;
         }
         // There is nothing that would move to another vCPU.
         let _ = self.after_exit(vcpu, entry);
-        self.prepare_entry(vcpu, list_registers, entry)
+        self.prepare_entry(vcpu, list_registers, entry).is_some() && self.has_none_queued(vcpu)
+    }
+
+    #[inline]
+    fn has_none_queued(&self, vcpu: usize) -> bool {
+        self.vcpus.get(vcpu).is_some_and(|gic| gic.queue.is_empty())
     }
 
     /// Fills the list registers of [`Gic::prepare_entry`] with what is queued.

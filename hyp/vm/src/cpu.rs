@@ -3,7 +3,7 @@
 use ravelin_abi::Status;
 use ravelin_memory::{Ipa, PhysAddr, PhysRange};
 use ravelin_ownership::Conversion;
-use ravelin_pgtable::{Geometry, Vttbr};
+use ravelin_pgtable::{Tree, Vttbr};
 use ravelin_vgic::ListRegisters;
 
 use crate::{Context, EntropySource, IdRegisters, PageAccess, PstateFeatures, Syndrome};
@@ -87,10 +87,8 @@ pub struct Entry<'a> {
     pub context: &'a mut Context,
     /// The interrupt controller's CPU interface.
     pub gic: &'a mut ListRegisters,
-    /// Root and VMID of stage 2.
-    pub tree: Vttbr,
-    /// Shape of stage 2.
-    pub geometry: Geometry,
+    /// Stage 2.
+    pub tree: &'a Tree,
     /// Which vCPU of the VM it is.
     pub vcpu: usize,
     /// Which vector registers the guest may use; they have been loaded.

@@ -11,7 +11,7 @@ use std::{
 use ravelin_abi::{Status, VmAttributes, VmKind};
 use ravelin_memory::{Ipa, IpaRange, PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_ownership::{Batch, Conversion, GuestPage};
-use ravelin_pgtable::{Geometry, PageTable, Stage2, Vmid, Vttbr};
+use ravelin_pgtable::{Geometry, Tree, Vmid, Vttbr};
 
 use crate::{GuestFailure, ObjectMemory, Refusal, Transitions};
 
@@ -83,6 +83,7 @@ pub(crate) struct World {
 pub(crate) struct FakeGuest {
     slot: usize,
     attributes: VmAttributes,
+    tree: Tree,
     dying: AtomicBool,
 }
 
@@ -244,18 +245,13 @@ impl Transitions for Fake {
         let mut world = self.lock();
         pages(root).for_each(|page| assert_eq!(world.owner(page), Owner::Hypervisor));
         world.poisoned.retain(|&(its, _)| its != slot);
-        Ok(FakeGuest { slot, attributes, dying: AtomicBool::new(false) })
+        let vttbr = Vttbr { root: root.base(), vmid: Vmid::new(u8::try_from(slot).unwrap() + 1) };
+        let geometry = Geometry::stage2(u32::try_from(attributes.ipa_bits).unwrap().max(32)).unwrap();
+        Ok(FakeGuest { slot, attributes, tree: Tree { vttbr, geometry }, dying: AtomicBool::new(false) })
     }
 
-    fn tree(&self, guest: &FakeGuest) -> (Vttbr, Geometry) {
-        let mut bits = u32::try_from(guest.attributes.ipa_bits).unwrap();
-        bits = bits.max(32);
-        let tables = PageTable::<Stage2>::of_guest(
-            PhysAddr::new(0x4000_0000).unwrap(),
-            Geometry::stage2(bits).unwrap(),
-            Vmid::new(u8::try_from(guest.slot).unwrap() + 1),
-        );
-        (tables.vttbr(), Geometry::stage2(bits).unwrap())
+    fn tree<'a>(&self, guest: &'a FakeGuest) -> &'a Tree {
+        &guest.tree
     }
 
     fn donate_tables(&self, guest: &FakeGuest, range: PhysRange) -> Result<(), Refusal> {

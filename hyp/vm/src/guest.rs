@@ -5,7 +5,7 @@ use ravelin_memory::{Ipa, IpaRange};
 use ravelin_ownership::GuestPage;
 use ravelin_sync::Mutex;
 
-use crate::{Backing, Context, RingCall, measurement::Measurements, ranges::Ranges, transitions::Transitions};
+use crate::{Backing, Context, RingCall, measurement::Measurements, ranges::Named, transitions::Transitions};
 
 /// What a guest's calls work on.
 pub struct Guest<G> {
@@ -14,7 +14,7 @@ pub struct Guest<G> {
     memory_end: u64,
     pub(crate) memory: G,
     /// Where the guest has said that devices are, or, a realm, that memory is.
-    pub(crate) named: Mutex<Ranges>,
+    pub(crate) named: Named,
     pub(crate) measurements: Mutex<Measurements>,
 }
 
@@ -59,7 +59,7 @@ impl<G> Guest<G> {
             attributes,
             memory_end: bits.and_then(|bits| 1_u64.checked_shl(bits)).unwrap_or(0),
             memory,
-            named: Mutex::new(Ranges::default()),
+            named: Named::default(),
             measurements: Mutex::new(Measurements::default()),
         }
     }
@@ -114,9 +114,7 @@ impl<G> Guest<G> {
             (GuestPage::Offered | GuestPage::Claimed, _) => Some(Backing::Nothing),
             (GuestPage::Absent, Some(false)) => Some(Backing::Memory),
             (GuestPage::Absent, None) => {
-                let guard = self.named.lock();
-                let device = guard.contains(page) || described && guard.allows(page);
-                Some(if device { Backing::Device } else { Backing::Memory })
+                Some(if self.named.is_device(page, described) { Backing::Device } else { Backing::Memory })
             }
         }
     }
@@ -206,7 +204,7 @@ pub(crate) mod tests {
         assert_eq!(backing(0x900_0000, true), Some(Backing::Device));
         assert_eq!(backing(0x900_0000, false), Some(Backing::Memory));
         // It says where devices are.
-        assert!(test.guest.named.lock().add(IpaRange::single(ipa(0x900_0000))));
+        assert!(test.guest.named.add(IpaRange::single(ipa(0x900_0000))));
         for described in [true, false] {
             assert_eq!(backing(0x900_0000, described), Some(Backing::Device));
             assert_eq!(backing(0x900_1000, described), Some(Backing::Memory));

@@ -151,7 +151,7 @@ fn pages_of<G>(guest: &Guest<G>, context: &Context) -> Option<IpaRange> {
         return None;
     }
     let range = guest.range(base, pages)?;
-    if guest.named.lock().overlaps(&range) { None } else { Some(range) }
+    if guest.named.overlaps(&range) { None } else { Some(range) }
 }
 
 /// Tells the guest that so many pages are done.
@@ -196,7 +196,7 @@ fn guard<T: Transitions>(transitions: &T, guest: &Guest<T::Guest>, address: u64)
     let (GuestPage::Absent, _) = transitions.look(&guest.memory, page) else {
         return false;
     };
-    guest.named.lock().add(page)
+    guest.named.add(page)
 }
 
 #[cfg(test)]

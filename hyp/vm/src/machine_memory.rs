@@ -6,7 +6,7 @@ use ravelin_ownership::{
     Batch, Conversion, Failure, GuestFailure as MemoryFailure, GuestKind, GuestMemory, GuestPage, GuestReason,
     HostFailure, Memory, Reason, Unshare,
 };
-use ravelin_pgtable::{Geometry, Machine, TablePool, Vttbr};
+use ravelin_pgtable::{Geometry, Machine, TablePool, Tree};
 
 use crate::{GuestFailure, Refusal, Transitions};
 
@@ -84,8 +84,8 @@ impl<P: TablePool, M: Machine + PageAccess> Transitions for MachineMemory<'_, '_
         guest.give_up_root(self.machine);
     }
 
-    fn tree(&self, guest: &GuestMemory) -> (Vttbr, Geometry) {
-        (guest.vttbr(), guest.geometry())
+    fn tree<'g>(&self, guest: &'g GuestMemory) -> &'g Tree {
+        guest.tree()
     }
 
     fn donate_tables(&self, guest: &GuestMemory, range: PhysRange) -> Result<(), Refusal> {
@@ -192,6 +192,7 @@ impl<P: TablePool, M: Machine + PageAccess> Transitions for MachineMemory<'_, '_
         debug_assert_eq!(unpinned, Ok(()), "pinned, and only this unpins it");
     }
 
+    #[inline(always)]
     fn look(&self, guest: &GuestMemory, range: IpaRange) -> (GuestPage, u64) {
         // One walk, as for each access to a device.
         if range.pages() == 1 {

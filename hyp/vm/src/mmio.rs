@@ -67,6 +67,7 @@ impl MmioAccess {
     }
 
     /// Ends a load of `value`, whose lowest byte is at the lowest address and whose bytes beyond the access do not matter.
+    #[inline]
     pub fn load(&self, context: &mut Context, value: u64) {
         let value = self.at_the_top(value);
         let value = if self.esr & iss::SSE != 0 {

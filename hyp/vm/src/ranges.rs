@@ -2,6 +2,13 @@
 
 use arrayvec::ArrayVec;
 use ravelin_memory::{Ipa, IpaRange};
+use ravelin_sync::{
+    Mutex,
+    atomic::{
+        AtomicBool,
+        Ordering::{Acquire, Release},
+    },
+};
 
 /// How many separate ranges a guest may name.
 const RANGES: usize = 32;
@@ -10,13 +17,57 @@ const RANGES: usize = 32;
 ///
 /// Guests name page by page or part by part in ascending order, so ranges grow.
 #[derive(Debug, Default)]
-pub(crate) struct Ranges {
+struct Ranges {
     ranges: ArrayVec<IpaRange, RANGES>,
+}
+
+/// These, for all vCPUs of a guest.
+#[derive(Debug)]
+pub(crate) struct Named {
+    /// Whether there are any. Before, nobody needs the lock.
+    any: AtomicBool,
+    ranges: Mutex<Ranges>,
+}
+
+// By hand, because loom's atomics and locks have no constant value.
+impl Default for Named {
+    fn default() -> Self {
+        Self { any: AtomicBool::new(false), ranges: Mutex::new(Ranges::default()) }
+    }
+}
+
+impl Named {
+    /// Adds a range. Returns whether there was room for it.
+    pub(crate) fn add(&self, new: IpaRange) -> bool {
+        let mut ranges = self.ranges.lock();
+        self.any.store(true, Release);
+        ranges.add(new)
+    }
+
+    /// Returns whether the guest has named the first page of `range`, and of how many pages from there on the same is true.
+    pub(crate) fn look(&self, range: &IpaRange) -> (bool, u64) {
+        self.ranges.lock().look(range)
+    }
+
+    /// Returns whether the guest has named a page of `range`.
+    #[inline]
+    pub(crate) fn overlaps(&self, range: &IpaRange) -> bool {
+        self.any.load(Acquire) && self.ranges.lock().overlaps(range)
+    }
+
+    /// Returns whether an access to `address` is taken for one to a device, of which the CPU describes only some (`described`).
+    ///
+    /// From the first range on, an access elsewhere never is: what the guest believes to be memory does not show the host what is
+    /// stored there.
+    #[inline(always)]
+    pub(crate) fn is_device(&self, address: Ipa, described: bool) -> bool {
+        if self.any.load(Acquire) { self.ranges.lock().contains(address) } else { described }
+    }
 }
 
 impl Ranges {
     /// Adds a range. Returns whether there was room for it.
-    pub(crate) fn add(&mut self, new: IpaRange) -> bool {
+    fn add(&mut self, new: IpaRange) -> bool {
         let (base, end) = (new.base().raw(), new.end());
         for range in &mut self.ranges {
             if range.covers(&new) {
@@ -31,7 +82,7 @@ impl Ranges {
     }
 
     /// Returns whether the guest has named the first page of `range`, and of how many pages from there on the same is true.
-    pub(crate) fn look(&self, range: &IpaRange) -> (bool, u64) {
+    fn look(&self, range: &IpaRange) -> (bool, u64) {
         let base = range.base();
         let named = self.ranges.iter().find(|named| named.contains(base));
         let end = match named {
@@ -45,21 +96,13 @@ impl Ranges {
         (named.is_some(), pages)
     }
 
-    /// Returns whether an access to `address` may be one to a device.
-    ///
-    /// From the first range on, an access elsewhere is never taken for one to a device: what the guest believes to be memory does
-    /// not show the host what is stored there.
-    pub(crate) fn allows(&self, address: Ipa) -> bool {
-        self.ranges.is_empty() || self.contains(address)
-    }
-
     /// Returns whether the guest has named the page of `address`.
-    pub(crate) fn contains(&self, address: Ipa) -> bool {
+    fn contains(&self, address: Ipa) -> bool {
         self.ranges.iter().any(|range| range.contains(address))
     }
 
     /// Returns whether the guest has named a page of `range`.
-    pub(crate) fn overlaps(&self, range: &IpaRange) -> bool {
+    fn overlaps(&self, range: &IpaRange) -> bool {
         self.ranges.iter().any(|named| named.overlaps(range))
     }
 }
@@ -78,10 +121,15 @@ mod tests {
 
     #[test]
     fn until_the_first_page_everything_may_be_a_device() {
-        let mut guard = Ranges::default();
-        assert!(guard.allows(ipa(9)) && !guard.contains(ipa(9)));
-        assert!(guard.add(page(8)));
-        assert!(guard.allows(Ipa::new(0x8fff).unwrap()) && !guard.allows(ipa(9)) && !guard.allows(ipa(7)));
+        let named = Named::default();
+        assert!(named.is_device(ipa(9), true) && !named.is_device(ipa(9), false));
+        assert!(!named.overlaps(&page(8)));
+        assert!(named.add(page(8)));
+        for described in [false, true] {
+            assert!(named.is_device(Ipa::new(0x8fff).unwrap(), described));
+            assert!(!named.is_device(ipa(9), described) && !named.is_device(ipa(7), described));
+        }
+        assert!(named.overlaps(&page(8)) && !named.overlaps(&page(9)));
     }
 
     #[test]

@@ -220,7 +220,7 @@ fn note<T: Transitions, C: GuestCpu>(
     conversions: impl Iterator<Item = (u64, Option<Conversion>)>,
     batch: Batch,
 ) {
-    let (tree, _) = transitions.tree(&guest.memory);
+    let tree = transitions.tree(&guest.memory).vttbr;
     let seen = conversions.take(batch.seen);
     cpu.note_conversions(tree, seen.filter_map(|(bit, wanted)| Some((wanted?, batch.done & bit != 0))));
 }
@@ -228,7 +228,7 @@ fn note<T: Transitions, C: GuestCpu>(
 /// Returns what a word asks for, if that is the guest's to ask for.
 fn conversion<G>(guest: &Guest<G>, word: u64, released: bool) -> Option<Conversion> {
     let ConversionRequest { address, pages, unshare } = ConversionRequest::from_word(word)?;
-    let range = guest.range(address, pages).filter(|range| !guest.named.lock().overlaps(range))?;
+    let range = guest.range(address, pages).filter(|range| !guest.named.overlaps(range))?;
     Some(Conversion { range, share: !unshare, released })
 }
 

@@ -96,7 +96,7 @@ pub fn call<T: Transitions>(
                 (Some(range), RAM) => {
                     set_state(context, range, transitions.unshare(&guest.memory, range), |memory| {
                         // Without room the realm takes pages that are not there yet for a device's if it asks.
-                        guest.named.lock().add(memory);
+                        guest.named.add(memory);
                         Outcome::Done
                     })
                 }
@@ -108,7 +108,7 @@ pub fn call<T: Transitions>(
                 let (frame, frames) = transitions.look(&guest.memory, range);
                 let (state, same) = match frame {
                     // Memory if the realm has said so. Linux takes what is not empty for its own, and devices are not.
-                    GuestPage::Absent => match guest.named.lock().look(&range) {
+                    GuestPage::Absent => match guest.named.look(&range) {
                         (true, same) => (RAM, same),
                         (false, same) => (EMPTY, same),
                     },

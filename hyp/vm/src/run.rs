@@ -41,6 +41,8 @@ pub struct VcpuState {
     ring: Ring,
     /// What its virtual CPU interface holds from entry to exit.
     interface: ListRegisters,
+    /// The [`Vm::gic_changes`] for which it may be entered with that; 0 for none.
+    entered_at: u64,
     /// Pages for the vector registers.
     area: PhysRange,
 }
@@ -109,6 +111,7 @@ impl VcpuState {
             timers: Timers::default(),
             ring: Ring::default(),
             interface: ListRegisters::default(),
+            entered_at: 0,
             area,
         }
     }
@@ -157,17 +160,19 @@ impl<O: ObjectMemory, G: Send + Sync> Vms<O, G, VcpuState> {
             let power = vm.power(index).ok_or(Status::Absent)?;
             let mut host = C::Host::default();
             cpu.leave_host(&mut host)?;
-            let mut run = Run { transitions, cpu, vm, power, host: &host, index, run_page, wake: VcpuSet::EMPTY };
-            let report = run.run(&mut vcpu.state);
-            let [wake_low, wake_high] = run.wake.words();
+            let wake = VcpuSet::EMPTY;
+            let mut run = Run { transitions, cpu, vm, power, host: &host, index, run_page, wake, report: None };
+            let refused = run.run(&mut vcpu.state);
             cpu.return_to_host(&host);
-            let report = report?;
+            refused?;
             let conversions = vcpu.state.ring.apply(transitions, cpu, vm.guest(), run_page);
+            let [wake_low, wake_high] = run.wake.words();
             let always = [wake_low, wake_high, conversions];
-            match report {
+            match run.report {
                 // What guests exit for most.
-                Report::Mmio { .. } => tell(cpu, run_page, report, always),
-                _ => tell_other(cpu, run_page, report, always),
+                Some(report @ Report::Mmio { .. }) => tell(cpu, run_page, report, always),
+                Some(report) => tell_other(cpu, run_page, report, always),
+                None => debug_assert!(false, "the loop ends with a report"),
             }
             Ok(())
         })
@@ -188,6 +193,8 @@ where
     run_page: PhysAddr,
     /// Other vCPUs that have something to do.
     wake: VcpuSet,
+    /// What the host is told in the end. Here, because it is large to return.
+    report: Option<Report>,
 }
 
 /// What the guest has of the CPU beside its registers, until the host gets it back.
@@ -210,7 +217,7 @@ where
     ids: &'a IdRegisters,
     timer_held: bool,
     /// What has become of an exit after which the guest does not go on at once: what the host is told, if anything.
-    handled: Option<Option<Report>>,
+    handled: &'a mut Option<Option<Report>>,
 }
 
 impl<T: Transitions, C: GuestCpu, O: ObjectMemory> AtOnce<'_, '_, T, C, O>
@@ -286,7 +293,7 @@ where
     fn goes_on(&mut self, report: Option<Report>) -> bool {
         let goes_on = report.is_none() && self.may_go_on();
         if !goes_on {
-            self.handled = Some(report);
+            *self.handled = Some(report);
         }
         goes_on
     }
@@ -302,43 +309,40 @@ impl<T: Transitions, C: GuestCpu, O: ObjectMemory> Run<'_, T, C, O>
 where
     T::Guest: Send + Sync,
 {
-    fn run(&mut self, state: &mut VcpuState) -> Result<Report, Refusal> {
+    /// Runs the vCPU until there is something to tell the host.
+    fn run(&mut self, state: &mut VcpuState) -> Result<(), Refusal> {
         if matches!(state.open, Open::Ended) {
             return Err(Status::WrongState.into());
         }
         if let Some(end) = self.vm.end_before_entry() {
             state.open = Open::Ended;
-            return Ok(Report::of_end(end));
+            self.report = Some(Report::of_end(end));
+            return Ok(());
         }
         if !self.power.goes_on() {
             self.start(state)?;
         }
         state.context.cntvoff_el2 = self.vm.counter_offset();
-        let report = self.answer(state)?;
+        self.answer(state)?;
         state.ring.resume(self.transitions, self.cpu, self.vm.guest(), || self.host_entry().released);
-        if let Some(report) = report {
-            return Ok(report);
-        }
         let mut loan = Loan { vectors: Vectors::None, timer_held: false };
-        let report = loop {
-            if let Some(report) = self.end() {
+        while self.report.is_none() {
+            if let Some(end) = self.vm.end() {
                 state.open = Open::Ended;
-                break report;
+                self.report = Some(Report::of_end(end));
+            } else if !self.wake.is_empty() {
+                self.report = Some(Report::Wake);
+            } else {
+                self.enter(state, &mut loan);
             }
-            if !self.wake.is_empty() {
-                break Report::Wake;
-            }
-            if let Some(report) = self.enter(state, &mut loan) {
-                break report;
-            }
-        };
+        }
         if loan.vectors != Vectors::None {
             self.cpu.unload_vectors(state.area);
         }
         if loan.timer_held {
             self.cpu.release_virtual_timer();
         }
-        Ok(report)
+        Ok(())
     }
 
     /// Readies a vCPU that has been turned on.
@@ -355,11 +359,11 @@ where
         Ok(())
     }
 
-    /// Acts on the host's answer to the last exit. Returns what the host is told if the guest cannot be entered even so.
-    fn answer(&self, state: &mut VcpuState) -> Result<Option<Report>, Refusal> {
+    /// Acts on the host's answer to the last exit. There is a report if the guest cannot be entered even so.
+    fn answer(&mut self, state: &mut VcpuState) -> Result<(), Refusal> {
         if matches!(state.open, Open::Nothing) {
             // Whatever the host says.
-            return Ok(None);
+            return Ok(());
         }
         let entry = self.host_entry();
         match &mut state.open {
@@ -379,14 +383,15 @@ where
                 (Some(Answer::Complete), Missing::Results) => {
                     state.open = Open::Nothing;
                     let outcome = self.complete_host_call(state);
-                    return Ok(self.conclude(&mut state.open, &mut state.context, conduit, outcome));
+                    self.report = self.conclude(&mut state.open, &mut state.context, conduit, outcome);
+                    return Ok(());
                 }
                 _ => return Err(Status::Invalid.into()),
             },
             Open::Nothing | Open::Ended => {}
         }
         state.open = Open::Nothing;
-        Ok(None)
+        Ok(())
     }
 
     /// Reads what the host says.
@@ -400,8 +405,7 @@ where
     fn reset_ring(&self, ring: &mut Ring) {
         let guest = self.vm.guest();
         if let Some(page) = ring.detach(self.transitions, guest, None) {
-            let (tree, _) = self.transitions.tree(guest.memory());
-            self.cpu.note_unpinned(tree, page);
+            self.cpu.note_unpinned(self.transitions.tree(guest.memory()).vttbr, page);
         }
     }
 
@@ -438,9 +442,9 @@ where
         rsi::complete_host_call(self.transitions, self.vm.guest(), &mut state.context, &registers)
     }
 
-    /// Enters the guest, with its interrupts, and handles its exit. `None` if the guest goes on.
+    /// Enters the guest, with its interrupts, and handles its exit. The guest goes on unless there is a report.
     #[inline(never)]
-    fn enter(&mut self, state: &mut VcpuState, loan: &mut Loan) -> Option<Report> {
+    fn enter(&mut self, state: &mut VcpuState, loan: &mut Loan) {
         let (index, list_registers) = (self.index, self.cpu.list_registers());
         // Read once: a timer that has not fired for the interrupt controller yet has a deadline.
         let now = self.cpu.counter();
@@ -449,24 +453,27 @@ where
             loan.timer_held = false;
         }
         let timers_changed = state.timers.update(&state.context, now);
-        self.vm.with_gic(|gic| {
-            if timers_changed {
-                state.timers.tell(gic, index);
-            }
-            gic.enter_again(index, list_registers, &mut state.interface)
-        });
+        // Most entries are like the one before.
+        if timers_changed || state.entered_at != self.vm.gic_changes() {
+            state.entered_at = self.vm.enter_gic(|gic| {
+                if timers_changed {
+                    state.timers.tell(gic, index);
+                }
+                gic.enter_again(index, list_registers, &mut state.interface)
+            });
+        }
         let vmcr = state.interface.vmcr;
-        let (tree, geometry) = self.transitions.tree(self.vm.guest().memory());
+        let tree = self.transitions.tree(self.vm.guest().memory());
         let deadline = state.context.physical_timer().filter(|&deadline| deadline > now);
         let mut entry = Entry {
             context: &mut state.context,
             gic: &mut state.interface,
             tree,
-            geometry,
             vcpu: index,
             vectors: loan.vectors,
             deadline,
         };
+        let mut handled = None;
         let mut at_once = AtOnce {
             run: self,
             vm: self.vm,
@@ -474,20 +481,21 @@ where
             ring: &mut state.ring,
             ids: &state.ids,
             timer_held: loan.timer_held,
-            handled: None,
+            handled: &mut handled,
         };
         let left = self.cpu.enter(self.host, &mut entry, |esr, context| at_once.handles(esr, context));
-        let AtOnce { handled, .. } = at_once;
-        // Most exits leave nothing for others to know of.
+        // Most exits leave nothing for others to know of. After one that does, it is not entered as before.
         if !state.interface.may_stay(vmcr) {
             self.gic(|gic| gic.after_exit(index, &state.interface));
         }
-        let report = match handled {
-            Some(report) => report,
+        match handled {
+            Some(report) => self.report = report,
             None => self.handle(state, left, loan),
-        };
-        // The guest's next instruction may trap again before an interrupt is taken.
-        report.or_else(|| self.interrupted(&state.context, loan))
+        }
+        if self.report.is_none() {
+            // The guest's next instruction may trap again before an interrupt is taken.
+            self.report = self.interrupted(&state.context, loan);
+        }
     }
 
     /// Runs `f` on the interrupt controller. What it returns is to be woken; this vCPU is awake.
@@ -498,17 +506,18 @@ where
         }
     }
 
-    /// Handles an exit. `None` if the guest goes on.
-    fn handle(&mut self, state: &mut VcpuState, left: Left, loan: &mut Loan) -> Option<Report> {
+    /// Handles an exit. The guest goes on unless there is a report.
+    fn handle(&mut self, state: &mut VcpuState, left: Left, loan: &mut Loan) {
         let syndrome = match left {
-            Left::Interrupt => return None,
+            Left::Interrupt => return,
             Left::Error => {
                 state.open = Open::Ended;
-                return Some(Report::Failed);
+                self.report = Some(Report::Failed);
+                return;
             }
             Left::Synchronous(syndrome) => syndrome,
         };
-        match GuestExit::decode(&syndrome, &state.context) {
+        self.report = match GuestExit::decode(&syndrome, &state.context) {
             GuestExit::Wait => {
                 state.context.skip_instruction();
                 self.wait(&state.context, &mut state.timers)
@@ -526,7 +535,7 @@ where
                 self.sysreg(state, access);
                 None
             }
-            GuestExit::Abort(abort) => self.abort(state, abort),
+            GuestExit::Abort(abort) => return self.abort(state, abort),
             GuestExit::FloatingPoint | GuestExit::Sve if loan.vectors == Vectors::None => {
                 self.cpu.load_vectors(state.area);
                 loan.vectors = if state.ids.has_sve() { Vectors::Sve } else { Vectors::Simd };
@@ -537,7 +546,7 @@ where
                 state.context.take_undefined(self.cpu.pstate_features());
                 None
             }
-        }
+        };
     }
 
     /// Sorts out a physical interrupt: a timer of the guest, or the host's business.
@@ -605,11 +614,6 @@ where
         }
     }
 
-    /// Returns what the host is told if the guest has ended the VM.
-    fn end(&self) -> Option<Report> {
-        self.vm.end().map(Report::of_end)
-    }
-
     /// Ends the VM, and with it this vCPU. The others are to find out.
     fn end_as(&mut self, end: VmEnd, open: &mut Open) -> Report {
         *open = Open::Ended;
@@ -660,13 +664,12 @@ where
         state.context.skip_instruction();
     }
 
-    fn abort(&mut self, state: &mut VcpuState, abort: Abort) -> Option<Report> {
+    fn abort(&mut self, state: &mut VcpuState, abort: Abort) {
         let features = self.cpu.pstate_features();
         let context = &mut state.context;
         let guest = self.vm.guest();
         let Some(page) = abort.page() else {
-            abort.inject(context, features);
-            return None;
+            return abort.inject(context, features);
         };
         let shared_bit = guest.shared_bit().unwrap_or(0);
         let described = abort.access(context);
@@ -677,12 +680,13 @@ where
             if !done {
                 abort.inject(context, features);
             }
-            return None;
+            return;
         }
-        let backing = guest.backing(self.transitions, page, described.is_some())?;
-        let (report, pending) = abort.handle(context, described, backing, guest.kind(), features)?;
-        state.open = Open::Access(pending);
-        Some(report)
+        let Some(backing) = guest.backing(self.transitions, page, described.is_some()) else { return };
+        if let Some((report, pending)) = abort.handle(context, described, backing, guest.kind(), features) {
+            state.open = Open::Access(pending);
+            self.report = Some(report);
+        }
     }
 
     /// Accesses the interrupt controller. Returns whether there is such a register.

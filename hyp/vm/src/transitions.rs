@@ -4,7 +4,7 @@ use ravelin_abi::VmAttributes;
 use ravelin_memory::{Ipa, IpaRange, PhysAddr, PhysRange};
 
 use ravelin_ownership::{Batch, Conversion, GuestPage};
-use ravelin_pgtable::{Geometry, Vttbr};
+use ravelin_pgtable::Tree;
 
 use crate::Refusal;
 
@@ -52,7 +52,7 @@ pub trait Transitions {
     fn end_of_root(&self, _guest: &Self::Guest) {}
 
     /// Returns root, VMID and shape of a guest's stage 2.
-    fn tree(&self, guest: &Self::Guest) -> (Vttbr, Geometry);
+    fn tree<'a>(&self, guest: &'a Self::Guest) -> &'a Tree;
 
     /// Gives a guest pages of the host for its tables.
     ///

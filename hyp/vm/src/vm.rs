@@ -13,7 +13,7 @@ use ravelin_sync::{
     Mutex, TicketMutex,
     atomic::{
         AtomicBool, AtomicU8, AtomicU64,
-        Ordering::{Relaxed, SeqCst},
+        Ordering::{Acquire, Relaxed, Release, SeqCst},
         fence,
     },
 };
@@ -118,6 +118,8 @@ pub struct Vm<O: ObjectMemory, G: Send + Sync, V: Send + Sync> {
     vcpus: VcpuSlots<O, V>,
     /// Everybody gets their turn: the host takes it too, and vCPUs of the guest as often as they like.
     gic: TicketMutex<VmGic<O>>,
+    /// How often something has been done to it that may concern any vCPU.
+    gic_changes: AtomicU64,
     /// Since it is sealed.
     gic_frames: Option<GicFrames>,
     /// How the guest has ended it.
@@ -207,7 +209,26 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vm<O, G, V> {
 
     /// Runs `f` on the VM's interrupt controller. No other lock may be taken meanwhile.
     pub fn with_gic<R>(&self, f: impl FnOnce(&mut Gic<'_, VcpuGics<O>>) -> R) -> R {
-        f(&mut self.gic.lock().view())
+        let mut gic = self.gic.lock();
+        // Before what is done, and so before anybody is told of it. Only who holds the lock writes.
+        self.gic_changes.store(self.gic_changes.load(Relaxed).wrapping_add(1), Release);
+        f(&mut gic.view())
+    }
+
+    /// Prepares the entry of a vCPU, which concerns no other. If it may be repeated, as `f` says by [`Gic::enter_again`], returns until
+    /// when: as long as [`Vm::gic_changes`] is this. Otherwise 0.
+    pub(crate) fn enter_gic(&self, f: impl FnOnce(&mut Gic<'_, VcpuGics<O>>) -> bool) -> u64 {
+        let mut gic = self.gic.lock();
+        if f(&mut gic.view()) { self.gic_changes.load(Relaxed) } else { 0 }
+    }
+
+    /// Returns a number, not 0, that is another one after each [`Vm::with_gic`].
+    ///
+    /// Who sees the old one goes on as if it had come first. A vCPU that is entered so runs for the interrupt controller, and whoever
+    /// changes anything for it is told to interrupt it.
+    #[inline]
+    pub(crate) fn gic_changes(&self) -> u64 {
+        self.gic_changes.load(Acquire)
     }
 
     /// Returns the frame of the interrupt controller that a guest address lies in, and the offset there.
@@ -303,6 +324,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
                 gic: TicketMutex::new(VmGic::new(spis, gics)),
                 gic_frames: None,
                 end: AtomicU8::new(RUNS),
+                gic_changes: AtomicU64::new(1),
                 counter_offset: AtomicU64::new(0),
                 metadata,
             };

@@ -126,7 +126,7 @@ impl TestMachine {
             meeting.wait();
             meeting.wait();
         }
-        let (tree, vcpu) = (guest.tree, guest.vcpu);
+        let (tree, vcpu) = (guest.tree.vttbr, guest.vcpu);
         let mut script = self.script();
         while let Some(action) = script.next(tree, vcpu, guest.context) {
             let context = &mut *guest.context;
@@ -170,7 +170,7 @@ impl TestMachine {
     /// Notes what has become of the call that a guest is at, if it is at one.
     fn note_call(&self, guest: &Entry<'_>) {
         let mut script = self.script();
-        let (tree, vcpu) = (guest.tree, guest.vcpu);
+        let (tree, vcpu) = (guest.tree.vttbr, guest.vcpu);
         if let Some(&(_, action @ Action::Call(..))) = script.in_flight.get(&(tree.vmid, vcpu)) {
             let outcome = Outcome::Handled(first_registers(guest.context));
             script.happened.push(Happened { tree, vcpu, action, outcome });

@@ -73,6 +73,7 @@ macro_rules! load {
 /// Takes the registers out of the CPU, stops the virtual timer, and leaves no translation on behind that could be walked for
 /// speculatively while registers of two owners are in the CPU (as errata of Cortex-A57, A72 and A76 and their kin ask: 1319367,
 /// 1319537, 1165522).
+#[inline(always)]
 pub(super) fn save(context: &mut Context, features: Features) {
     // Walks that began at EL1 may go on at EL2 until then, and must not see registers change (Arm ARM DDI 0487, R_LFHQG).
     maintain!("dsb nsh");
@@ -87,6 +88,7 @@ pub(super) fn save(context: &mut Context, features: Features) {
 }
 
 /// Puts the registers into the CPU, after [`save()`] of their previous owner. Stage 2 is that of the new one already.
+#[inline(always)]
 pub(super) fn load(context: &Context, features: Features) {
     registers!(load, context, features);
     // EL1 does not write these.

@@ -81,9 +81,6 @@ impl GuestCpu for Hardware {
     type Host = AbsentHost;
 
     fn leave_host(&self, host: &mut AbsentHost) -> Result<(), Status> {
-        if read_sysreg!("midr_el1") != self.guests.midr {
-            return Err(Status::NotSupported);
-        }
         // SVCR.SM: what SVE instructions would save is not what there is.
         if self.guests.features.sme() && read_sysreg!("s3_3_c4_c2_2") & 1 != 0 {
             return Err(Status::Busy);
@@ -91,6 +88,12 @@ impl GuestCpu for Hardware {
         let this = CpuStart::current().ok_or(Status::NotSupported)?;
         // SAFETY: The place is this CPU's alone, which takes no interrupts at EL2. There is no other reference.
         let state = unsafe { &mut *this.host.get() };
+        if !state.is_known() {
+            if read_sysreg!("midr_el1") != self.guests.midr {
+                return Err(Status::NotSupported);
+            }
+            state.learn(self.guests.features);
+        }
         world::leave_host(state, self.guests.features);
         host.virtual_timer = state.virtual_timer();
         Ok(())
@@ -205,7 +208,7 @@ fn arm(deadline: Option<u64>) {
 fn forget_other_vcpus(guest: &Entry<'_>) {
     let Some(this) = CpuStart::current() else { return };
     // Tables of another VM at the same place have been invalidated when the VM ended.
-    let vcpu = guest.tree.bits() | guest.vcpu as u64;
+    let vcpu = guest.tree.vttbr.bits() | guest.vcpu as u64;
     if this.last_vcpu.load(Relaxed) != vcpu {
         this.last_vcpu.store(vcpu, Relaxed);
         maintain!("tlbi vmalle1", "dsb nsh", "isb");
@@ -259,6 +262,7 @@ impl PageAccess for Hardware {
         unsafe { ptr::with_exposed_provenance::<[u64; N]>(at.raw() as usize).read_volatile() }
     }
 
+    #[inline]
     fn write_words<const N: usize>(&self, at: PhysAddr, words: &[u64; N]) {
         assert!(at.is_aligned(8));
         let target = ptr::with_exposed_provenance_mut::<u64>(at.raw() as usize);

@@ -105,10 +105,16 @@ impl HostState {
         self.registers.virtual_deadline()
     }
 
+    /// Returns whether [`HostState::learn`] has been called.
+    pub(super) const fn is_known(&self) -> bool {
+        // Never of a host.
+        self.controls.hcr != 0
+    }
+
     /// Reads what stays the same from one run of a guest to the next.
     #[cold]
     #[inline(never)]
-    fn learn(&mut self, features: Features) {
+    pub(super) fn learn(&mut self, features: Features) {
         self.controls = Controls::read(features);
         self.for_guests = Controls::for_guests(&self.controls, features);
         self.vtcr = read_sysreg!("vtcr_el2");
@@ -208,6 +214,7 @@ impl Controls {
         }
     }
 
+    #[inline(always)]
     fn load(&self, features: Features) {
         write_lower_sysreg!("hcr_el2", self.hcr);
         write_lower_sysreg!("mdcr_el2", self.mdcr);
@@ -223,12 +230,8 @@ impl Controls {
     }
 }
 
-/// Takes the host out of the CPU.
+/// Takes the host, which is known, out of the CPU.
 pub(super) fn leave_host(host: &mut HostState, features: Features) {
-    // Never of a host.
-    if host.controls.hcr == 0 {
-        host.learn(features);
-    }
     (host.elr, host.spsr) = (read_sysreg!("elr_el2"), read_sysreg!("spsr_el2"));
     host.icc_sre = read_sysreg!("s3_0_c12_c12_5");
     stop_observation(host, features);
@@ -268,8 +271,8 @@ fn stop_observation(host: &mut HostState, features: Features) {
 
 /// Sets what differs from entry to entry.
 pub(super) fn enter_guest(guest: &Entry<'_>, physical: PhysicalSize, features: Features) {
-    write_lower_sysreg!("vtcr_el2", guest.geometry.vtcr(physical));
-    write_lower_sysreg!("vttbr_el2", guest.tree.bits());
+    write_lower_sysreg!("vtcr_el2", guest.tree.geometry.vtcr(physical));
+    write_lower_sysreg!("vttbr_el2", guest.tree.vttbr.bits());
     let cptr = match guest.vectors {
         Vectors::None => CPTR_ALL,
         Vectors::Sve if features.sve() => CPTR_ALL & !(CPTR_TFP | CPTR_TZ),

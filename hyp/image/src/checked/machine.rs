@@ -34,7 +34,7 @@ impl GuestCpu for Checked {
         guest: &mut Entry<'_>,
         mut handles: H,
     ) -> Left {
-        let root = guest.tree.root.page_number();
+        let root = guest.tree.vttbr.root.page_number();
         pass_turn();
         let left = self.0.enter(host, guest, |esr, context| {
             take_turn();

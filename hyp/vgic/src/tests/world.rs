@@ -15,6 +15,10 @@ pub(crate) struct World {
     entered: Vec<u64>,
     /// What a vCPU was left with that had nothing to take back.
     left: Vec<Option<ListRegisters>>,
+    /// How often something has been done to the controller, apart from entries.
+    changes: u64,
+    /// That number at the last entry, if it may be repeated until it is another one; otherwise 0.
+    repeatable: Vec<u64>,
     lrs: usize,
     /// Kicks wait until [`World::flush`].
     pub(crate) lazy: bool,
@@ -60,6 +64,8 @@ impl World {
             cpus: vec![None; vcpus],
             entered: vec![0; vcpus],
             left: vec![None; vcpus],
+            changes: 1,
+            repeatable: vec![0; vcpus],
             lrs,
             lazy: false,
             waiting: VcpuSet::EMPTY,
@@ -89,6 +95,11 @@ impl World {
     }
 
     pub(crate) fn gic(&mut self) -> Gic<'_, [VcpuGic]> {
+        self.changes += 1;
+        self.view()
+    }
+
+    fn view(&mut self) -> Gic<'_, [VcpuGic]> {
         Gic::new(&mut self.distributor, &mut self.spis, &mut self.vcpus[..])
     }
 
@@ -99,11 +110,16 @@ impl World {
     pub(crate) fn enter(&mut self, vcpu: usize) {
         let lrs = self.lrs;
         let entry = match self.left[vcpu].take() {
+            Some(entry) if self.repeatable[vcpu] == self.changes => entry,
             Some(mut entry) => {
-                assert_eq!(self.gic().enter_again(vcpu, lrs, &mut entry), Some(()));
+                let is_idle = self.view().enter_again(vcpu, lrs, &mut entry);
+                self.repeatable[vcpu] = if is_idle { self.changes } else { 0 };
                 entry
             }
-            None => prepare(&mut self.gic(), vcpu, lrs).unwrap(),
+            None => {
+                self.repeatable[vcpu] = 0;
+                prepare(&mut self.view(), vcpu, lrs).unwrap()
+            }
         };
         assert!(entry.used <= lrs);
         self.entered[vcpu] = entry.vmcr;

@@ -9,7 +9,7 @@ use std::{
 
 use ravelin_abi::Status;
 use ravelin_memory::{PAGE_SIZE, PhysAddr, PhysRange};
-use ravelin_pgtable::{Geometry, Vttbr};
+use ravelin_pgtable::Tree;
 use ravelin_vgic::{ListRegisters, ich};
 
 use crate::{
@@ -25,8 +25,7 @@ pub(super) struct Host(u64);
 pub(super) struct Entered {
     pub(super) context: Context,
     pub(super) gic: ListRegisters,
-    pub(super) tree: Vttbr,
-    pub(super) geometry: Geometry,
+    pub(super) tree: Tree,
     pub(super) vectors: Vectors,
     pub(super) deadline: Option<u64>,
 }
@@ -152,8 +151,7 @@ impl FakeCpu {
         state.entered.push(Entered {
             context: *guest.context,
             gic: *guest.gic,
-            tree: guest.tree,
-            geometry: guest.geometry,
+            tree: *guest.tree,
             vectors: guest.vectors,
             deadline: guest.deadline,
         });
