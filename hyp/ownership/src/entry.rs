@@ -85,6 +85,23 @@ impl State {
     const fn bits(self) -> u64 {
         self.0 << STATE_SHIFT
     }
+
+    /// All that there are, with what is nobody's first.
+    #[cfg(test)]
+    pub(crate) const ALL: [Self; 12] = [
+        Self::NOBODY,
+        Self::HOST_OWNED,
+        Self::HOST_SHARED,
+        Self::HOST_BORROWED,
+        Self::HYP_OWNED,
+        Self::HYP_DONATED,
+        Self::HYP_KEPT,
+        Self::HOST_LENT,
+        Self::GUEST_OWNED,
+        Self::GUEST_PINNED,
+        Self::GUEST_OFFERED,
+        Self::GUEST_CLAIMED,
+    ];
 }
 
 impl fmt::Debug for State {

@@ -158,21 +158,6 @@ mod tests {
         Step::PIN,
         Step::UNPIN,
     ];
-    const STATES: [State; 12] = [
-        State::NOBODY,
-        State::HOST_OWNED,
-        State::HOST_SHARED,
-        State::HOST_BORROWED,
-        State::HYP_OWNED,
-        State::HYP_DONATED,
-        State::HYP_KEPT,
-        State::HOST_LENT,
-        State::GUEST_OWNED,
-        State::GUEST_PINNED,
-        State::GUEST_OFFERED,
-        State::GUEST_CLAIMED,
-    ];
-
     impl Step {
         fn pins(&self) -> std::ops::RangeInclusive<u64> {
             let least = self.least.pins();
@@ -191,7 +176,7 @@ mod tests {
     #[test]
     fn a_step_is_allowed_from_its_state_alone() {
         for step in STEPS {
-            for state in STATES {
+            for state in State::ALL {
                 for pins in [0, 1, 2, Entry::MAX_PINS - 1, Entry::MAX_PINS] {
                     let entry = Entry::new(state, pins);
                     let expected = state == step.before && step.pins().contains(&pins);

@@ -47,21 +47,8 @@ fn finds(expected: Inconsistency, contradict: impl FnOnce(&Rig<'_>)) {
 
 #[test]
 fn a_wrong_count() {
-    let states = [
-        State::HOST_OWNED,
-        State::HOST_SHARED,
-        State::HOST_BORROWED,
-        State::HYP_OWNED,
-        State::HYP_DONATED,
-        State::HYP_KEPT,
-        State::HOST_LENT,
-        State::GUEST_OWNED,
-        State::GUEST_PINNED,
-        State::GUEST_OFFERED,
-        State::GUEST_CLAIMED,
-    ];
     with_rig(|rig| {
-        for state in states {
+        for &state in &State::ALL[1..] {
             rig.with_region(GIB, |region, _| region.counts.moved(State::NOBODY, state, 1));
             assert_eq!(rig.memory.check(&rig.machine), Err(Inconsistency::Counts), "{state:?}");
             rig.with_region(GIB, |region, _| region.counts.moved(state, State::NOBODY, 1));
