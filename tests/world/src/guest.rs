@@ -78,6 +78,8 @@ pub(crate) struct Script {
     pub(crate) happened: Vec<Happened>,
     /// How often instructions have been tried again since the host was left.
     tries: u32,
+    /// Whether a guest has had nothing to do since then. So long until an interrupt comes.
+    idle: bool,
     /// The instruction that a vCPU was left at, and its address.
     pub(crate) in_flight: BTreeMap<(Vmid, usize), (u64, Action)>,
 }
@@ -164,6 +166,7 @@ impl TestMachine {
             script.in_flight.insert((tree.vmid, vcpu), (pc, action));
             return Left::Synchronous(syndrome);
         }
+        script.idle = true;
         Left::Interrupt
     }
 
@@ -196,7 +199,8 @@ impl GuestCpu for TestMachine {
     }
 
     fn return_to_host(&self, (): &()) {
-        self.script().tries = 0;
+        let mut script = self.script();
+        (script.tries, script.idle) = (0, false);
     }
 
     fn enter<H: FnMut(u64, &mut Context) -> bool>(&self, (): &(), guest: &mut Entry<'_>, mut handles: H) -> Left {
@@ -233,7 +237,7 @@ impl GuestCpu for TestMachine {
     }
 
     fn interrupt_pending(&self, (): &()) -> bool {
-        true
+        self.script().idle
     }
 
     fn hold_virtual_timer(&self) -> bool {
