@@ -592,21 +592,15 @@ impl<'a> OwnershipTable<'a> {
         let Some((_, index)) = self.region_of(pages.base()) else { return false };
         let Some(block) = self.blocks.get_mut(index) else { return false };
         let in_block = to_usize(pages.base().page_number() & PAGES_PER_BLOCK_U64.wrapping_sub(1));
-        let (bits, has) = match Block::from_bits(*block).as_uniform() {
-            Some(entry) if in_block == 0 && pages.pages() == PAGES_PER_BLOCK_U64 => (block, entry),
-            None if pages.pages() == 1 => match self.pages.get_mut(index).and_then(|pages| pages.get_mut(in_block)) {
-                Some(page) => {
-                    let has = Entry::from_bits(*page);
-                    (page, has)
-                }
-                None => return false,
-            },
-            _ => return false,
+        let bits = match Block::from_bits(*block).as_uniform() {
+            Some(_) if in_block == 0 && pages.pages() == PAGES_PER_BLOCK_U64 => Some(block),
+            None if pages.pages() == 1 => self.pages.get_mut(index).and_then(|pages| pages.get_mut(in_block)),
+            _ => None,
         };
-        if has == old {
-            *bits = new.bits();
-        }
-        has == old
+        // A uniform block's entry is that of its first page.
+        let Some(bits) = bits.filter(|bits| Entry::from_bits(**bits) == old) else { return false };
+        *bits = new.bits();
+        true
     }
 
     /// Yields every block of RAM with its number of pages in state `HostOwned`, if it is split.

@@ -168,11 +168,11 @@ impl<O: ObjectMemory, G: Send + Sync> Vms<O, G, VcpuState> {
             let conversions = vcpu.state.ring.apply(transitions, cpu, vm.guest(), run_page);
             let [wake_low, wake_high] = run.wake.words();
             let always = [wake_low, wake_high, conversions];
-            match run.report {
-                // What guests exit for most.
-                Some(report @ Report::Mmio { .. }) => tell(cpu, run_page, report, always),
-                Some(report) => tell_other(cpu, run_page, report, always),
-                None => debug_assert!(false, "the loop ends with a report"),
+            // What guests exit for most.
+            if let Some(report @ Report::Mmio { .. }) = run.report {
+                tell(cpu, run_page, report, always);
+            } else if let Some(report) = run.report {
+                tell_other(cpu, run_page, report, always);
             }
             Ok(())
         })

@@ -1078,6 +1078,18 @@ fn vcpus_that_cannot_be_turned_on() {
 }
 
 #[test]
+fn a_call_whose_results_are_always_the_same_is_answered_at_once() {
+    let world = World::new(VmKind::Pkvm);
+    world.then(|guest| call(guest, Conduit::Hvc, [0xc600_0002, 0, 0, 0]));
+    let context = world.goes_on();
+    assert_eq!((context.pc, context.x[..4].to_vec()), (GUEST + 4, vec![4096, 1, 0, 0]));
+    let world = World::new(VmKind::Realm);
+    world.then(|guest| call(guest, Conduit::Smc, [0xc400_0190, 0x1_0000, 0, 0]));
+    let context = world.goes_on();
+    assert_eq!((context.pc, context.x[..3].to_vec()), (GUEST + 4, vec![0, 0x1_0000, 0x1_0000]));
+}
+
+#[test]
 fn waiting_ends_with_an_interrupt() {
     let world = World::new(VmKind::Pkvm);
     world.enable(0, &[3]);
