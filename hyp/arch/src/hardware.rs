@@ -51,8 +51,10 @@ impl Hardware {
     }
 
     fn descriptor(table: PhysAddr, index: usize) -> &'static AtomicU64 {
-        assert!(index < 512 && table.is_aligned(PAGE_SIZE));
-        let pointer = ptr::with_exposed_provenance_mut::<u64>(table.raw() as usize).wrapping_add(index);
+        debug_assert!(index < 512 && table.is_aligned(PAGE_SIZE));
+        // In the page, whatever comes: cheaper than to find out, and each walk does it at each level.
+        let table = table.align_down(PAGE_SIZE).raw() as usize;
+        let pointer = ptr::with_exposed_provenance_mut::<u64>(table).wrapping_add(index % 512);
         // SAFETY: `Hardware::new` promises that table pages are mapped and used as tables only; the index stays in the page.
         // A table page is never given back to Rust as anything but a page to be cleared.
         unsafe { AtomicU64::from_ptr(pointer) }

@@ -111,25 +111,15 @@ impl Piece {
     }
 }
 
-/// Writes `entry` and what follows it.
-fn write_run(entries: &mut [u64], entry: Entry) {
-    for (bits, new) in entries.iter_mut().zip(entry.run()) {
-        *bits = new;
-    }
-}
-
-/// As [`write_run`], and calls `replaced` with the old states, in runs.
+/// Writes `entry` and what follows it, and calls `replaced` with the old states, in runs.
 fn replace_run(entries: &mut [u64], entry: Entry, replaced: &mut dyn FnMut(State, u64)) {
-    let (mut state, mut pages) = (State::NOBODY, 0_u64);
-    for (bits, new) in entries.iter_mut().zip(entry.run()) {
-        let old = Entry::from_bits(core::mem::replace(bits, new)).state();
-        if old != state {
-            replaced(state, pages);
-            (state, pages) = (old, 0);
-        }
-        pages = pages.wrapping_add(1);
+    let mut rest = &*entries;
+    while let Some(first) = rest.first().copied().map(Entry::from_bits) {
+        let same = first.states_length(rest);
+        replaced(first.state(), to_u64(same));
+        rest = rest.get(same..).unwrap_or_default();
     }
-    replaced(state, pages);
+    entry.write_run(entries);
 }
 
 impl RamRange {
@@ -523,7 +513,7 @@ impl<'a> OwnershipTable<'a> {
             let mut entries = self.entries(piece);
             let mut page = piece.page;
             while let Some(first) = entries.first().copied().map(Entry::from_bits) {
-                let same = entries.iter().zip(first.run()).take_while(|(bits, expected)| **bits == *expected).count();
+                let same = first.run_length(entries);
                 let end = page.wrapping_add(to_u64(same));
                 if let Some(run) = run_range((page, end)) {
                     f(run, Some(first), to_u64(same))?;
@@ -664,7 +654,7 @@ impl<'a> OwnershipTable<'a> {
     fn prime(&mut self, index: usize, entry: Entry) {
         if let Some(pages) = self.pages.get_mut(index) {
             if entry.state().has_frame() {
-                write_run(pages, entry);
+                entry.write_run(pages);
                 return;
             }
             let entry = entry.bits();

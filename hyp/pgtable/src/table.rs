@@ -1,6 +1,10 @@
 //! The tree of translation tables: walk, map, unmap.
 
-use core::{fmt, marker::PhantomData, ops::ControlFlow};
+use core::{
+    fmt,
+    marker::PhantomData,
+    ops::{ControlFlow, Range},
+};
 
 use ravelin_memory::{Addr, Level, PAGE_SIZE, PageRange, PhysAddr, TABLE_ENTRIES};
 
@@ -154,7 +158,7 @@ impl Span {
 
     /// Returns the indices of the entries that translate the span, which lies within one table of level 3.
     #[inline]
-    fn pages(self) -> core::ops::Range<usize> {
+    fn pages(self) -> Range<usize> {
         let first = index_of(self.start, Level::L3.shift());
         first..first.wrapping_add(index_of(self.size().wrapping_sub(1), Level::L3.shift())).wrapping_add(1)
     }
@@ -882,35 +886,48 @@ fn visit_in<R: Regime, M: Machine>(
 
 /// Visits `span` of `table`, which is of level 3. The inner loop of [`PageTable::visit`].
 fn visit_pages<R: Regime, M: Machine>(machine: &M, table: PhysAddr, span: Span, f: Visitor<'_, R>) -> ControlFlow<()> {
-    let mut indices = span.pages().peekable();
+    let mut indices = span.pages();
     let mut start = span.start;
-    while let Some(index) = indices.next() {
-        let first = Descriptor::from_bits(machine.read(table, index));
-        let mut end = start.wrapping_add(PAGE_SIZE);
-        let found = match first.kind(Level::L3) {
-            Kind::Leaf(to) => {
-                let mut next = first.following(Level::L3).bits();
-                while indices.next_if(|&index| machine.read(table, index) == next).is_some() {
-                    next = next.wrapping_add(PAGE_SIZE);
-                    end = end.wrapping_add(PAGE_SIZE);
-                }
-                Found::Leaf { mapping: mapping_of::<R>(first, to), level: Level::L3 }
-            }
-            Kind::Poisoned => Found::Poisoned,
-            Kind::Invalid | Kind::Table(_) | Kind::Pending(_) => {
-                let empty = Descriptor::INVALID.bits();
-                while indices.next_if(|&index| machine.read(table, index) == empty).is_some() {
-                    end = end.wrapping_add(PAGE_SIZE);
-                }
-                Found::Absent { level: Level::L3 }
-            }
+    while !indices.is_empty() {
+        let first = Descriptor::from_bits(machine.read(table, indices.start));
+        let (found, step) = match first.kind(Level::L3) {
+            Kind::Leaf(to) => (Found::Leaf { mapping: mapping_of::<R>(first, to), level: Level::L3 }, Some(PAGE_SIZE)),
+            Kind::Poisoned => (Found::Poisoned, None),
+            // Whatever it is, the hardware sees nothing.
+            Kind::Invalid | Kind::Table(_) | Kind::Pending(_) => (Found::Absent { level: Level::L3 }, Some(0)),
         };
+        let same = step.map_or(1, |step| run_length(machine, table, &indices, first.bits(), step));
+        indices.start = indices.start.wrapping_add(same);
+        let end = start.wrapping_add(PAGE_SIZE.wrapping_mul(u64::try_from(same).unwrap_or_default()));
         if let Ok(range) = PageRange::from_bounds(start, end) {
             f(range, found)?;
         }
         start = end;
     }
     ControlFlow::Continue(())
+}
+
+/// Returns how many descriptors of `table`, the first of `indices`, are `bits` and what follows in steps of `step`: at least one.
+///
+/// Four at a time, because this is what a range costs for each page.
+fn run_length<M: Machine>(machine: &M, table: PhysAddr, indices: &Range<usize>, mut bits: u64, step: u64) -> usize {
+    let mut index = indices.start;
+    while indices.end.wrapping_sub(index) >= 4 {
+        let read = |more: usize| machine.read(table, index.wrapping_add(more));
+        let second = bits.wrapping_add(step);
+        let third = second.wrapping_add(step);
+        let fourth = third.wrapping_add(step);
+        if !((read(0) == bits) & (read(1) == second) & (read(2) == third) & (read(3) == fourth)) {
+            break;
+        }
+        bits = fourth.wrapping_add(step);
+        index = index.wrapping_add(4);
+    }
+    while index < indices.end && machine.read(table, index) == bits {
+        bits = bits.wrapping_add(step);
+        index = index.wrapping_add(1);
+    }
+    index.wrapping_sub(indices.start).max(1)
 }
 
 /// Replaces a live descriptor: the only place where one takes another's place without an invalid one in between having
