@@ -6,7 +6,7 @@
 
 use core::{
     panic::PanicInfo,
-    sync::atomic::{AtomicBool, AtomicU32, Ordering},
+    sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
 };
 
 use ravelin_arch::{
@@ -20,6 +20,8 @@ const STATUS: u64 = 101;
 
 static SEMIHOSTING: AtomicBool = AtomicBool::new(false);
 static REPORTS: AtomicU32 = AtomicU32::new(0);
+/// The CPU that reports: one more than its MPIDR; 0 until one does.
+static REPORTER: AtomicU64 = AtomicU64::new(0);
 
 /// Makes a panic end the machine through semihosting, with a status, instead of PSCI.
 pub(crate) fn exit_by_semihosting() {
@@ -84,8 +86,14 @@ fn registers(registers: impl Iterator<Item = (&'static str, u64)>) {
     }
 }
 
-/// Stops a CPU whose report fails in turn, after it may have failed once.
+/// Stops all CPUs but the first one, whose report they would garble, and that one if its report fails in turn, after it may have failed
+/// once.
 fn begin() {
+    let this = mpidr().wrapping_add(1);
+    let reporter = REPORTER.compare_exchange(0, this, Ordering::Relaxed, Ordering::Relaxed);
+    if reporter.is_err_and(|reporter| reporter != this) {
+        halt();
+    }
     if REPORTS.fetch_add(1, Ordering::Relaxed) > 1 {
         halt();
     }
