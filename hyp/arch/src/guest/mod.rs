@@ -81,18 +81,19 @@ impl GuestCpu for Hardware {
     type Host = AbsentHost;
 
     fn leave_host(&self, host: &mut AbsentHost) -> Result<(), Status> {
-        // SVCR.SM: what SVE instructions would save is not what there is.
-        if self.guests.features.sme() && read_sysreg!("s3_3_c4_c2_2") & 1 != 0 {
-            return Err(Status::Busy);
-        }
         let this = CpuStart::current().ok_or(Status::NotSupported)?;
         // SAFETY: The place is this CPU's alone, which takes no interrupts at EL2. There is no other reference.
         let state = unsafe { &mut *this.host.get() };
+        // Before anything that not all CPUs have.
         if !state.is_known() {
             if read_sysreg!("midr_el1") != self.guests.midr {
                 return Err(Status::NotSupported);
             }
             state.learn(self.guests.features);
+        }
+        // SVCR.SM: what SVE instructions would save is not what there is.
+        if self.guests.features.sme() && read_sysreg!("s3_3_c4_c2_2") & 1 != 0 {
+            return Err(Status::Busy);
         }
         world::leave_host(state, self.guests.features);
         host.virtual_timer = state.virtual_timer();
