@@ -162,10 +162,8 @@ impl Entry {
     pub(crate) fn run_length(self, entries: &[u64]) -> usize {
         let (step, mut bits, mut length) = (self.step(), self.0, 0_usize);
         for [a, b, c, d] in entries.as_chunks().0 {
-            let second = bits.wrapping_add(step);
-            let third = second.wrapping_add(step);
-            let fourth = third.wrapping_add(step);
-            if !((*a == bits) & (*b == second) & (*c == third) & (*d == fourth)) {
+            let [first, second, third, fourth] = four(bits, step);
+            if !((*a == first) & (*b == second) & (*c == third) & (*d == fourth)) {
                 break;
             }
             bits = fourth.wrapping_add(step);
@@ -180,12 +178,9 @@ impl Entry {
     pub(crate) fn write_run(self, entries: &mut [u64]) {
         let (step, mut bits) = (self.step(), self.0);
         let (fours, rest) = entries.as_chunks_mut();
-        for four in fours {
-            let second = bits.wrapping_add(step);
-            let third = second.wrapping_add(step);
-            let fourth = third.wrapping_add(step);
-            *four = [bits, second, third, fourth];
-            bits = fourth.wrapping_add(step);
+        for entries in fours {
+            *entries = four(bits, step);
+            bits = entries[3].wrapping_add(step);
         }
         for (entry, bits) in rest.iter_mut().zip(Self(bits).run()) {
             *entry = bits;
@@ -230,6 +225,14 @@ impl Entry {
         matches!(self.state(), State::HYP_DONATED | State::HYP_KEPT | State::HOST_BORROWED | State::GUEST_PINNED)
             || self.pins() != 0
     }
+}
+
+/// Returns four numbers, each by `step` more than the one before, modulo 2^64.
+#[inline]
+fn four(first: u64, step: u64) -> [u64; 4] {
+    let second = first.wrapping_add(step);
+    let third = second.wrapping_add(step);
+    [first, second, third, third.wrapping_add(step)]
 }
 
 /// Entry of a 2 MiB block.

@@ -67,6 +67,7 @@ impl PhysicalSize {
 pub struct Geometry {
     bits: u32,
     start: Level,
+    /// Binary logarithm of what one root table covers, in bytes: each walk begins with it.
     table_shift: u32,
     /// VTCR_EL2 of a stage 2, with zero for PS: each entry of a guest writes it.
     vtcr: u64,
