@@ -13,7 +13,7 @@ use ravelin_sync::{
     Mutex, TicketMutex,
     atomic::{
         AtomicBool, AtomicU8, AtomicU64,
-        Ordering::{Acquire, Relaxed, Release, SeqCst},
+        Ordering::{Relaxed, SeqCst},
         fence,
     },
 };
@@ -210,8 +210,8 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vm<O, G, V> {
     /// Runs `f` on the VM's interrupt controller. No other lock may be taken meanwhile.
     pub fn with_gic<R>(&self, f: impl FnOnce(&mut Gic<'_, VcpuGics<O>>) -> R) -> R {
         let mut gic = self.gic.lock();
-        // Before what is done, and so before anybody is told of it. Only who holds the lock writes.
-        self.gic_changes.store(self.gic_changes.load(Relaxed).wrapping_add(1), Release);
+        // Only who holds the lock writes.
+        self.gic_changes.store(self.gic_changes.load(Relaxed).wrapping_add(1), Relaxed);
         f(&mut gic.view())
     }
 
@@ -228,7 +228,9 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vm<O, G, V> {
     /// changes anything for it is told to interrupt it.
     #[inline]
     pub(crate) fn gic_changes(&self) -> u64 {
-        self.gic_changes.load(Acquire)
+        // Who sees another one takes the lock, which orders the rest. What the host is told before it runs the vCPU, on whichever CPU,
+        // its own barriers order.
+        self.gic_changes.load(Relaxed)
     }
 
     /// Returns the frame of the interrupt controller that a guest address lies in, and the offset there.
