@@ -99,6 +99,10 @@ impl<P: TablePool, M: Machine + PageAccess> Transitions for MachineMemory<'_, '_
         }?)
     }
 
+    fn map_to_measure(&self, guest: &GuestMemory, range: PhysRange, at: Ipa) -> Result<(), Refusal> {
+        Ok(self.memory.donate_to_measure(self.machine, guest, range, at)?)
+    }
+
     fn unmap(&self, guest: &GuestMemory, range: IpaRange) -> Result<(), Refusal> {
         Ok(self.memory.unlend(self.machine, guest, range)?)
     }

@@ -68,6 +68,14 @@ pub trait Transitions {
     /// Those of the host call VM_MAP.
     fn map(&self, guest: &Self::Guest, range: PhysRange, at: Ipa) -> Result<(), Refusal>;
 
+    /// As [`Transitions::map`], for a protected guest that does not run before all of the pages have been read with
+    /// [`Transitions::read_pages`]: only then do they hold for a guest with its caches off what the host has written.
+    ///
+    /// # Errors
+    ///
+    /// As [`Transitions::map`].
+    fn map_to_measure(&self, guest: &Self::Guest, range: PhysRange, at: Ipa) -> Result<(), Refusal>;
+
     /// Takes borrowed pages from an ordinary guest.
     ///
     /// # Errors

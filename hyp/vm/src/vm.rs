@@ -417,7 +417,7 @@ impl<O: ObjectMemory, G: Send + Sync, V: Send + Sync> Vms<O, G, V> {
             }
             let mut guard = vm.measurement.try_lock().ok_or(Status::Busy)?;
             let mut measurement = guard.take().ok_or(Status::WrongState)?;
-            let mapped = transitions.map(&vm.guest.memory, range, frames.base());
+            let mapped = transitions.map_to_measure(&vm.guest.memory, range, frames.base());
             // A VM of which nobody knows what it is never runs.
             if mapped.is_ok() {
                 measure(transitions, &vm.guest.memory, frames, &mut measurement)?;

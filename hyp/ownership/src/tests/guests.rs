@@ -239,6 +239,31 @@ fn a_donation_costs_one_invalidation_of_stage_2_and_is_clean() {
 }
 
 #[test]
+fn what_is_donated_to_be_measured_is_cleaned_by_who_measures_it() {
+    with_rig(|rig| {
+        let guest = rig.guest(0, GuestKind::Realm, 16);
+        rig.touch(GIB);
+        let _ = rig.machine.take_log();
+        let (pages, at) = (range(GIB, 4), Ipa::new(RAM).unwrap());
+        rig.memory.donate_to_measure(&rig.machine, &guest, pages, at).unwrap();
+        rig.check_guest(&guest);
+        let log = rig.machine.take_log();
+        assert_eq!(invalidations(&log), [Op::InvalidateStage2(Vmid::HOST, pages.identity_ipa(), true)]);
+        assert!(!log.iter().any(|op| matches!(op, Op::Clean(_))));
+        assert_eq!((rig.at(&guest, RAM), rig.counts().guest_owned), (GuestPage::Private, 4));
+        rig.memory.with_guest_pages(&rig.machine, &guest, frames(RAM, 4), &mut |_| ()).unwrap();
+        let log = rig.machine.take_log();
+        assert_eq!(invalidations(&log), [Op::InvalidateEl2(pages.identity_va())]);
+        assert_eq!(log.iter().filter(|op| **op == Op::Clean(pages)).count(), 2, "before it is read, and after");
+        let again = rig.memory.donate_to_measure(&rig.machine, &guest, pages, at);
+        assert_eq!(again, Err(HostFailure { reason: GuestReason::Denied, page: addr(GIB) }));
+        let ordinary = rig.guest(1, GuestKind::Ordinary, 16);
+        let lent = rig.memory.donate_to_measure(&rig.machine, &ordinary, range(GIB + MIB, 1), at);
+        assert_eq!(lent, Err(HostFailure { reason: GuestReason::Denied, page: addr(GIB + MIB) }));
+    });
+}
+
+#[test]
 fn what_a_guest_gives_up_is_scrubbed_once_it_is_out_of_reach() {
     with_page(GuestKind::Pkvm, |rig, guest| {
         assert_eq!(rig.change(Relinquish, guest, RAM + PAGE, 2), Ok(2));

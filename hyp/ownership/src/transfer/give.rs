@@ -21,6 +21,24 @@ use crate::{
 /// count as little here as elsewhere.
 const CLEANED_IN_A_STEP: u64 = 16;
 
+/// How pages of the host come to a guest.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Gift {
+    Lent,
+    Donated,
+    /// Donated, and cleaned by who measures them.
+    ToMeasure,
+}
+
+impl Gift {
+    const fn state(self) -> State {
+        match self {
+            Self::Lent => State::HOST_LENT,
+            Self::Donated | Self::ToMeasure => State::GUEST_OWNED,
+        }
+    }
+}
+
 impl<P: TablePool> Memory<'_, P> {
     /// Makes pages of the host a protected guest's own, at `at` and with their contents. One invalidation of the host's stage 2.
     ///
@@ -35,7 +53,23 @@ impl<P: TablePool> Memory<'_, P> {
         range: PhysRange,
         at: Ipa,
     ) -> Result<(), HostFailure> {
-        self.give(machine, guest, range, at, State::GUEST_OWNED)
+        self.give(machine, guest, range, at, Gift::Donated)
+    }
+
+    /// As [`Memory::donate_to_guest`], for a guest that does not run before all of the pages have been read by means of
+    /// [`Memory::with_guest_pages`], which cleans them: so EL2 maps them once and not twice.
+    ///
+    /// # Errors
+    ///
+    /// As [`Memory::donate_to_guest`].
+    pub fn donate_to_measure<M: Machine>(
+        &self,
+        machine: &M,
+        guest: &GuestMemory,
+        range: PhysRange,
+        at: Ipa,
+    ) -> Result<(), HostFailure> {
+        self.give(machine, guest, range, at, Gift::ToMeasure)
     }
 
     /// Lends pages of the host to an ordinary guest, at `at`. The host keeps its access.
@@ -50,7 +84,7 @@ impl<P: TablePool> Memory<'_, P> {
         range: PhysRange,
         at: Ipa,
     ) -> Result<(), HostFailure> {
-        self.give(machine, guest, range, at, State::HOST_LENT)
+        self.give(machine, guest, range, at, Gift::Lent)
     }
 
     /// Puts pages of the host into a guest's memory.
@@ -60,10 +94,10 @@ impl<P: TablePool> Memory<'_, P> {
         guest: &GuestMemory,
         range: PhysRange,
         at: Ipa,
-        to: State,
+        gift: Gift,
     ) -> Result<(), HostFailure> {
         let mut tables = guest.lock(machine);
-        self.with(machine, self.mask(range), |locked| locked.give(machine, guest, &mut tables, range, at, to))
+        self.with(machine, self.mask(range), |locked| locked.give(machine, guest, &mut tables, range, at, gift))
     }
 }
 
@@ -75,11 +109,11 @@ impl<P: TablePool, M: Machine> Locked<'_, '_, P, M> {
         tables: &mut Guest,
         range: PhysRange,
         at: Ipa,
-        to: State,
+        gift: Gift,
     ) -> Result<(), HostFailure> {
         let failure = |reason, page| HostFailure { reason, page };
         let refuse = |reason| Err(failure(reason, range.base()));
-        if tables.dying || (guest.kind() == GuestKind::Ordinary) != (to == State::HOST_LENT) {
+        if tables.dying || (guest.kind() == GuestKind::Ordinary) != (gift == Gift::Lent) {
             return refuse(GuestReason::Denied);
         }
         let frames = match IpaRange::new(at.raw(), range.pages()) {
@@ -131,13 +165,16 @@ impl<P: TablePool, M: Machine> Locked<'_, '_, P, M> {
             return refuse(GuestReason::NoMemory);
         }
         // Nothing fails from here on.
+        let to = gift.state();
         if !to.host_access() {
             self.unmap_host(machine, range);
         }
         self.assign(machine, range, Entry::of_guest(to, guest.slot(), frame_number(at)));
         self.flush_host(machine);
         // Guests start with their caches off, and a dirty line of the host's could overwrite what they write.
-        self.clean_or_scrub(machine, &[Run { pages: range, scrub: false, pinned: false }]);
+        if gift != Gift::ToMeasure {
+            self.clean_or_scrub(machine, &[Run { pages: range, scrub: false, pinned: false }]);
+        }
         let Guest { tables, spare, pages, .. } = tables;
         let done = tables.map(machine, &mut spare.pool(machine), frames, range.base(), Stage2Usage::Memory);
         debug_assert_eq!(done, Ok(()));

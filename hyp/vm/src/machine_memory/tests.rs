@@ -397,7 +397,12 @@ fn what_is_measured_is_what_the_guest_has() {
         for number in [u64::MAX, 1, 40, 1, GUEST, GUEST, 0x800_0000, 0x80a_0000] {
             expected.update(number.to_le_bytes());
         }
+        let _ = world.memory.machine.inner.take_log();
         world.map(handle, GUEST, payload).unwrap();
+        let log = world.memory.machine.inner.take_log();
+        let cleaned = |page| log.iter().filter(|op| matches!(op, Op::Clean(range) if range.contains(page))).count();
+        assert!(payload.iter().all(|page| cleaned(page) == 2), "before it is read, and after");
+        assert_eq!(log.iter().filter(|op| matches!(op, Op::InvalidateEl2(_))).count(), 3, "8 pages at a time");
         world.seal(handle);
         let measured = world.vms.run(handle, 0, |vm, _| Ok(vm.guest().measurements.lock().get(0))).unwrap();
         assert_eq!(measured, Some(expected.finalize().into()));
