@@ -13,7 +13,7 @@
 #define RAVELIN_UID_2 0x617c529d
 #define RAVELIN_UID_3 0x50a3b9e8
 #define RAVELIN_VERSION_MAJOR 1
-#define RAVELIN_VERSION_MINOR 4
+#define RAVELIN_VERSION_MINOR 5
 #define RAVELIN_PAGE_SIZE 4096
 
 /* Calls: function identifiers. */
@@ -116,6 +116,9 @@
 
 /* Says how many pages the host has to donate for a VM of these attributes and for each of its vCPUs. */
 #define RAVELIN_CALL_VM_SIZES 0xc600101e
+
+/* Returns what a system register holds when vCPU 0 of a VM of these attributes starts; no such VM has to exist. A register that there is not, or not in such a VM, is INVALID. */
+#define RAVELIN_CALL_REGISTER_RESET_VALUE 0xc600101f
 
 /* Status in x0, sign-extended to 64 bits. */
 #define RAVELIN_STATUS_SUCCESS (0) /* Done. */

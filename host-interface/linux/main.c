@@ -187,9 +187,6 @@ static int __init rv_init(void)
 	ret = rv_irq_setup();
 	if (ret)
 		return ret;
-	ret = rv_vm_probe();
-	if (ret)
-		goto exit_irq;
 	ret = rv_setup_ppis();
 	if (ret)
 		goto exit_irq;

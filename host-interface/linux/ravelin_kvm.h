@@ -186,8 +186,6 @@ int rv_check_extension(struct rv_vm *vm, long cap);
 /* vm.c: what the module found out when it was loaded */
 extern u8 rv_max_ipa_bits;
 int rv_vm_setup(void);
-/* The same, what needs a VM. */
-int rv_vm_probe(void);
 
 /* slots.c: slots_lock is held, for writing where they change */
 int rv_set_memory_region(struct rv_vm *vm, const struct kvm_userspace_memory_region2 *region);
@@ -239,11 +237,8 @@ int rv_handle_exit(struct rv_vcpu *vcpu);
 /* Answers the last exit with what userspace left in kvm_run. 0, or an errno. */
 int rv_complete_exit(struct rv_vcpu *vcpu);
 
-/*
- * regs_sys.c: asks the hypervisor what registers vCPU 0 of a VM has. Once, before there are
- * others.
- */
-void rv_sysregs_probe(const struct rv_vm *vm);
+/* regs_sys.c: asks the hypervisor what registers vCPU 0 of a VM with @attributes has */
+void rv_sysregs_setup(u64 attributes);
 
 /* regs.c */
 int rv_regs_init(struct rv_vcpu *vcpu);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * System registers that a guest has. Which those are, and what they hold at first, the hypervisor
- * knows: it is asked when the module is loaded, of a VM that never runs. So userspace can see the
- * guest's ID registers before there is a guest.
+ * knows: it is asked when the module is loaded. So userspace can see the guest's ID registers
+ * before there is a guest.
  */
 #include <asm/sysreg.h>
 
@@ -91,13 +91,13 @@ static u64 rv_sysreg_shown(u16 number, u64 value)
 	}
 }
 
-static void rv_sysreg_look(const struct rv_vm *vm, u16 number)
+static void rv_sysreg_look(u64 attributes, u16 number)
 {
 	struct rv_sysreg *reg = &rv_sysregs[rv_nr_sysregs];
 	struct rv_result result;
 
 	if (rv_nr_sysregs == RV_MAX_SYSREGS ||
-	    rv_hyp(RAVELIN_CALL_VCPU_GET_REGISTER, &result, vm->handle, 0, number))
+	    rv_hyp(RAVELIN_CALL_REGISTER_RESET_VALUE, &result, attributes, number))
 		return;
 	reg->number = number;
 	reg->fixed = rv_sysreg_fixed(number);
@@ -105,15 +105,15 @@ static void rv_sysreg_look(const struct rv_vm *vm, u16 number)
 	rv_nr_sysregs++;
 }
 
-void rv_sysregs_probe(const struct rv_vm *vm)
+void rv_sysregs_setup(u64 attributes)
 {
 	u32 number;
 	int i;
 
 	for (number = RV_FIRST_ID; number <= RV_LAST_ID; number++)
-		rv_sysreg_look(vm, number);
+		rv_sysreg_look(attributes, number);
 	for (i = 0; i < ARRAY_SIZE(rv_candidates); i++)
-		rv_sysreg_look(vm, rv_candidates[i]);
+		rv_sysreg_look(attributes, rv_candidates[i]);
 }
 
 u64 rv_sysreg_reset(unsigned int index, u32 vcpu)

@@ -48,15 +48,17 @@ static u64 rv_vm_attributes(enum rv_kind kind, u8 ipa_bits, u32 vcpus)
 	       (u64)vcpus << RAVELIN_VM_VCPUS_SHIFT;
 }
 
-/* How long guest addresses may be depends on the CPU. */
+/* How long guest addresses may be, and which registers there are, depends on the CPU. */
 int rv_vm_setup(void)
 {
 	u8 bits;
 
 	for (bits = RV_MAX_IPA_BITS; bits >= RV_MIN_IPA_BITS; bits--) {
-		if (!rv_hyp(RAVELIN_CALL_VM_SIZES, NULL,
-			    rv_vm_attributes(RV_ORDINARY, bits, 1))) {
+		u64 attributes = rv_vm_attributes(RV_ORDINARY, bits, 1);
+
+		if (!rv_hyp(RAVELIN_CALL_VM_SIZES, NULL, attributes)) {
 			rv_max_ipa_bits = bits;
+			rv_sysregs_setup(attributes);
 			return 0;
 		}
 	}
@@ -611,31 +613,5 @@ int rv_vm_create(unsigned long type)
 	ret = anon_inode_getfd("kvm-vm", &rv_vm_fops, vm, O_RDWR | O_CLOEXEC);
 	if (ret < 0)
 		rv_vm_put(vm);
-	return ret;
-}
-
-int rv_vm_probe(void)
-{
-	struct rv_vm *vm = rv_vm_alloc(rv_max_ipa_bits);
-	struct rv_vcpu *vcpu;
-	u64 vcpu_pages;
-	int ret;
-
-	if (IS_ERR(vm))
-		return PTR_ERR(vm);
-	ret = -ENOMEM;
-	vcpu = rv_vcpu_alloc(vm, 0);
-	if (!vcpu)
-		goto put;
-	ret = xa_insert(&vm->vcpus, 0, vcpu, GFP_KERNEL);
-	if (ret) {
-		rv_vcpu_free(vcpu);
-		goto put;
-	}
-	ret = rv_el2_create(vm, &vcpu_pages) ?: rv_el2_create_vcpu(vm, vcpu, vcpu_pages);
-	if (!ret)
-		rv_sysregs_probe(vm);
-put:
-	rv_vm_put(vm);
 	return ret;
 }

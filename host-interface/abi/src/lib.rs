@@ -62,7 +62,7 @@ pub const VENDOR_UID: [u32; 4] = [0x6e4c_1d2f, 0x0e4b_a783, 0x617c_529d, 0x50a3_
 pub const VERSION_MAJOR: u32 = 1;
 
 /// Minor part of the interface's version. It changes when calls or fields are added.
-pub const VERSION_MINOR: u32 = 4;
+pub const VERSION_MINOR: u32 = 5;
 
 /// Size of the pages that the calls count, in bytes.
 pub const PAGE_SIZE: u64 = 4096;

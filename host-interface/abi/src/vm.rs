@@ -160,6 +160,12 @@ pub enum VmCall {
     },
     /// Asks how many pages must be donated.
     Sizes { attributes: VmAttributes },
+    /// Asks what a system register holds at first.
+    ResetValue {
+        attributes: VmAttributes,
+        /// Its number, at most [`REGISTER_LAST`](crate::REGISTER_LAST).
+        register: u64,
+    },
 }
 
 #[cfg(test)]

@@ -232,4 +232,15 @@ pub(crate) const VM_CALLS: &[Call] = &[
         ],
         request: |parsed| HostCall::Vm(VmCall::Sizes { attributes: parsed.attributes(0) }),
     },
+    Call {
+        number: 0xc600_101f,
+        name: "REGISTER_RESET_VALUE",
+        doc: "Returns what a system register holds when vCPU 0 of a VM of these attributes starts; no such VM has to exist. A \
+              register that there is not, or not in such a VM, is INVALID.",
+        arguments: &[ATTRIBUTES, REGISTER],
+        results: &[STATUS, "value"],
+        request: |parsed| {
+            HostCall::Vm(VmCall::ResetValue { attributes: parsed.attributes(0), register: parsed.value(1) })
+        },
+    },
 ];

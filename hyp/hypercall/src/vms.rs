@@ -57,6 +57,9 @@ impl<P: TablePool, F: Firmware, O: ObjectMemory> Host<'_, P, F, O> {
                 set_results(registers, [SUCCESS, low, high]);
                 return Ok(());
             }
+            VmCall::ResetValue { attributes, register } => {
+                VcpuState::reset_value(machine, attributes.ipa_bits, register)?
+            }
             VmCall::Sizes { attributes } => {
                 let (vm, vcpu, alignment) =
                     HostedVms::<O>::sizes::<MachineMemory<'_, '_, P, M>>(attributes, machine.area_pages());

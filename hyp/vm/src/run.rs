@@ -97,16 +97,19 @@ enum Missing {
     Results,
 }
 
+/// Returns what a guest with addresses of so many bits sees as ID registers.
+fn id_registers(cpu: &impl GuestCpu, ipa_bits: u64) -> IdRegisters {
+    cpu.id_registers().for_guest(GuestFeatures { ipa_bits, sve: true, pointer_authentication: true })
+}
+
 impl VcpuState {
     /// Returns the state of vCPU number `index` before it has been turned on, for a VM with guest addresses of so many bits. The
     /// vector registers are kept in `area`.
     pub fn new(cpu: &impl GuestCpu, index: usize, ipa_bits: u64, area: PhysRange) -> Self {
-        let features = GuestFeatures { ipa_bits, sve: true, pointer_authentication: true };
-        let ids = cpu.id_registers().for_guest(features);
         cpu.clear_vectors(area);
         Self {
             context: Context::reset(0, 0, mpidr(index)),
-            ids,
+            ids: id_registers(cpu, ipa_bits),
             open: Open::Nothing,
             timers: Timers::default(),
             ring: Ring::default(),

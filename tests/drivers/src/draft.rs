@@ -83,7 +83,7 @@ fn pick() -> impl Strategy<Value = Pick> + Clone {
 /// How much more often than once in a thousand steps a call comes.
 fn weight(call: &Call) -> u32 {
     match call.name {
-        "UID" | "REVISION" | "FEATURES" | "VM_SIZES" | "SPI" => 5,
+        "UID" | "REVISION" | "FEATURES" | "VM_SIZES" | "REGISTER_RESET_VALUE" | "SPI" => 5,
         "VM_TEARDOWN" => 4,
         "VM_SEAL" | "VCPU_CREATE" => 80,
         "VM_CREATE" | "VM_DESTROY" | "VM_RECLAIM" | "VM_DONATE_TABLES" => 50,

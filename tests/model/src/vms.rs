@@ -55,6 +55,8 @@ impl Model {
         let frames = || pages(x[1], x[2]);
         match call {
             "VM_SIZES" => self.vm_sizes(attributes()),
+            // What there is in which register is not the model's.
+            "REGISTER_RESET_VALUE" => Verdict::returns(NO_STATE, |_, _, _| Ok(())).or(&[Status::Invalid]),
             "VM_CREATE" => self.vm_create(attributes(), pages(x[1], x[2])),
             "FORCE_RECLAIM" => self.force_reclaim(pages(x[0], x[1])),
             _ => {

@@ -161,12 +161,13 @@ tests! {
     guests.ends_for_all_vcpus("a vCPU that ends its VM ends all of them, and each says so once", calls: [VCPU_RUN], memory: 4 * MIB);
     guests.ends_for_vcpus_that_run("so it does those that run on other CPUs", calls: [VCPU_RUN], cpus: 2, memory: 4 * MIB);
     guests.registers_by_number("the host of an ordinary VM gets and sets its registers", calls: [VCPU_GET_REGISTER, VCPU_SET_REGISTER], memory: 4 * MIB);
+    guests.registers_without_a_vm("what a guest's system registers hold at first is said before there is one", calls: [REGISTER_RESET_VALUE, VCPU_GET_REGISTER], memory: 4 * MIB);
     guests.registers_that_are_fixed("ID registers keep their values, EL2 and AArch32 are no modes, and other numbers are no registers", calls: [VCPU_GET_REGISTER, VCPU_SET_REGISTER], memory: 4 * MIB);
     guests.registers_before_the_seal("registers and power that are set before the seal are those that vCPUs start with", calls: [VCPU_GET_REGISTER, VCPU_SET_REGISTER, VM_SEAL], memory: 4 * MIB);
     guests.counter_of_a_guest("the virtual counter and its timer go by what the host says", calls: [VCPU_GET_REGISTER, VCPU_SET_REGISTER], memory: 4 * MIB);
     guests.registers_of_protected_vms("registers of protected VMs are closed to the host", calls: [VCPU_GET_REGISTER, VCPU_SET_REGISTER], memory: 4 * MIB);
     guests.steps_out_of_order("each call at each point of a VM's life where it is out of order", calls: [VM_DONATE_TABLES, VCPU_CREATE, VM_MAP, VM_UNMAP, VM_SEAL, VCPU_RUN, VCPU_GET_REGISTER, VCPU_SET_REGISTER, VM_TEARDOWN, VM_RECLAIM, VM_DESTROY, CLAIM, RELEASE, SPI], memory: 4 * MIB);
-    guests.bad_arguments("arguments that no call about VMs takes", calls: [VM_SIZES, VM_CREATE, VCPU_CREATE, VM_MAP, VM_SEAL, CLAIM, RELEASE, VM_UNMAP, VM_RECLAIM, FORCE_RECLAIM, SPI], memory: 4 * MIB);
+    guests.bad_arguments("arguments that no call about VMs takes", calls: [VM_SIZES, REGISTER_RESET_VALUE, VM_CREATE, VCPU_CREATE, VM_MAP, VM_SEAL, CLAIM, RELEASE, VM_UNMAP, VM_RECLAIM, FORCE_RECLAIM, SPI], memory: 4 * MIB);
     guests.vcpus_that_are_not_made("vCPUs that cannot be made leave no page and no pin behind", calls: [VCPU_CREATE], memory: 4 * MIB);
     guests.handles("handles that are forged, or of VMs that are gone, name no VM", memory: 4 * MIB);
     guests.all_slots("255 VMs at once, and not one more", calls: [VM_CREATE, VM_DESTROY], memory: 32 * MIB);
@@ -264,7 +265,7 @@ tests! {
     guests.gigabyte("2^18 pages are shared, claimed, released and taken back in one call each", calls: [VM_MAP, CLAIM, RELEASE], memory: GIB);
 
     random.host_calls("random calls of all CPUs, well-formed and malformed, about the same pages; the totals agree", calls: [SHARE, UNSHARE, DONATE, TAKE_BACK, PIN, UNPIN, PAGE_STATE, STATISTICS], memory: 8 * MIB);
-    random.everything("the same with VMs that come and go, and guests of each kind that do things at random, too", calls: [SHARE, UNSHARE, DONATE, TAKE_BACK, PIN, UNPIN, PAGE_STATE, STATISTICS, VM_SIZES, VCPU_GET_REGISTER, VCPU_SET_REGISTER, VM_CREATE, VM_DONATE_TABLES, VCPU_CREATE, VM_MAP, VM_UNMAP, VM_SEAL, VCPU_RUN, CLAIM, RELEASE, FORCE_RECLAIM, SPI, VM_TEARDOWN, VM_RECLAIM, VM_DESTROY], memory: 32 * MIB);
+    random.everything("the same with VMs that come and go, and guests of each kind that do things at random, too", calls: [SHARE, UNSHARE, DONATE, TAKE_BACK, PIN, UNPIN, PAGE_STATE, STATISTICS, VM_SIZES, REGISTER_RESET_VALUE, VCPU_GET_REGISTER, VCPU_SET_REGISTER, VM_CREATE, VM_DONATE_TABLES, VCPU_CREATE, VM_MAP, VM_UNMAP, VM_SEAL, VCPU_RUN, CLAIM, RELEASE, FORCE_RECLAIM, SPI, VM_TEARDOWN, VM_RECLAIM, VM_DESTROY], memory: 32 * MIB);
 
     bench.calls("every call succeeds on ranges of 1, 8 and 512 pages between the marks of the counter", memory: 8 * MIB);
     bench.guests("exits and conversions of guests between the marks of the counter", memory: 64 * MIB);

@@ -65,8 +65,8 @@ fn statistics_of(world: &World<'_>, page: u64) -> Statistics {
 fn discovery() {
     in_world(64, |world| {
         assert_eq!(world.hvc([0x8600_ff01, 1, 2, 3]), VENDOR_UID.map(u64::from));
-        assert_eq!(world.hvc([0x8600_ff03, 1, 2, 3]), [1, 4, 2, 3]);
-        assert_eq!(world.hvc([FEATURES, 0, 2, 3]), [0, 0x7fff_c1ff, 1 << 18, 512]);
+        assert_eq!(world.hvc([0x8600_ff03, 1, 2, 3]), [1, 5, 2, 3]);
+        assert_eq!(world.hvc([FEATURES, 0, 2, 3]), [0, 0xffff_c1ff, 1 << 18, 512]);
         world.fails([FEATURES, 1, 2, 3], Status::Invalid, 0);
     });
 }

@@ -396,6 +396,38 @@ fn registers_of_an_ordinary_vms_vcpu() {
 
 #[test]
 #[cfg_attr(miri, ignore = "walks the tables of all RAM after each call")]
+fn registers_are_at_first_what_is_said_without_a_vm() {
+    const FIRST_SYSTEM: u64 = 0x8000;
+    const CNTVCT_EL0: u64 = 0xdf02;
+    in_world(64, |world| {
+        let ask = |name, arguments: &[u64]| {
+            let [status, value, ..] = world.hvc(call(name, arguments));
+            (status, value)
+        };
+        let reset: Vec<_> =
+            (FIRST_SYSTEM..0x1_0000).map(|number| ask("REGISTER_RESET_VALUE", &[ORDINARY, number])).collect();
+        let handle = create(world, ORDINARY);
+        let known = (FIRST_SYSTEM..).zip(&reset).filter(|&(number, &expected)| {
+            let found = ask("VCPU_GET_REGISTER", &[handle, 0, number]);
+            // It runs.
+            assert!(number == CNTVCT_EL0 || found == expected, "{number:#x}: {found:x?}, expected {expected:x?}");
+            expected.0 == 0
+        });
+        assert!(known.count() > 64);
+        world.end(handle);
+    });
+    in_world(1, |world| {
+        for register in [0, 64, 213, FIRST_SYSTEM - 1, 0x1_0000, u64::MAX] {
+            world.refuses("REGISTER_RESET_VALUE", &[ORDINARY, register], Status::Invalid, 0);
+        }
+        world.refuses("REGISTER_RESET_VALUE", &[ORDINARY | 1 << 32, 0xc000], Status::Reserved, 0);
+        world.refuses("REGISTER_RESET_VALUE", &[3, 0xc000], Status::Invalid, 0);
+        world.does("REGISTER_RESET_VALUE", &[PKVM, 0xc005]);
+    });
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "walks the tables of all RAM after each call")]
 fn a_running_vcpu_keeps_others_away() {
     static MEETING: Barrier = Barrier::new(2);
     in_world(64, |world| {

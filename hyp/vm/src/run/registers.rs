@@ -9,15 +9,17 @@ use ravelin_abi::{
 };
 use ravelin_memory::PhysAddr;
 
-use super::VcpuState;
+use super::{VcpuState, id_registers};
 use crate::{
-    Context, GuestCpu, Handle, IdRegisters, ObjectMemory, Power, Refusal, SysregAccess, SysregAction, Vm, Vms,
+    Context, GuestCpu, Handle, IdRegisters, ObjectMemory, Power, Refusal, SysregAccess, SysregAction, Vm, Vms, mpidr,
     sysreg::{timer_control, timer_status},
 };
 
 const MPIDR_EL1: u64 = system_register(3, 0, 0, 0, 5);
 const CNTV_CTL_EL0: u64 = system_register(3, 3, 14, 3, 1);
 const CNTVCT_EL0: u64 = system_register(3, 3, 14, 0, 2);
+/// The lowest number of a system register.
+const FIRST_SYSTEM: u64 = system_register(2, 0, 0, 0, 0);
 
 /// Fields of PSTATE that a host may set: NZCV, DIT, UAO, PAN, SSBS, BTYPE, DAIF, and the mode.
 const PSTATE_FIELDS: u64 = 0xf000_0000 | 1 << 24 | 1 << 23 | 1 << 22 | 1 << 12 | 0b11 << 10 | 0xf << 6 | PSTATE_MODE;
@@ -70,6 +72,22 @@ impl<O: ObjectMemory, G: Send + Sync> Vms<O, G, VcpuState> {
     }
 }
 
+impl VcpuState {
+    /// Returns what a system register holds when vCPU 0 of a VM starts that has guest addresses of so many bits.
+    ///
+    /// # Errors
+    ///
+    /// INVALID if there is no such register.
+    // Out of line, so that others do not pay for its stack.
+    #[inline(never)]
+    pub fn reset_value(cpu: &impl GuestCpu, ipa_bits: u64, number: u64) -> Result<u64, Status> {
+        if number < FIRST_SYSTEM {
+            return Err(Status::Invalid);
+        }
+        read(cpu, &mut Context::reset(0, 0, mpidr(0)), &id_registers(cpu, ipa_bits), number)
+    }
+}
+
 /// The registers of a vCPU that does not run.
 struct Registers<'a, C, O: ObjectMemory, G: Send + Sync> {
     cpu: &'a C,
@@ -84,26 +102,11 @@ impl<C: GuestCpu, O: ObjectMemory, G: Send + Sync> Registers<'_, C, O, G> {
             let [word] = self.cpu.read_words(at);
             return Ok(word);
         }
-        let Self { cpu, power, .. } = self;
+        if number == REGISTER_POWER {
+            return Ok(self.power.is_on().into());
+        }
         let VcpuState { context, ids, .. } = &mut *self.state;
-        Ok(match number {
-            REGISTER_POWER => power.is_on().into(),
-            CNTVCT_EL0 => cpu.counter().wrapping_sub(context.cntvoff_el2),
-            CNTV_CTL_EL0 => {
-                let counter = cpu.counter().wrapping_sub(context.cntvoff_el2);
-                timer_status(context.cntv_ctl_el0, counter, context.cntv_cval_el0)
-            }
-            MPIDR_EL1 => context.vmpidr_el2,
-            _ => match place(context, ids, number) {
-                Some(place) => *place,
-                None => trapped(number)
-                    .and_then(|access| match access.read(context, ids, cpu.counter()) {
-                        SysregAction::Read(value) => Some(value),
-                        _ => None,
-                    })
-                    .ok_or(Status::Invalid)?,
-            },
-        })
+        read(self.cpu, context, ids, number)
     }
 
     fn set(&mut self, number: u64, value: u64) -> Result<(), Status> {
@@ -151,10 +154,30 @@ impl<C: GuestCpu, O: ObjectMemory, G: Send + Sync> Registers<'_, C, O, G> {
     }
 }
 
+/// Returns a register that is not one of FP and SIMD.
+fn read(cpu: &impl GuestCpu, context: &mut Context, ids: &IdRegisters, number: u64) -> Result<u64, Status> {
+    Ok(match number {
+        CNTVCT_EL0 => cpu.counter().wrapping_sub(context.cntvoff_el2),
+        CNTV_CTL_EL0 => {
+            let counter = cpu.counter().wrapping_sub(context.cntvoff_el2);
+            timer_status(context.cntv_ctl_el0, counter, context.cntv_cval_el0)
+        }
+        MPIDR_EL1 => context.vmpidr_el2,
+        _ => match place(context, ids, number) {
+            Some(place) => *place,
+            None => trapped(number)
+                .and_then(|access| match access.read(context, ids, cpu.counter()) {
+                    SysregAction::Read(value) => Some(value),
+                    _ => None,
+                })
+                .ok_or(Status::Invalid)?,
+        },
+    })
+}
+
 /// Returns the access to a system register that traps when the guest does it.
 fn trapped(number: u64) -> Option<SysregAccess> {
-    const FIRST: u64 = system_register(2, 0, 0, 0, 0);
-    (number >= FIRST).then(|| SysregAccess::of(number))
+    (number >= FIRST_SYSTEM).then(|| SysregAccess::of(number))
 }
 
 /// Returns where a register is kept that may hold anything, and PSTATE.

@@ -3,7 +3,7 @@
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use arrayvec::ArrayVec;
-use ravelin_abi::{ExitReason, MAX_VCPUS, Status, VmAttributes, VmKind};
+use ravelin_abi::{ExitReason, MAX_VCPUS, Status, VmAttributes, VmKind, system_register};
 use ravelin_guest::IMAGE;
 
 use crate::{
@@ -233,6 +233,7 @@ pub(crate) fn bad_arguments() -> Outcome {
         (0, Invalid),
     ] {
         refused("VM_SIZES", [attributes], status)?;
+        refused("REGISTER_RESET_VALUE", [attributes, system_register(3, 0, 0, 7, 0)], status)?;
         refused("VM_CREATE", [attributes, spare, sizes.vm], status)?;
     }
     let create = |address, count, status| refused("VM_CREATE", [good.bits(), address, count], status);

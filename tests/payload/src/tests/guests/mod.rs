@@ -49,7 +49,7 @@ pub(crate) use life::{
 };
 pub(crate) use registers::{
     counter_of_a_guest, registers_before_the_seal, registers_by_number, registers_of_protected_vms,
-    registers_that_are_fixed,
+    registers_that_are_fixed, registers_without_a_vm,
 };
 pub(crate) use ring::{
     quiet_shares, ring_in_place, ring_of_a_vcpu_that_is_off, ring_of_nonsense, ring_refused, rings_race,

@@ -1,5 +1,6 @@
 //! Registers of vCPUs, which the host of an ordinary VM gets and sets.
 
+use arrayvec::ArrayVec;
 use ravelin_abi::{
     Answer, ExitReason, REGISTER_LAST, REGISTER_PC, REGISTER_POWER, REGISTER_PSTATE, REGISTER_V, REGISTER_X, Status,
     VmKind, system_register,
@@ -9,7 +10,7 @@ use ravelin_guest::IMAGE;
 use crate::{
     rt::{
         cpu::read_register,
-        vm::{PROTECTED, Pages, Vm, block_of, code::snippets, refused, succeed},
+        vm::{PROTECTED, Pages, Vm, block_of, call, code::snippets, refused, succeed},
     },
     tests::{Failure, Outcome, check, check_eq, guests::features::mrs},
 };
@@ -91,6 +92,43 @@ pub(crate) fn registers_by_number() -> Outcome {
     set(&vm, 0, REGISTER_PC, get(&vm, 0, REGISTER_PC)? + 4)?;
     let [address, ..] = guest.finish()?.x;
     check_eq!(address, OTHER_DEVICE, "a register that was to be loaded");
+    vm.finish()
+}
+
+/// What system registers hold at first can be asked before there is a VM, and is what the guest reads then.
+pub(crate) fn registers_without_a_vm() -> Outcome {
+    let pages = Pages::new(4 * MIB);
+    let attributes = [VmKind::Ordinary, VmKind::Pkvm, VmKind::Realm].map(|kind| Vm::attributes(kind, 1).bits());
+    let [ordinary, ..] = attributes;
+    let reset = |attributes, number| {
+        let (status, [value, ..]) = call("REGISTER_RESET_VALUE", [attributes, number]);
+        (status, value)
+    };
+    let numbers = system_register(3, 0, 0, 0, 0)..=system_register(3, 0, 0, 7, 7);
+    let before = numbers.clone().map(|number| reset(ordinary, number));
+    let mut before: ArrayVec<_, 64> = before.collect();
+    check!(before.iter().filter(|(status, _)| *status == Status::Success).count() >= 56, "ID registers: {before:x?}");
+    let vm = Vm::boot(&pages, VmKind::Ordinary, 1)?;
+    for (number, expected) in numbers.zip(before.drain(..)) {
+        let (status, [value, ..]) = call("VCPU_GET_REGISTER", [vm.handle, 0, number]);
+        check_eq!((status, value), expected, "register {number:#x} of a VM");
+        for attributes in attributes {
+            check_eq!(
+                reset(attributes, number),
+                expected,
+                "register {number:#x} of a VM with attributes {attributes:#x}"
+            );
+        }
+    }
+    let mut guest = vm.guest(0);
+    for [crm, op2] in [[0, 5], [4, 0], [4, 1], [5, 0], [6, 0], [6, 1], [7, 0], [7, 2]] {
+        let [read, ..] = guest.run(&mrs([3, 0, 0, crm, op2]), &[])?;
+        let value = reset(ordinary, system_register(3, 0, 0, crm.into(), op2.into()));
+        check_eq!(value, (Status::Success, read), "S3_0_C0_C{crm}_{op2}");
+    }
+    for register in [REGISTER_X, REGISTER_PC, REGISTER_V, REGISTER_POWER, REGISTER_LAST + 1] {
+        refused("REGISTER_RESET_VALUE", [ordinary, register], Status::Invalid)?;
+    }
     vm.finish()
 }
 

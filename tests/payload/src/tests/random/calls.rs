@@ -2,7 +2,9 @@
 
 use core::sync::atomic::Ordering::Relaxed;
 
-use ravelin_abi::{ADDRESS_END, CALLS, HostCall, Kind, PAGE_SIZE, REGISTER_LAST, REGISTER_PC, Status, VmKind};
+use ravelin_abi::{
+    ADDRESS_END, CALLS, HostCall, Kind, PAGE_SIZE, REGISTER_LAST, REGISTER_PC, Status, VmKind, system_register,
+};
 use ravelin_guest::playground::{BASE, BLOCK_FRAMES, BLOCKS_BASE, FRAMES, KEPT, Random, SPAN};
 
 use super::playground::{Place, Playground};
@@ -120,9 +122,10 @@ impl Playground<'_> {
     fn about_life(&self, place: &Place, random: &mut Random) -> Request {
         let handle = place.handle.load(Relaxed);
         let vcpu = random.one_of([0, 0, 0, 1]);
-        match random.below(20) {
+        let attributes = Vm::attributes(random.one_of([VmKind::Pkvm, VmKind::Realm]), 1).bits();
+        match random.below(21) {
             0..4 => self.create(place, random),
-            4 => request("VM_SIZES", [Vm::attributes(random.one_of([VmKind::Pkvm, VmKind::Realm]), 1).bits()]),
+            4 => request("VM_SIZES", [attributes]),
             5..7 => self.create_vcpu(place, random),
             7 => seal(handle, random),
             8..12 => request("VCPU_RUN", [handle, vcpu]),
@@ -131,6 +134,7 @@ impl Playground<'_> {
             15 | 16 => request("VM_TEARDOWN", [handle]),
             17 => request("VM_RECLAIM", [handle, BASE, FRAMES]),
             18 => request("VM_RECLAIM", [handle, BASE, SPAN]),
+            19 => request("REGISTER_RESET_VALUE", [attributes, register(random)]),
             _ => request("VM_DESTROY", [handle]),
         }
     }
@@ -213,9 +217,11 @@ fn seal(handle: u64, random: &mut Random) -> Request {
     request("VM_SEAL", [handle, entry, BASE, distributor, REDISTRIBUTORS])
 }
 
+const MPIDR_EL1: u64 = system_register(3, 0, 0, 0, 5);
+
 fn register(random: &mut Random) -> u64 {
     let any = random.below(REGISTER_LAST + 1);
-    random.one_of([0, 30, REGISTER_PC, any])
+    random.one_of([0, 30, REGISTER_PC, MPIDR_EL1, any])
 }
 
 /// A page that is not the host's: of the hypervisor, of a device, or of nothing.
