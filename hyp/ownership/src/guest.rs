@@ -1,10 +1,10 @@
 //! The memory of a guest.
 
-use core::ops::DerefMut;
+use core::ops::{Deref, DerefMut};
 
 use ravelin_memory::{Ipa, IpaRange, PAGE_SIZE, PhysAddr};
 use ravelin_pgtable::{Geometry, Machine, PageTable, Stage2, TablePool, Tree, Vmid, Vttbr};
-use ravelin_sync::TicketMutex;
+use ravelin_sync::FairRwLock;
 
 use crate::held::Held;
 
@@ -22,8 +22,8 @@ pub enum GuestKind {
 
 /// The stage 2 of a guest, the pages for its tables, and how much it maps.
 ///
-/// Behind a lock of its own, which comes before those of the regions of [`Memory`](crate::Memory), and may be held longer. Nobody else may
-/// break the mappings of its tables in the EL2 stage 1: a page that was kept is mapped by itself or in a block of pages that were
+/// Behind a lock of its own, which comes before those of the regions of [`Memory`](crate::Memory), and may be held longer. Those who do
+/// not change the tables hold it together. Nobody else may break the mappings of its tables in the EL2 stage 1: a page that was kept is mapped by itself or in a block of pages that were
 /// kept for the same guest at once, and those for tables are only given back under this lock.
 pub struct GuestMemory {
     slot: u8,
@@ -33,7 +33,7 @@ pub struct GuestMemory {
     end: u64,
     /// The bit of addresses in [`View::Shared`]; 0 if that is the only view.
     alias: u64,
-    inner: TicketMutex<Guest>,
+    inner: FairRwLock<Guest>,
 }
 
 pub(crate) struct Guest {
@@ -58,7 +58,7 @@ impl GuestMemory {
         // The host has VMID 0.
         let tables = PageTable::of_guest(root, geometry, Vmid::new(slot.wrapping_add(1)));
         let tree = Tree { vttbr: tables.vttbr(), geometry };
-        let inner = TicketMutex::new(Guest { tables, spare: Spare::default(), pages: 0, dying: false });
+        let inner = FairRwLock::new(Guest { tables, spare: Spare::default(), pages: 0, dying: false });
         let (end, alias) = match kind {
             GuestKind::Realm => (geometry.end() >> 1, geometry.end() >> 1),
             GuestKind::Ordinary | GuestKind::Pkvm => (geometry.end(), 0),
@@ -110,24 +110,31 @@ impl GuestMemory {
     ///
     /// The caller sees to it that none of its vCPUs is running or will be.
     pub fn kill(&self) {
-        self.inner.lock().dying = true;
+        self.inner.write().dying = true;
     }
 
     /// Returns whether the guest has no pages, apart from those for its tables.
     #[cfg(test)]
     pub(crate) fn is_empty(&self) -> bool {
-        self.inner.lock().pages == 0
+        self.inner.read().pages == 0
     }
 
     /// Returns how many pages for tables it was given and has not returned.
     #[must_use]
     pub fn table_pages(&self) -> u64 {
-        let guest = self.inner.lock();
+        let guest = self.inner.read();
         u64::try_from(guest.spare.available.saturating_add(guest.spare.in_use)).unwrap_or(u64::MAX)
     }
 
+    /// Takes the lock, for who changes tables.
     pub(crate) fn lock<M: Machine>(&self, machine: &M) -> impl DerefMut<Target = Guest> {
-        Held::new(self.inner.lock(), machine, self.tree.vttbr.root)
+        Held::new(self.inner.write(), machine, self.tree.vttbr.root)
+    }
+
+    /// Takes the lock together with others, for who does not change tables. What becomes of pages is up to the locks of regions.
+    #[inline]
+    pub(crate) fn lock_shared(&self) -> impl Deref<Target = Guest> {
+        self.inner.read()
     }
 
     /// Returns where `frames` are mapped in `view`.

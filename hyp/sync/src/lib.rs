@@ -4,7 +4,7 @@
 //! threads can go, and for each value that a load may see by the memory model. Module `model` has what such tests need.
 
 #![forbid(unsafe_code)]
-#![cfg_attr(not(loom), no_std)]
+#![cfg_attr(not(any(loom, test)), no_std)]
 
 #[cfg(not(loom))]
 pub mod atomic {
@@ -16,6 +16,8 @@ pub mod atomic {
 #[cfg(not(loom))]
 pub use core::hint::spin_loop;
 #[cfg(not(loom))]
+use spin::RwLockWriteGuard as WriteGuard;
+#[cfg(not(loom))]
 pub use spin::{
     Mutex, RwLock,
     mutex::{TicketMutex, TicketMutexGuard},
@@ -23,11 +25,16 @@ pub use spin::{
 
 #[cfg(loom)]
 pub mod atomic;
+mod fair;
 #[cfg(loom)]
 mod lock;
 #[cfg(loom)]
 pub mod model;
 
+pub use fair::FairRwLock;
+
+#[cfg(loom)]
+use lock::Writer as WriteGuard;
 #[cfg(loom)]
 pub use lock::{Mutex, Mutex as TicketMutex, RwLock};
 #[cfg(loom)]

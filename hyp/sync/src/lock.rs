@@ -41,7 +41,7 @@ impl<T> Mutex<T> {
 /// Set while one holds the lock alone; below it is how many hold it together.
 const WRITER: u64 = 1 << 32;
 
-/// A lock of one, or of many who only look. Nobody can wait for it.
+/// A lock of one, or of many who only look. Only one at a time may wait for it.
 ///
 /// It takes the steps of `spin`'s, with their orderings. loom's own orders more than that, and so would hide what is not ordered
 /// otherwise.
@@ -67,10 +67,29 @@ impl<T> RwLock<T> {
         Some(Reader { lock: self, value: Some(self.value.try_read().expect("one holds the lock alone")) })
     }
 
+    /// Waits for the lock, to take it together with others who only look.
+    pub fn read(&self) -> Reader<'_, T> {
+        wait_for(|| self.try_read())
+    }
+
+    /// Waits for the lock, to take it alone.
+    pub fn write(&self) -> Writer<'_, T> {
+        wait_for(|| self.try_write())
+    }
+
     /// Takes the lock alone.
     pub fn try_write(&self) -> Option<Writer<'_, T>> {
         self.holders.compare_exchange(0, WRITER, Acquire, Relaxed).ok()?;
         Some(Writer { lock: self, value: Some(self.value.try_write().expect("another holds the lock")) })
+    }
+}
+
+fn wait_for<G>(take: impl Fn() -> Option<G>) -> G {
+    loop {
+        match take() {
+            Some(guard) => return guard,
+            None => loom::thread::yield_now(),
+        }
     }
 }
 

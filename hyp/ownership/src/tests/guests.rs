@@ -264,6 +264,25 @@ fn what_is_donated_to_be_measured_is_cleaned_by_who_measures_it() {
 }
 
 #[test]
+fn who_changes_no_tables_does_not_wait_for_others_who_do_not() {
+    with_page(GuestKind::Pkvm, |rig, guest| {
+        let _other = guest.lock_shared();
+        let (memory, machine) = (&rig.memory, &rig.machine);
+        assert!(memory.guest_exchange(machine, guest, frames(RAM, 1), true));
+        memory.claim(machine, guest, frames(RAM, 1)).unwrap();
+        assert_eq!(memory.guest_page(machine, guest, Ipa::new(RAM).unwrap()), GuestPage::Claimed);
+        memory.release(machine, guest, frames(RAM, 1)).unwrap();
+        assert_eq!(memory.guest_share(machine, guest, frames(RAM + PAGE, 2)), Ok(2));
+        assert_eq!(memory.guest_unshare(machine, guest, frames(RAM, 3)), Ok(Unshare::Done(3)));
+        assert_eq!(memory.guest_run(machine, guest, frames(RAM, 4)), (GuestPage::Private, 4));
+        assert_eq!(memory.with_guest_pages(machine, guest, frames(RAM, 4), &mut |_| ()), Ok(4));
+        let page = Ipa::new(RAM).unwrap();
+        memory.guest_pin(machine, guest, page).unwrap();
+        memory.guest_unpin(machine, guest, page).unwrap();
+    });
+}
+
+#[test]
 fn what_a_guest_gives_up_is_scrubbed_once_it_is_out_of_reach() {
     with_page(GuestKind::Pkvm, |rig, guest| {
         assert_eq!(rig.change(Relinquish, guest, RAM + PAGE, 2), Ok(2));

@@ -98,7 +98,7 @@ impl<P: TablePool> Memory<'_, P> {
     #[must_use]
     pub fn guest_page<M: Machine>(&self, machine: &M, guest: &GuestMemory, ipa: Ipa) -> GuestPage {
         let Some(frame) = guest.frame(ipa) else { return GuestPage::Absent };
-        let tables = guest.lock(machine);
+        let tables = guest.lock_shared();
         let in_view = |view| {
             let walk = tables.tables.lookup(machine, guest.address_in(view, frame));
             match walk.output() {
@@ -120,7 +120,7 @@ impl<P: TablePool> Memory<'_, P> {
         let Ok(range) = IpaRange::from_bounds(range.base().raw(), range.end().min(guest.end())) else {
             return (GuestPage::Absent, range.pages());
         };
-        let tables = guest.lock(machine);
+        let tables = guest.lock_shared();
         let mut locked = Locked::new(self, machine);
         locked.reach(machine, guest, &tables, range, View::Private);
         let (first, pages) = locked.run(machine, guest, &tables, range, View::Private);
@@ -148,7 +148,7 @@ impl<P: TablePool> Memory<'_, P> {
         range: IpaRange,
         f: &mut dyn FnMut(PhysRange),
     ) -> Result<u64, GuestFailure> {
-        let tables = guest.lock(machine);
+        let tables = guest.lock_shared();
         self.with(machine, tables.regions(machine, self, guest, range, Some(View::Private)), |locked| {
             let plan = locked.plan(machine, guest, &tables, range, &LOOK)?;
             let mut runs = Runs::new();

@@ -63,7 +63,7 @@ impl<P: TablePool> Memory<'_, P> {
         if guest.kind() != GuestKind::Pkvm {
             return batch;
         }
-        let tables = guest.lock(machine);
+        let tables = guest.lock_shared();
         let mut locked = Locked::new(self, machine);
         let mut left = MAX_STEPS;
         let bits = (0..MAX_BATCH).filter_map(|bit| 1_u64.checked_shl(u32::try_from(bit).ok()?));
@@ -105,7 +105,7 @@ impl<P: TablePool> Memory<'_, P> {
     pub fn guest_pin<M: Machine>(&self, machine: &M, guest: &GuestMemory, page: Ipa) -> Result<PhysAddr, GuestFailure> {
         let frame = IpaRange::single(page);
         let failure = |reason| GuestFailure { reason, ipa: page };
-        let tables = guest.lock(machine);
+        let tables = guest.lock_shared();
         self.with(machine, tables.regions(machine, self, guest, frame, Some(PIN.view)), |locked| {
             let plan = locked.plan(machine, guest, &tables, frame, &PIN)?;
             let Some(pages) = plan.row else { return Err(failure(GuestReason::Denied)) };
@@ -124,7 +124,7 @@ impl<P: TablePool> Memory<'_, P> {
     /// [`GuestReason::Denied`] if the guest is dying or the page is not pinned.
     pub fn guest_unpin<M: Machine>(&self, machine: &M, guest: &GuestMemory, page: Ipa) -> Result<(), GuestFailure> {
         let frame = IpaRange::single(page);
-        let tables = guest.lock(machine);
+        let tables = guest.lock_shared();
         let mut locked = Locked::new(self, machine);
         locked.reach(machine, guest, &tables, frame, UNPIN.view);
         let plan = locked.plan(machine, guest, &tables, frame, &UNPIN)?;

@@ -134,7 +134,7 @@ impl<P: TablePool> Memory<'_, P> {
         if !is_page && range.size() != BLOCK_SIZE || range.end() > guest.end() {
             return false;
         }
-        let tables = guest.lock(machine);
+        let tables = guest.lock_shared();
         let walk = tables.tables.lookup(machine, guest.address_in(change.view, range.base()));
         if tables.dying || !is_page && walk.level != Level::L2 {
             return false;
@@ -165,14 +165,41 @@ impl<P: TablePool> Memory<'_, P> {
         range: IpaRange,
         change: &Change,
     ) -> Result<Plan, GuestFailure> {
+        if let Some(other) = guest.other(change.view) {
+            return self.convert_and_move(machine, guest, range, change, other);
+        }
+        let tables = guest.lock_shared();
+        let mut locked = Locked::new(self, machine);
+        locked.reach(machine, guest, &tables, range, change.view);
+        let plan = locked.plan(machine, guest, &tables, range, change)?;
+        if !plan.claimed {
+            locked.set_state(machine, guest, &tables, &plan, change);
+        }
+        Ok(plan)
+    }
+
+    /// As [`Memory::convert`], for a realm, whose pages move to the `other` view.
+    fn convert_and_move<M: Machine>(
+        &self,
+        machine: &M,
+        guest: &GuestMemory,
+        range: IpaRange,
+        change: &Change,
+        other: View,
+    ) -> Result<Plan, GuestFailure> {
         let mut tables = guest.lock(machine);
         let mut locked = Locked::new(self, machine);
         locked.reach(machine, guest, &tables, range, change.view);
         let plan = locked.plan(machine, guest, &tables, range, change)?;
         if !plan.claimed {
-            let moves = locked.convert(machine, guest, &mut tables, &plan, change)?;
+            let (from, to) = (guest.in_view(change.view, plan.frames), guest.in_view(other, plan.frames));
+            tables
+                .have_to_move(machine, from, to)
+                .map_err(|reason| GuestFailure { reason, ipa: plan.frames.base() })?;
+            locked.count_stage2_invalidation();
+            locked.set_state(machine, guest, &tables, &plan, change);
             locked.release();
-            tables.follow(machine, moves);
+            tables.follow(machine, from, to);
         }
         Ok(plan)
     }
@@ -186,7 +213,7 @@ impl<P: TablePool> Memory<'_, P> {
         range: IpaRange,
         change: &Change,
     ) -> Result<(), GuestFailure> {
-        let tables = guest.lock(machine);
+        let tables = guest.lock_shared();
         let mut locked = Locked::new(self, machine);
         locked.reach(machine, guest, &tables, range, change.view);
         let plan = locked.plan_all(machine, guest, &tables, range, change)?;
@@ -195,44 +222,12 @@ impl<P: TablePool> Memory<'_, P> {
     }
 }
 
-/// From where to where pages of a realm move within its address space.
-struct Move {
-    from: IpaRange,
-    to: IpaRange,
-}
-
-impl<P: TablePool, M: Machine> Locked<'_, '_, P, M> {
-    /// Makes a change between private and offered, which has been planned, in all but the guest's tables. A realm's pages have to
-    /// move to the other view then, by [`Guest::follow`], for which there are tables.
-    fn convert(
-        &mut self,
-        machine: &M,
-        guest: &GuestMemory,
-        tables: &mut Guest,
-        plan: &Plan,
-        change: &Change,
-    ) -> Result<Option<Move>, GuestFailure> {
-        let moves = guest
-            .other(change.view)
-            .map(|other| Move { from: guest.in_view(change.view, plan.frames), to: guest.in_view(other, plan.frames) });
-        if let Some(Move { from, to }) = moves {
-            tables
-                .have_to_move(machine, from, to)
-                .map_err(|reason| GuestFailure { reason, ipa: plan.frames.base() })?;
-            self.count_stage2_invalidation();
-        }
-        self.set_state(machine, guest, tables, plan, change);
-        Ok(moves)
-    }
-}
-
 impl Guest {
-    /// Moves pages to the other view. One invalidation.
+    /// Moves the pages at `from` to `to`, the other view of them, for which there are tables. One invalidation.
     ///
     /// This takes the lock of the guest alone: it is about nothing but its tables, and whatever else is done to the pages takes
     /// this lock, too. Others need not wait until all CPUs have answered to the invalidation.
-    fn follow<M: Machine>(&mut self, machine: &M, moves: Option<Move>) {
-        let Some(Move { from, to }) = moves else { return };
+    fn follow<M: Machine>(&mut self, machine: &M, from: IpaRange, to: IpaRange) {
         self.for_each_part_moved(machine, from, to, &mut |guest, part, pages| {
             let Self { tables, spare, .. } = guest;
             let done = tables.map(machine, &mut spare.pool(machine), part, pages.base(), Stage2Usage::Memory);

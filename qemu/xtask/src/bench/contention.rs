@@ -103,9 +103,23 @@ fn locks(functions: &Functions, profile: &Event) -> BTreeMap<String, Lock> {
     for Executed { word, count, frames } in functions.executed(profile, |word| is_look(word) || word == ISB) {
         let Some(name) = lock_name(&frames) else { continue };
         let lock = locks.entry(name.to_owned()).or_default();
-        *if is_look(word) { &mut lock.looks } else { &mut lock.spins } += count;
+        if word == ISB {
+            lock.spins += count;
+        }
+        // Who waits for those who hold the lock together looks by another instruction, once for each of these.
+        if is_look(word) || frames.iter().any(|frame| is_method(frame, "RwLock", "write")) {
+            lock.looks += count;
+        }
     }
     locks
+}
+
+/// Whether a function is this method of that type of `spin`'s.
+fn is_method(function: &str, of: &str, method: &str) -> bool {
+    let function = function.split(" at ").next().unwrap_or(function);
+    function.starts_with("spin::")
+        && function.contains(&format!("::{of}<"))
+        && function.ends_with(&format!("::{method}"))
 }
 
 /// ISB, which is what Rust makes of a hint that a loop waits.
@@ -119,8 +133,9 @@ fn is_look(word: u32) -> bool {
 /// The type that the lock is a part of, if these functions are about taking one: that of the function which does it.
 fn lock_name(frames: &[String]) -> Option<&str> {
     let functions = || frames.iter().map(|frame| frame.split(" at ").next().unwrap_or(frame));
-    let lock = functions().position(|function| function.contains("TicketMutex<") && function.ends_with("::lock"))?;
-    let function = functions().nth(lock + 1)?;
+    let lock = functions()
+        .position(|function| is_method(function, "TicketMutex", "lock") || is_method(function, "RwLock", "write"))?;
+    let function = functions().skip(lock + 1).find(|function| !function.contains("::FairRwLock<"))?;
     // Of a method of a trait, that is the type which has it.
     let of = function.strip_prefix('<').and_then(|function| function.split(" as ").next()).unwrap_or(function);
     let mut path = of.rsplit("::");
@@ -184,11 +199,16 @@ mod tests {
             lock_name(&frames).map(str::to_owned)
         };
         let spin = "core::hint::spin_loop at core/src/hint.rs:1";
-        let lock = "<spin::mutex::ticket::TicketMutex<T,R>>::lock at ticket.rs:9";
+        let lock = "spin::mutex::ticket::TicketMutex<T,R>::lock at ticket.rs:9";
         let memory = "ravelin_ownership::memory::Memory<P>::lock at hyp/ownership/src/memory.rs:229";
         let gic = "<ravelin_vm::vm::Vm<O,G,V>>::with_gic::{{closure}} at hyp/vm/src/vm.rs:210";
         assert_eq!(name(&[spin, lock, memory, gic]).as_deref(), Some("Memory"));
         assert_eq!(name(&[lock, gic]).as_deref(), Some("Vm"));
+        let fair = "ravelin_sync::fair::FairRwLock<T>::write at hyp/sync/src/fair.rs:40";
+        let guest = "ravelin_ownership::guest::GuestMemory::lock at hyp/ownership/src/guest.rs:131";
+        let drain = "spin::rwlock::RwLock<T,R>::write at rwlock.rs:9";
+        assert_eq!(name(&[spin, lock, fair, guest]).as_deref(), Some("GuestMemory"));
+        assert_eq!(name(&[spin, drain, fair, guest]).as_deref(), Some("GuestMemory"));
         let tables = "<ravelin_ownership::pool::Tables<P> as ravelin_pgtable::machine::TablePool>::free at pool.rs:7";
         assert_eq!(name(&[spin, lock, tables]).as_deref(), Some("Tables"));
         assert_eq!(name(&[spin, "ravelin::psci::Psci::turn_off at psci.rs:299"]), None);

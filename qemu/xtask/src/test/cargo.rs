@@ -43,7 +43,7 @@ const MIRI_LIMIT: Duration = Duration::from_secs(600);
 const MIRI_FULL_LIMIT: Duration = Duration::from_secs(4 * 3600);
 
 /// Crates with models of what CPUs do at once, and what the names of these tests have in common.
-const LOOM: [&str; 2] = ["ravelin-vm", "ravelin-hypercall"];
+const LOOM: [&str; 3] = ["ravelin-sync", "ravelin-vm", "ravelin-hypercall"];
 const LOOM_FILTER: &str = "models::";
 
 /// Formatting.
