@@ -79,6 +79,11 @@ macro_rules! sums {
             pub fn fetch_sub(&self, value: $value, wanted: Ordering) -> $value {
                 self.0.fetch_sub(value, order(wanted))
             }
+
+            /// Sets bits of the value, and returns what it was.
+            pub fn fetch_or(&self, value: $value, wanted: Ordering) -> $value {
+                self.0.fetch_or(value, order(wanted))
+            }
         }
     )*};
 }

@@ -2,16 +2,17 @@
 
 use core::ops::{Deref, DerefMut};
 
-use crate::{RwLock, TicketMutex, TicketMutexGuard, WriteGuard};
+use crate::{ReadGuard, RwLock, TicketMutex, TicketMutexGuard, WriteGuard};
 
 /// A lock that one holds alone, or many together who only look.
 ///
-/// Who holds it alone has the turn until then, and who looks only while it comes in. So nobody comes in before those who have waited
-/// longer, and who waits to be alone waits for those only who were there before.
+/// Who wants it alone waits for the turn, keeps others from coming in, and waits until those who were there before have gone. Who looks
+/// comes in at once if nobody wants it alone, and else waits for the turn, too: then nobody can be in the way. So everybody gets the
+/// lock in the end, however many come after.
 #[derive(Debug)]
 pub struct FairRwLock<T> {
     turn: TicketMutex<()>,
-    /// That nobody holds alone without having the turn.
+    /// Nobody has it alone, or keeps others out, without having the turn.
     value: RwLock<T>,
 }
 
@@ -24,6 +25,12 @@ impl<T> FairRwLock<T> {
     /// Waits for the lock, to hold it together with others who only look.
     #[inline]
     pub fn read(&self) -> impl Deref<Target = T> {
+        self.value.try_read().unwrap_or_else(|| self.wait_to_read())
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn wait_to_read(&self) -> ReadGuard<'_, T> {
         let _turn = self.turn.lock();
         self.value.read()
     }
@@ -32,7 +39,7 @@ impl<T> FairRwLock<T> {
     #[inline]
     pub fn write(&self) -> Writer<'_, T> {
         let turn = self.turn.lock();
-        Writer { value: self.value.write(), _turn: turn }
+        Writer { value: self.value.upgradeable_read().upgrade(), _turn: turn }
     }
 }
 
@@ -83,8 +90,8 @@ mod tests {
         let first = lock.read();
         thread::scope(|scope| {
             scope.spawn(|| *lock.write() += 1);
-            // It has the turn, and waits for the first.
-            while lock.turn.try_lock().is_some() {
+            // It has the turn, keeps others out, and waits for the first.
+            while lock.value.try_read().is_some() {
                 thread::yield_now();
             }
             let later = scope.spawn(|| {

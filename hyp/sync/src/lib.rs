@@ -16,12 +16,12 @@ pub mod atomic {
 #[cfg(not(loom))]
 pub use core::hint::spin_loop;
 #[cfg(not(loom))]
-use spin::RwLockWriteGuard as WriteGuard;
-#[cfg(not(loom))]
 pub use spin::{
     Mutex, RwLock,
     mutex::{TicketMutex, TicketMutexGuard},
 };
+#[cfg(not(loom))]
+use spin::{RwLockReadGuard as ReadGuard, RwLockWriteGuard as WriteGuard};
 
 #[cfg(loom)]
 pub mod atomic;
@@ -34,9 +34,9 @@ pub mod model;
 pub use fair::FairRwLock;
 
 #[cfg(loom)]
-use lock::Writer as WriteGuard;
-#[cfg(loom)]
 pub use lock::{Mutex, Mutex as TicketMutex, RwLock};
+#[cfg(loom)]
+use lock::{Reader as ReadGuard, Writer as WriteGuard};
 #[cfg(loom)]
 pub use loom::hint::spin_loop;
 #[cfg(loom)]

@@ -40,6 +40,8 @@ impl<T> Mutex<T> {
 
 /// Set while one holds the lock alone; below it is how many hold it together.
 const WRITER: u64 = 1 << 32;
+/// Set while one waits until it holds the lock alone.
+const UPGRADED: u64 = 1 << 33;
 
 /// A lock of one, or of many who only look. Only one at a time may wait for it.
 ///
@@ -60,7 +62,7 @@ impl<T> RwLock<T> {
 
     /// Takes the lock together with others who only look.
     pub fn try_read(&self) -> Option<Reader<'_, T>> {
-        if self.holders.fetch_add(1, Acquire) >= WRITER {
+        if self.holders.fetch_add(1, Acquire) & (WRITER | UPGRADED) != 0 {
             self.holders.fetch_sub(1, Release);
             return None;
         }
@@ -72,15 +74,31 @@ impl<T> RwLock<T> {
         wait_for(|| self.try_read())
     }
 
-    /// Waits for the lock, to take it alone.
-    pub fn write(&self) -> Writer<'_, T> {
-        wait_for(|| self.try_write())
+    /// Waits for a lock that others who only look may hold, and keeps more of them from coming.
+    pub fn upgradeable_read(&self) -> Upgradeable<'_, T> {
+        wait_for(|| (self.holders.fetch_or(UPGRADED, Acquire) & (WRITER | UPGRADED) == 0).then_some(()));
+        Upgradeable { lock: self }
     }
 
     /// Takes the lock alone.
     pub fn try_write(&self) -> Option<Writer<'_, T>> {
         self.holders.compare_exchange(0, WRITER, Acquire, Relaxed).ok()?;
         Some(Writer { lock: self, value: Some(self.value.try_write().expect("another holds the lock")) })
+    }
+}
+
+/// Nobody more comes in.
+#[derive(Debug)]
+pub struct Upgradeable<'a, T> {
+    lock: &'a RwLock<T>,
+}
+
+impl<'a, T> Upgradeable<'a, T> {
+    /// Waits until the others have gone, to hold the lock alone.
+    pub fn upgrade(self) -> Writer<'a, T> {
+        let Self { lock } = self;
+        wait_for(|| lock.holders.compare_exchange(UPGRADED, WRITER, Acquire, Relaxed).ok());
+        Writer { lock, value: Some(lock.value.try_write().expect("another holds the lock")) }
     }
 }
 

@@ -107,7 +107,7 @@ fn locks(functions: &Functions, profile: &Event) -> BTreeMap<String, Lock> {
             lock.spins += count;
         }
         // Who waits for those who hold the lock together looks by another instruction, once for each of these.
-        if is_look(word) || frames.iter().any(|frame| is_method(frame, "RwLock", "write")) {
+        if is_look(word) || frames.iter().any(|frame| is_method(frame, "RwLockUpgradableGuard", "upgrade")) {
             lock.looks += count;
         }
     }
@@ -133,8 +133,9 @@ fn is_look(word: u32) -> bool {
 /// The type that the lock is a part of, if these functions are about taking one: that of the function which does it.
 fn lock_name(frames: &[String]) -> Option<&str> {
     let functions = || frames.iter().map(|frame| frame.split(" at ").next().unwrap_or(frame));
-    let lock = functions()
-        .position(|function| is_method(function, "TicketMutex", "lock") || is_method(function, "RwLock", "write"))?;
+    let lock = functions().position(|function| {
+        is_method(function, "TicketMutex", "lock") || is_method(function, "RwLockUpgradableGuard", "upgrade")
+    })?;
     let function = functions().skip(lock + 1).find(|function| !function.contains("::FairRwLock<"))?;
     // Of a method of a trait, that is the type which has it.
     let of = function.strip_prefix('<').and_then(|function| function.split(" as ").next()).unwrap_or(function);
@@ -206,7 +207,7 @@ mod tests {
         assert_eq!(name(&[lock, gic]).as_deref(), Some("Vm"));
         let fair = "ravelin_sync::fair::FairRwLock<T>::write at hyp/sync/src/fair.rs:40";
         let guest = "ravelin_ownership::guest::GuestMemory::lock at hyp/ownership/src/guest.rs:131";
-        let drain = "spin::rwlock::RwLock<T,R>::write at rwlock.rs:9";
+        let drain = "spin::rwlock::RwLockUpgradableGuard<T,R>::upgrade at rwlock.rs:9";
         assert_eq!(name(&[spin, lock, fair, guest]).as_deref(), Some("GuestMemory"));
         assert_eq!(name(&[spin, drain, fair, guest]).as_deref(), Some("GuestMemory"));
         let tables = "<ravelin_ownership::pool::Tables<P> as ravelin_pgtable::machine::TablePool>::free at pool.rs:7";
