@@ -49,7 +49,7 @@ pub use inspect::Entries;
 pub use memory::{Failure, HostState, Memory, PageReport, Reason};
 pub use reason::{GuestFailure, GuestReason, HostFailure};
 pub use table::{OwnershipTable, PAGES_PER_BLOCK, SetupError, Sizes, sizes};
-pub use transfer::{Batch, Conversion, GuestPage, MAX_BATCH, MAX_STEPS, Unshare};
+pub use transfer::{Batch, Conversion, Gift, GuestPage, MAX_BATCH, MAX_STEPS, Unshare};
 
 /// Translation tables that EL2's own mappings leave to the host's stage 2, so that it always gets on.
 pub const HOST_RESERVE: usize = 32;

@@ -23,6 +23,7 @@ use crate::{
 };
 use look::Content;
 
+pub use give::Gift;
 pub use look::GuestPage;
 pub(crate) use look::{Place, Run};
 pub use ring::{Batch, Conversion, MAX_BATCH};

@@ -280,10 +280,6 @@ impl Transitions for Fake {
         world.take(range, |page| Owner::Guest { slot, frame: first + page - base, state })
     }
 
-    fn map_to_measure(&self, guest: &FakeGuest, range: PhysRange, at: Ipa) -> Result<(), Refusal> {
-        self.map(guest, range, at)
-    }
-
     fn unmap(&self, guest: &FakeGuest, range: IpaRange) -> Result<(), Refusal> {
         self.lock().change(guest.slot, range, GuestState::Lent, None, Status::Absent)
     }

@@ -3,7 +3,7 @@
 use ravelin_abi::{Status, VmAttributes, VmKind};
 use ravelin_memory::{Ipa, IpaRange, PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_ownership::{
-    Batch, Conversion, Failure, GuestFailure as MemoryFailure, GuestKind, GuestMemory, GuestPage, GuestReason,
+    Batch, Conversion, Failure, Gift, GuestFailure as MemoryFailure, GuestKind, GuestMemory, GuestPage, GuestReason,
     HostFailure, Memory, Reason, Unshare,
 };
 use ravelin_pgtable::{Geometry, Machine, TablePool, Tree};
@@ -93,14 +93,12 @@ impl<P: TablePool, M: Machine + PageAccess> Transitions for MachineMemory<'_, '_
     }
 
     fn map(&self, guest: &GuestMemory, range: PhysRange, at: Ipa) -> Result<(), Refusal> {
-        Ok(match guest.kind() {
-            GuestKind::Ordinary => self.memory.lend(self.machine, guest, range, at),
-            GuestKind::Pkvm | GuestKind::Realm => self.memory.donate_to_guest(self.machine, guest, range, at),
-        }?)
+        let gift = if guest.kind() == GuestKind::Ordinary { Gift::Lent } else { Gift::Donated };
+        Ok(self.memory.give(self.machine, guest, range, at, gift)?)
     }
 
     fn map_to_measure(&self, guest: &GuestMemory, range: PhysRange, at: Ipa) -> Result<(), Refusal> {
-        Ok(self.memory.donate_to_measure(self.machine, guest, range, at)?)
+        Ok(self.memory.give(self.machine, guest, range, at, Gift::ToMeasure)?)
     }
 
     fn unmap(&self, guest: &GuestMemory, range: IpaRange) -> Result<(), Refusal> {

@@ -74,7 +74,9 @@ pub trait Transitions {
     /// # Errors
     ///
     /// As [`Transitions::map`].
-    fn map_to_measure(&self, guest: &Self::Guest, range: PhysRange, at: Ipa) -> Result<(), Refusal>;
+    fn map_to_measure(&self, guest: &Self::Guest, range: PhysRange, at: Ipa) -> Result<(), Refusal> {
+        self.map(guest, range, at)
+    }
 
     /// Takes borrowed pages from an ordinary guest.
     ///

@@ -8,7 +8,7 @@ use super::{
     *,
 };
 use crate::{
-    GuestKind, GuestMemory, Inconsistency,
+    Gift, GuestKind, GuestMemory, Inconsistency,
     entry::{Block, Entry, State},
     guest::Guest,
     pool::Pool,
@@ -233,7 +233,7 @@ fn visits() {
         rig.touch(GIB);
         rig.memory.share(&rig.machine, range(GIB + PAGE, 2)).unwrap();
         rig.memory.pin(&rig.machine, range(GIB + 2 * PAGE, 1)).unwrap();
-        rig.memory.donate_to_guest(&rig.machine, &guest, range(GIB + 3 * PAGE, 2), frame).unwrap();
+        rig.memory.give(&rig.machine, &guest, range(GIB + 3 * PAGE, 2), frame, Gift::Donated).unwrap();
 
         let mut entries = Vec::new();
         rig.memory.visit_entries(&rig.machine, range(GIB, 6), &mut |run, its| {

@@ -3,7 +3,7 @@
 use ravelin_memory::IpaRange;
 
 use super::*;
-use crate::{GuestFailure, GuestKind, GuestMemory, GuestPage, GuestReason, HostFailure, MAX_STEPS, Unshare};
+use crate::{Gift, GuestFailure, GuestKind, GuestMemory, GuestPage, GuestReason, HostFailure, MAX_STEPS, Unshare};
 
 /// Where guests have their first pages.
 pub(super) const RAM: u64 = 0x8000_0000;
@@ -35,8 +35,8 @@ impl Rig<'_> {
     pub(super) fn give(&self, guest: &GuestMemory, page: u64, pages: u64, at: u64) -> Result<(), HostFailure> {
         let (pages, at) = (range(page, pages), Ipa::new(at).unwrap());
         let result = match guest.kind() {
-            GuestKind::Ordinary => self.memory.lend(&self.machine, guest, pages, at),
-            _ => self.memory.donate_to_guest(&self.machine, guest, pages, at),
+            GuestKind::Ordinary => self.memory.give(&self.machine, guest, pages, at, Gift::Lent),
+            _ => self.memory.give(&self.machine, guest, pages, at, Gift::Donated),
         };
         self.check_guest(guest);
         result
@@ -245,7 +245,7 @@ fn what_is_donated_to_be_measured_is_cleaned_by_who_measures_it() {
         rig.touch(GIB);
         let _ = rig.machine.take_log();
         let (pages, at) = (range(GIB, 4), Ipa::new(RAM).unwrap());
-        rig.memory.donate_to_measure(&rig.machine, &guest, pages, at).unwrap();
+        rig.memory.give(&rig.machine, &guest, pages, at, Gift::ToMeasure).unwrap();
         rig.check_guest(&guest);
         let log = rig.machine.take_log();
         assert_eq!(invalidations(&log), [Op::InvalidateStage2(Vmid::HOST, pages.identity_ipa(), true)]);
@@ -255,10 +255,10 @@ fn what_is_donated_to_be_measured_is_cleaned_by_who_measures_it() {
         let log = rig.machine.take_log();
         assert_eq!(invalidations(&log), [Op::InvalidateEl2(pages.identity_va())]);
         assert_eq!(log.iter().filter(|op| **op == Op::Clean(pages)).count(), 2, "before it is read, and after");
-        let again = rig.memory.donate_to_measure(&rig.machine, &guest, pages, at);
+        let again = rig.memory.give(&rig.machine, &guest, pages, at, Gift::ToMeasure);
         assert_eq!(again, Err(HostFailure { reason: GuestReason::Denied, page: addr(GIB) }));
         let ordinary = rig.guest(1, GuestKind::Ordinary, 16);
-        let lent = rig.memory.donate_to_measure(&rig.machine, &ordinary, range(GIB + MIB, 1), at);
+        let lent = rig.memory.give(&rig.machine, &ordinary, range(GIB + MIB, 1), at, Gift::ToMeasure);
         assert_eq!(lent, Err(HostFailure { reason: GuestReason::Denied, page: addr(GIB + MIB) }));
     });
 }
@@ -973,7 +973,7 @@ fn the_host_keeps_access_to_what_it_lends() {
             assert_eq!(rig.change(change, guest, RAM, 1), refused(GuestReason::Denied, RAM));
         }
         let donated =
-            rig.memory.donate_to_guest(&rig.machine, guest, range(GIB + MIB, 1), Ipa::new(RAM + MIB).unwrap());
+            rig.memory.give(&rig.machine, guest, range(GIB + MIB, 1), Ipa::new(RAM + MIB).unwrap(), Gift::Donated);
         assert_eq!(donated, denied(GuestReason::Denied, GIB + MIB));
         let _ = rig.machine.take_log();
         assert_eq!(rig.change(Unlend, guest, RAM + PAGE, 2), Ok(2));
@@ -988,7 +988,7 @@ fn the_host_keeps_access_to_what_it_lends() {
 #[test]
 fn a_protected_guest_is_not_lent_anything() {
     with_page(GuestKind::Pkvm, |rig, guest| {
-        let lent = rig.memory.lend(&rig.machine, guest, range(GIB + MIB, 1), Ipa::new(RAM + MIB).unwrap());
+        let lent = rig.memory.give(&rig.machine, guest, range(GIB + MIB, 1), Ipa::new(RAM + MIB).unwrap(), Gift::Lent);
         assert_eq!(lent, denied(GuestReason::Denied, GIB + MIB));
     });
 }
@@ -1143,7 +1143,7 @@ fn transient_mappings_take_the_hosts_tables_if_they_must() {
         let page = GIB + 64 * MIB + block * 2 * MIB;
         rig.touch(page);
         let at = Ipa::new(RAM + block * PAGE).unwrap();
-        rig.memory.donate_to_guest(&rig.machine, &guest, range(page + PAGE, 1), at).unwrap();
+        rig.memory.give(&rig.machine, &guest, range(page + PAGE, 1), at, Gift::Donated).unwrap();
         rig.touch(page);
     }
     assert!(rig.counts().evictions > 0);
@@ -1208,7 +1208,7 @@ fn poison_of_many_blocks_is_dropped_in_several_calls() {
         let last = (1 << 40) - PAGE;
         for at in (0..blocks).map(|block| RAM + block * 2 * MIB + block % 512 * PAGE).chain([last]) {
             let at = Ipa::new(at).unwrap();
-            rig.memory.donate_to_guest(&rig.machine, &guest, range(GIB, 1), at).unwrap();
+            rig.memory.give(&rig.machine, &guest, range(GIB, 1), at, Gift::Donated).unwrap();
             rig.memory.force_reclaim(&rig.machine, &guest, range(GIB, 1)).unwrap();
         }
         rig.give(&guest, GIB + 2 * MIB, 512, RAM + 4 * GIB).unwrap();

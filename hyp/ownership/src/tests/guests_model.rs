@@ -11,7 +11,7 @@ use super::{
     guests::{CHANGES, Change, Outcome, RAM, frames},
     *,
 };
-use crate::{GuestKind, GuestMemory, GuestPage, GuestReason, HostFailure, MAX_STEPS};
+use crate::{Gift, GuestKind, GuestMemory, GuestPage, GuestReason, HostFailure, MAX_STEPS};
 
 /// Who has a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -409,7 +409,7 @@ fn cpus_work_on_two_guests_at_the_same_time() {
                     let at = RAM + below(&mut random, 8) * PAGE;
                     let range = range(page, pages);
                     let done = match below(&mut random, 10) {
-                        0..=2 => memory.donate_to_guest(machine, guest, range, Ipa::new(at).unwrap()).is_ok(),
+                        0..=2 => memory.give(machine, guest, range, Ipa::new(at).unwrap(), Gift::Donated).is_ok(),
                         3 => memory.guest_share(machine, guest, frames(at, pages)).is_ok(),
                         4 => memory.claim(machine, guest, frames(at, pages)).is_ok(),
                         5 => memory.release(machine, guest, frames(at, pages)).is_ok(),

@@ -5,7 +5,7 @@ use std::thread;
 use ravelin_memory::IpaRange;
 
 use super::*;
-use crate::{GuestKind, GuestPage, Unshare};
+use crate::{Gift, GuestKind, GuestPage, Unshare};
 
 /// A pseudo-random sequence (xorshift), the same in each run.
 struct Random(u64);
@@ -87,7 +87,7 @@ fn convert_the_same_pages(kind: GuestKind) {
     machine.add_root(Stage::Guest(guest.vttbr().vmid), addr(GIB), geometry);
     memory.add_guest_tables(machine, &guest, range(GIB + 2 * PAGE, 6)).unwrap();
     let pages = range(GIB + 8 * PAGE, 4);
-    memory.donate_to_guest(machine, &guest, pages, Ipa::new(FRAME).unwrap()).unwrap();
+    memory.give(machine, &guest, pages, Ipa::new(FRAME).unwrap(), Gift::Donated).unwrap();
     let rounds = if cfg!(miri) { 3 } else { 300 };
 
     let frame = |random: &mut Random| IpaRange::new(FRAME + random.below(4) * PAGE, 1).unwrap();

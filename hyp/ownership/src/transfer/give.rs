@@ -22,11 +22,14 @@ use crate::{
 const CLEANED_IN_A_STEP: u64 = 16;
 
 /// How pages of the host come to a guest.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Gift {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gift {
+    /// To an ordinary guest, which borrows them. The host keeps its access.
     Lent,
+    /// To a protected guest, whose own they are from then on.
     Donated,
-    /// Donated, and cleaned by who measures them.
+    /// As [`Gift::Donated`], to a guest that does not run before all of the pages have been read by means of
+    /// [`Memory::with_guest_pages`], which cleans them: so EL2 maps them once and not twice.
     ToMeasure,
 }
 
@@ -40,55 +43,14 @@ impl Gift {
 }
 
 impl<P: TablePool> Memory<'_, P> {
-    /// Makes pages of the host a protected guest's own, at `at` and with their contents. One invalidation of the host's stage 2.
+    /// Gives pages of the host to a guest, at `at` and with their contents. One invalidation of the host's stage 2 if it loses them.
     ///
     /// # Errors
     ///
-    /// See [`GuestReason`]: the host owns the pages alone, and the guest has nothing in the frames. [`GuestReason::TooLarge`]
-    /// beyond [`MAX_STEPS`], of which a block takes 32, because it is cleaned to the point of coherency.
-    pub fn donate_to_guest<M: Machine>(
-        &self,
-        machine: &M,
-        guest: &GuestMemory,
-        range: PhysRange,
-        at: Ipa,
-    ) -> Result<(), HostFailure> {
-        self.give(machine, guest, range, at, Gift::Donated)
-    }
-
-    /// As [`Memory::donate_to_guest`], for a guest that does not run before all of the pages have been read by means of
-    /// [`Memory::with_guest_pages`], which cleans them: so EL2 maps them once and not twice.
-    ///
-    /// # Errors
-    ///
-    /// As [`Memory::donate_to_guest`].
-    pub fn donate_to_measure<M: Machine>(
-        &self,
-        machine: &M,
-        guest: &GuestMemory,
-        range: PhysRange,
-        at: Ipa,
-    ) -> Result<(), HostFailure> {
-        self.give(machine, guest, range, at, Gift::ToMeasure)
-    }
-
-    /// Lends pages of the host to an ordinary guest, at `at`. The host keeps its access.
-    ///
-    /// # Errors
-    ///
-    /// As [`Memory::donate_to_guest`].
-    pub fn lend<M: Machine>(
-        &self,
-        machine: &M,
-        guest: &GuestMemory,
-        range: PhysRange,
-        at: Ipa,
-    ) -> Result<(), HostFailure> {
-        self.give(machine, guest, range, at, Gift::Lent)
-    }
-
-    /// Puts pages of the host into a guest's memory.
-    fn give<M: Machine>(
+    /// See [`GuestReason`]: the host owns the pages alone, and the guest, which is of the kind that the gift is for, has nothing in
+    /// the frames. [`GuestReason::TooLarge`] beyond [`MAX_STEPS`], of which a block takes 32, because it is cleaned to the point of
+    /// coherency.
+    pub fn give<M: Machine>(
         &self,
         machine: &M,
         guest: &GuestMemory,
@@ -171,8 +133,8 @@ impl<P: TablePool, M: Machine> Locked<'_, '_, P, M> {
         }
         self.assign(machine, range, Entry::of_guest(to, guest.slot(), frame_number(at)));
         self.flush_host(machine);
-        // Guests start with their caches off, and a dirty line of the host's could overwrite what they write.
         if gift != Gift::ToMeasure {
+            // Guests start with their caches off, and a dirty line of the host's could overwrite what they write.
             self.clean_or_scrub(machine, &[Run { pages: range, scrub: false, pinned: false }]);
         }
         let Guest { tables, spare, pages, .. } = tables;

@@ -23,7 +23,7 @@ const RELINQUISH: Change =
     Change { view: View::Private, from: &[State::GUEST_OWNED], to: State::HOST_OWNED, by_page: true, poison: true };
 
 impl<P: TablePool> Memory<'_, P> {
-    /// Ends what [`Memory::lend`] began. One invalidation of the guest's stage 2.
+    /// Ends what [`Gift::Lent`](crate::Gift::Lent) began. One invalidation of the guest's stage 2.
     ///
     /// # Errors
     ///
