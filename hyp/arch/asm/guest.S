@@ -20,9 +20,9 @@
     str     x28, [x1, #{x} + 224]
 .endm
 
-// Goes on with the guest at `way` if x3, what its handler says, is 1, and no IRQ, FIQ or SError waits. One that does is not sure to be taken
-// before the guest's next instruction if that traps again (DDI 0487, D1.3.6), and so a guest of nothing but calls could keep the
-// CPU. Else x1 is the context, which x0 points to, and x0 why the guest is left: 0 if nobody has handled it, or 1.
+// Goes on with the guest at `way` if x3, what its handler says, is 1, and no IRQ, FIQ or SError waits. One that does is not sure
+// to be taken before the guest's next instruction if that traps again (DDI 0487, D1.3.6), and so a guest of nothing but calls
+// could keep the CPU. Else x1 is the context, which x0 points to, and x0 why the guest is left: 0 if nobody has handled it, or 1.
 .macro goes_on way
     mrs     x2, isr_el1
     mov     x1, x0

@@ -1,4 +1,4 @@
-//! A lock of one, or of many who only look, that is taken in the order in which they come.
+//! A lock of one, or of many who only look, that nobody waits for in vain.
 
 use core::ops::{Deref, DerefMut};
 
@@ -8,7 +8,7 @@ use crate::{ReadGuard, RwLock, TicketMutex, TicketMutexGuard, WriteGuard};
 ///
 /// Who wants it alone waits for the turn, keeps others from coming in, and waits until those who were there before have gone. Who looks
 /// comes in at once if nobody wants it alone, and else waits for the turn, too: then nobody can be in the way. So everybody gets the
-/// lock in the end, however many come after.
+/// lock in the end, however many come after. Who holds it must not ask for it again, not even to look: another may be waiting in between.
 #[derive(Debug)]
 pub struct FairRwLock<T> {
     turn: TicketMutex<()>,

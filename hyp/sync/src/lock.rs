@@ -102,6 +102,7 @@ impl<'a, T> Upgradeable<'a, T> {
     }
 }
 
+/// Tries until it succeeds, and lets other threads go on meanwhile.
 fn wait_for<G>(take: impl Fn() -> Option<G>) -> G {
     loop {
         match take() {

@@ -120,8 +120,8 @@ impl<P: TablePool> Memory<'_, P> {
 }
 
 impl<P: TablePool> Memory<'_, P> {
-    /// Gives one page in a block that is split, or a block that the guest maps as one, the state after `change`, if it is in `before`. Returns whether it was; if not, nothing has changed. This is for
-    /// changes that are about the ownership table alone.
+    /// Gives one page in a block that is split, or a block that the guest maps as one, the state after `change`, if it is in `before`.
+    /// Returns whether it was; if not, nothing has changed. This is for changes that are about the ownership table alone.
     fn exchange<M: Machine>(
         &self,
         machine: &M,

@@ -154,7 +154,7 @@ impl<C: GuestCpu, O: ObjectMemory, G: Send + Sync> Registers<'_, C, O, G> {
     }
 }
 
-/// Returns a register that is not one of FP and SIMD.
+/// Returns a register that is kept in `context`, or follows from that and `ids`: neither power nor one of FP and SIMD.
 fn read(cpu: &impl GuestCpu, context: &mut Context, ids: &IdRegisters, number: u64) -> Result<u64, Status> {
     Ok(match number {
         CNTVCT_EL0 => cpu.counter().wrapping_sub(context.cntvoff_el2),
