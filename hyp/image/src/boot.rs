@@ -17,7 +17,7 @@ use ravelin_memory::{BLOCK_SIZE, HypAddr, HypRange, PAGE_SIZE, PhysAddr, PhysRan
 use ravelin_pgtable::{El2, El2Usage, Flush, Geometry, Hint, Machine, MapError, PageTable, TablePool};
 use ravelin_platform::{
     CPU_BLOCK_SIZE, Conduit as PsciConduit, Demand, DtbError, HostImage, Layout, LogLevel, MAX_REDISTRIBUTOR_REGIONS,
-    Platform, dtb_size, find_console,
+    Platform, START_STACK_PAGES, dtb_size, find_console,
 };
 
 use crate::{
@@ -248,14 +248,14 @@ fn start(memory: &mut BootMemory, dtb: &'static [u8], level: u64) -> Result<core
         physical,
         ram: platform.ram.clone(),
         semihosting_exit: platform.options.semihosting_exit,
-        stack: pool.allocate_pages(Inheritance::STACK_PAGES).ok_or(BootError::Tables)?,
+        stack: pool.allocate_pages(START_STACK_PAGES).ok_or(BootError::Tables)?,
         #[cfg(feature = "trace")]
         trace: platform.options.trace,
         uart: platform.uart,
         pool,
         redistributors: redistributors(&platform),
     };
-    let stack_top = HypAddr::new(inheritance.stack.raw() + Inheritance::STACK_PAGES * PAGE_SIZE);
+    let stack_top = HypAddr::new(inheritance.stack.raw() + START_STACK_PAGES * PAGE_SIZE);
     let place = inheritance.place().ok_or(BootError::Tables)?;
     log::info!("runs the host at {} on cpu {boot_cpu}, with its device tree at {host_dtb}", host.entry);
     memory.machine.hint(Hint::Unlock(memory.tables.root()));

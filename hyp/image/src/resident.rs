@@ -18,7 +18,7 @@ use ravelin_hypercall::{
 use ravelin_memory::{Ipa, PAGE_SIZE, PhysAddr, PhysRange};
 use ravelin_ownership::{Memory, OwnershipTable, PAGES_PER_BLOCK};
 use ravelin_pgtable::{El2, Geometry, Hint, Machine, PageTable, PhysicalSize, Stage2};
-use ravelin_platform::{Layout, LogLevel, MAX_RAM_REGIONS, MAX_REDISTRIBUTOR_REGIONS};
+use ravelin_platform::{Layout, LogLevel, MAX_RAM_REGIONS, MAX_REDISTRIBUTOR_REGIONS, START_STACK_PAGES};
 use spin::once::Once;
 
 #[cfg(feature = "checked")]
@@ -69,7 +69,7 @@ pub(crate) struct Inheritance {
     pub(crate) ram: ArrayVec<PhysRange, MAX_RAM_REGIONS>,
     /// Whether a panic ends the machine through semihosting.
     pub(crate) semihosting_exit: bool,
-    /// A stack for taking over, of [`Inheritance::STACK_PAGES`]: more than a CPU's own has room for.
+    /// A stack for taking over, of [`START_STACK_PAGES`]: more than a CPU's own has room for.
     pub(crate) stack: PhysAddr,
     /// Whether there is a trace.
     #[cfg(feature = "trace")]
@@ -79,9 +79,6 @@ pub(crate) struct Inheritance {
 }
 
 impl Inheritance {
-    /// Pages of [`Inheritance::stack`].
-    pub(crate) const STACK_PAGES: u64 = 32;
-
     const PAGES: u64 = (size_of::<Self>() as u64).div_ceil(PAGE_SIZE).next_power_of_two();
 
     /// Moves it to pages of its own pool and returns their address, or `None` if the pool is empty.
@@ -175,18 +172,20 @@ fn take_over(mut inheritance: Inheritance) {
     }
     machine.publish();
 
-    // This stack. It stays in use until the next entry, but the pool writes at the other end of it only, and nobody takes
-    // pages from the pool before the host runs.
-    inheritance.pool.free_pages(inheritance.stack, Inheritance::STACK_PAGES);
-
     #[cfg(feature = "checked")]
     let machine = checked::Checked(machine);
     let host_tables = PageTable::<Stage2>::new(stage2_root, geometry);
     let el2_root = inheritance.el2.root();
     machine.hint(Hint::Lock(el2_root));
-    let memory = Memory::new(&machine, table, host_tables, inheritance.el2, inheritance.pool);
+    let memory = MEMORY.call_once(|| {
+        let mut memory = Memory::new(table, host_tables, inheritance.el2, inheritance.pool);
+        memory.divide(&machine).expect("the pool is large enough to start");
+        memory
+    });
     machine.hint(Hint::Unlock(el2_root));
-    let memory = MEMORY.call_once(|| memory.expect("the pool is large enough to start"));
+    // This stack. It stays in use until the next entry, but the pool writes at the other end of it only, and nobody takes pages from
+    // the pool from here on before the host runs: it would write where it divides these.
+    memory.with_pool(|pool| pool.free_pages(inheritance.stack, START_STACK_PAGES));
     #[cfg(feature = "trace")]
     memory.announce(&machine);
     let entry = PhysAddr::from_bits_truncating(secondary_entry(layout.image.base()));

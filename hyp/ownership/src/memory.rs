@@ -93,36 +93,42 @@ pub struct PageReport {
 }
 
 impl<'a, P: TablePool> Memory<'a, P> {
-    /// Joins the ownership table, an empty host stage 2, the EL2 stage 1 that is in use and the pool for both.
+    /// Joins the ownership table, an empty host stage 2, the EL2 stage 1 that is in use and the pool for both, with one lock.
     ///
     /// None of the pages that the host owns by `table` is mapped in `el2`.
+    pub fn new(table: OwnershipTable<'a>, host: PageTable<Stage2>, el2: PageTable<El2>, pool: P) -> Self {
+        let mut regions = [const { None }; MAX_LOCKS];
+        let [first, ..] = &mut regions;
+        *first = Some(TicketMutex::new(Region::new(0, None, table, host, el2)));
+        Self { spans: ArrayVec::new_const(), regions, pool: TicketMutex::new(Pool::new(pool)) }
+    }
+
+    /// Gives each GiB of RAM a lock of its own, or more of it where that would be too many. This is done once, before the host runs.
+    /// It is not part of [`Memory::new`] because that has the place for only one of these on a stack: it is large.
     ///
     /// # Errors
     ///
     /// [`MapError::OutOfTables`], of which a region takes up to two.
-    pub fn new<M: Machine>(
-        machine: &M,
-        mut table: OwnershipTable<'a>,
-        mut host: PageTable<Stage2>,
-        mut el2: PageTable<El2>,
-        mut pool: P,
-    ) -> Result<Self, MapError> {
-        let mut regions = [const { None }; MAX_LOCKS];
+    pub fn divide<M: Machine>(&mut self, machine: &M) -> Result<(), MapError> {
+        let Self { spans, regions: [first, rest @ ..], pool } = self;
+        let Some(Region { table, host, el2, counts, .. }) = first.as_mut().map(TicketMutex::get_mut) else {
+            return Ok(());
+        };
+        let pool = pool.get_mut().pages_mut();
         let few = |shift: &u32| table.parts(*shift).take(MAX_REGIONS.saturating_add(1)).count() <= MAX_REGIONS;
         let shift = REGION_SHIFTS.clone().find(few).unwrap_or(*REGION_SHIFTS.end());
-        let spans: ArrayVec<_, MAX_REGIONS> = table.parts(shift).take(MAX_REGIONS).collect();
-        let [first, rest @ ..] = &mut regions;
+        *spans = table.parts(shift).take(MAX_REGIONS).collect();
         for (index, (span, region)) in (1..).zip(spans.iter().zip(rest)) {
             // A stage 2 of few address bits need not have all that a region could.
             let end = span.end().min(host.geometry().end());
             let part = PhysRange::from_bounds(span.base().raw(), end).map_err(|_| MapError::OutOfRange)?;
-            let host = host.part(machine, &mut pool, part.identity_ipa())?;
-            let el2 = el2.part(machine, &mut pool, span.identity_va())?;
+            let host = host.part(machine, pool, part.identity_ipa())?;
+            let el2 = el2.part(machine, pool, span.identity_va())?;
             *region =
                 Some(TicketMutex::new(Region::new(index, Some(*span), table.split_off_below(span.end()), host, el2)));
         }
-        *first = Some(TicketMutex::new(Region::new(0, None, table, host, el2)));
-        Ok(Self { spans, regions, pool: TicketMutex::new(Pool::new(pool)) })
+        *counts = table.first_counts();
+        Ok(())
     }
 
     /// Lends pages of the host to the hypervisor; the host keeps its access. They may be pinned then. Costs no TLB
@@ -271,6 +277,11 @@ impl<'a, P: TablePool> Memory<'a, P> {
     /// Returns how many regions there are.
     pub(crate) fn region_count(&self) -> usize {
         self.spans.len().saturating_add(1)
+    }
+
+    /// Calls `f` with where pages for tables come from. It must not call methods of this.
+    pub fn with_pool<R>(&self, f: impl FnOnce(&mut P) -> R) -> R {
+        f(self.pool.lock().pages_mut())
     }
 
     pub(crate) const fn pool(&self) -> &TicketMutex<Pool<P>> {

@@ -16,6 +16,10 @@ impl<P: TablePool> Pool<P> {
         Self { pages, reserved: 0 }
     }
 
+    pub(crate) const fn pages_mut(&mut self) -> &mut P {
+        &mut self.pages
+    }
+
     fn free(&self) -> usize {
         self.pages.available().saturating_sub(self.reserved)
     }

@@ -4,6 +4,9 @@ use ravelin_memory::{BLOCK_SIZE, PAGE_SIZE, PhysRange, TABLE_ENTRIES};
 
 use crate::{DtbError, Fault, HostImage, Platform};
 
+/// Pages of the stack on which start-up goes on in the carve-out, which go back to the pool: a power of two.
+pub const START_STACK_PAGES: u64 = 32;
+
 /// Memory of each CPU in the carve-out, in bytes: its stack and what else is its own.
 pub const CPU_BLOCK_SIZE: u64 = if cfg!(feature = "checked") { 64 << 10 } else { 12 << 10 };
 

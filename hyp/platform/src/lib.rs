@@ -38,6 +38,6 @@ pub use device::{Conduit, Gic, MAX_REDISTRIBUTOR_REGIONS};
 pub use error::{DtbError, Fault, NodeName};
 pub use host_dtb::{MAX_HOST_DTB_SIZE, SLACK};
 pub use host_image::HostImage;
-pub use layout::{CPU_BLOCK_SIZE, Demand, ENTRY_SIZE, Layout, MODEL_MEMORY};
+pub use layout::{CPU_BLOCK_SIZE, Demand, ENTRY_SIZE, Layout, MODEL_MEMORY, START_STACK_PAGES};
 pub use memory::{MAX_RAM_REGIONS, MAX_RESERVED_REGIONS};
 pub use platform::{MAX_DTB_SIZE, Platform, dtb_size, find_console};

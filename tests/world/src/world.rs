@@ -136,14 +136,14 @@ fn memory<'a>(
     machine.inner.add_root(Stage::El2, el2_root, Geometry::EL2);
     let pool = PhysRange::new(pool.raw(), layout.pool_pages as u64).expect("a range of pages");
     assert!(carve_out.covers(&pool));
-    Memory::new(
-        machine,
+    let mut memory = Memory::new(
         OwnershipTable::new(&[ram], carve_out, &[], blocks, pages).expect("memory as it may be"),
         PageTable::new(stage2_root, geometry),
         PageTable::new(el2_root, Geometry::EL2),
         machine.inner.pool(pool),
-    )
-    .expect("there are tables enough")
+    );
+    memory.divide(machine).expect("there are tables enough");
+    memory
 }
 
 fn cpus(layout: &Layout) -> Vec<Cpu> {

@@ -118,7 +118,8 @@ impl<'a> Rig<'a> {
         let pool = machine.pool(range(POOL, layout.tables));
         let host = PageTable::<Stage2>::new(host_root, geometry);
         let el2 = PageTable::<El2>::new(el2_root, Geometry::EL2);
-        let memory = Memory::new(&machine, table.unwrap(), host, el2, pool).unwrap();
+        let mut memory = Memory::new(table.unwrap(), host, el2, pool);
+        memory.divide(&machine).unwrap();
         Self { machine, memory }
     }
 

@@ -133,14 +133,13 @@ fn in_world(test: impl FnOnce(&World<'_, '_>)) {
     machine.inner.add_root(Stage::Stage2, host_root, host);
     machine.inner.add_root(Stage::El2, el2_root, Geometry::EL2);
     let pool = machine.inner.pool(PhysRange::new(0xf1_0000_0000, 128).unwrap());
-    let memory = Memory::new(
-        &machine,
+    let mut memory = Memory::new(
         table,
         PageTable::<Stage2>::new(host_root, host),
         PageTable::<El2>::new(el2_root, Geometry::EL2),
         pool,
-    )
-    .unwrap();
+    );
+    memory.divide(&machine).unwrap();
     let world = World { memory: MachineMemory::new(&memory, &machine), vms: Box::new(Vms::new(Heap)) };
     let before = world.counts();
     test(&world);

@@ -51,9 +51,11 @@ pub(super) fn run(_full: bool, report: &mut Report) -> Result<()> {
         if checked {
             continue;
         }
-        match stack::fits(&elf) {
-            Ok(bytes) => report.check(&format!("{name}: stack, {bytes} bytes at most"), Ok(())),
-            Err(error) => report.check(&format!("{name}: stack"), Err(error)),
+        for (what, fits) in [("stack", stack::of_cpu(&elf)), ("stack of start-up", stack::of_start(&elf))] {
+            match fits {
+                Ok(bytes) => report.check(&format!("{name}: {what}, {bytes} bytes at most"), Ok(())),
+                Err(error) => report.check(&format!("{name}: {what}"), Err(error)),
+            }
         }
         report.check("image: size", within_budget(image.sizes.total()));
     }

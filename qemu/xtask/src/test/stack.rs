@@ -1,4 +1,4 @@
-//! How deep a CPU's stack gets while the host is at EL2, from the machine code.
+//! How deep a CPU's stack gets while the host is at EL2, and that of start-up in the carve-out, from the machine code.
 //!
 //! Frames, calls and jumps to other functions are what the instructions say. A call of a function pointer is taken to reach
 //! every closure that a function on the way there, itself included, has made; but not one that is running, because it is
@@ -17,6 +17,9 @@ use super::gates::{Instruction, instructions};
 /// Where exits of the host begin in Rust, and the vectors, which make room for the registers before.
 const ROOT: &str = "host_exit";
 const VECTORS: &str = "vectors";
+
+/// Where start-up goes on in the carve-out, on a stack of its own.
+const START: &str = "ravelin::resident::cpu_main";
 
 /// The world switch, and what it alone calls, by a pointer.
 const SWITCH: &str = "guest_run";
@@ -61,18 +64,23 @@ struct Depth {
     way: Vec<usize>,
 }
 
-/// Returns the most bytes that an exit of the host takes, and the way there, one function a line.
-pub(super) fn deepest(elf: &[u8]) -> Result<(u64, String)> {
+/// Returns the most bytes that the function `root` takes, and the way there, one function a line.
+fn deepest(elf: &[u8], root: &str) -> Result<(u64, String)> {
     let functions = functions(elf)?;
-    let find = |name: &str| {
-        let found = functions.iter().position(|function| function.name == name);
-        found.with_context(|| format!("the image has no function {name}"))
-    };
-    let registers = frames(elf, &functions[find(VECTORS)?].name)?;
+    let root = functions.iter().position(|function| is_named(function, root)).with_context(|| no_function(root))?;
     let mut search = Search { functions: &functions, known: HashMap::new(), running: Vec::new() };
-    let deepest = search.depth(find(ROOT)?, &BTreeSet::new())?;
+    let deepest = search.depth(root, &BTreeSet::new())?;
     let lines = deepest.way.iter().map(|&at| format!("{:6} {}", functions[at].frame, functions[at].name));
-    Ok((registers + deepest.bytes, lines.collect::<Vec<_>>().join("\n")))
+    Ok((deepest.bytes, lines.collect::<Vec<_>>().join("\n")))
+}
+
+/// Whether a function has this name, with a hash or without.
+fn is_named(function: &Function, name: &str) -> bool {
+    function.name.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with("::h"))
+}
+
+fn no_function(name: &str) -> String {
+    format!("the image has no function {name}")
 }
 
 struct Search<'a> {
@@ -182,7 +190,7 @@ fn functions(elf: &[u8]) -> Result<Vec<Function>> {
     }
     let handlers: Vec<_> = (0..functions.len()).filter(|&at| is_handler(&functions[at].name)).collect();
     let switch = functions.iter_mut().find(|function| function.name == SWITCH);
-    let switch = switch.with_context(|| format!("the image has no function {SWITCH}"))?;
+    let switch = switch.with_context(|| no_function(SWITCH))?;
     ensure!(switch.indirect && !handlers.is_empty(), "{SWITCH} does not call {HANDLER}");
     switch.indirect = false;
     switch.calls.extend(&handlers);
@@ -244,9 +252,13 @@ fn flow(address: u64, word: u32) -> Option<Flow> {
     }
 }
 
-/// Returns by how much an instruction moves the stack pointer down: SUB of an immediate, or a store with pre-index.
+/// Returns by how much an instruction moves the stack pointer down: SUB of an immediate, or a store with pre-index. What large
+/// frames begin with, the end of a loop that goes down page by page, counts, too.
 fn frame(word: u32) -> Option<u64> {
     const SP: u32 = 31;
+    if word & 0xffc0_03e0 == 0xd140_0000 | SP << 5 {
+        return Some(u64::from(word >> 10 & 0xfff) << 12);
+    }
     if word & 0xff80_03ff == 0xd100_0000 | SP << 5 | SP {
         let immediate = u64::from(word >> 10 & 0xfff);
         return Some(if word >> 22 & 1 != 0 { immediate << 12 } else { immediate });
@@ -279,12 +291,22 @@ fn computed(address: u64, word: u32, function: usize, pages: &mut HashMap<(usize
     }
 }
 
-/// Fails if the stack of a CPU is too small, with some room to spare.
-pub(super) fn fits(elf: &[u8]) -> Result<u64> {
-    const SPARE: u64 = 1024;
+/// Returns how much of its stack a CPU takes. Fails if that is too small, with some room to spare.
+pub(super) fn of_cpu(elf: &[u8]) -> Result<u64> {
     // The rest of a block is a page for what else a CPU has.
-    let limit = ravelin_platform::CPU_BLOCK_SIZE - 4096 - SPARE;
-    let (bytes, way) = deepest(elf)?;
+    let registers = frames(elf, VECTORS)?;
+    Ok(registers + fits(elf, ROOT, ravelin_platform::CPU_BLOCK_SIZE - 4096 - registers)?)
+}
+
+/// The same of start-up in the carve-out.
+pub(super) fn of_start(elf: &[u8]) -> Result<u64> {
+    fits(elf, START, ravelin_platform::START_STACK_PAGES * 4096)
+}
+
+fn fits(elf: &[u8], root: &str, size: u64) -> Result<u64> {
+    const SPARE: u64 = 1024;
+    let limit = size - SPARE;
+    let (bytes, way) = deepest(elf, root)?;
     if bytes > limit {
         bail!("it may take {bytes} bytes, and {limit} is the limit:\n{way}");
     }
@@ -298,14 +320,15 @@ mod tests {
     #[test]
     fn frames_are_decoded() {
         let frames = [
-            (0xd104_43ff, Some(272)),    // sub sp, sp, #272
-            (0xd140_07ff, Some(0x1000)), // sub sp, sp, #1, lsl #12
-            (0xa9bd_7bfd, Some(48)),     // stp x29, x30, [sp, #-48]!
-            (0xf81e_0ffe, Some(32)),     // str x30, [sp, #-32]!
-            (0xa903_7bfd, None),         // stp x29, x30, [sp, #48]
-            (0x9104_43ff, None),         // add sp, sp, #272
-            (0xd104_43e0, None),         // sub x0, sp, #272
-            (0xa8c3_7bfd, None),         // ldp x29, x30, [sp], #48
+            (0xd104_43ff, Some(272)),     // sub sp, sp, #272
+            (0xd140_07ff, Some(0x1000)),  // sub sp, sp, #1, lsl #12
+            (0xd140_43e9, Some(0x10000)), // sub x9, sp, #16, lsl #12
+            (0xa9bd_7bfd, Some(48)),      // stp x29, x30, [sp, #-48]!
+            (0xf81e_0ffe, Some(32)),      // str x30, [sp, #-32]!
+            (0xa903_7bfd, None),          // stp x29, x30, [sp, #48]
+            (0x9104_43ff, None),          // add sp, sp, #272
+            (0xd104_43e0, None),          // sub x0, sp, #272
+            (0xa8c3_7bfd, None),          // ldp x29, x30, [sp], #48
         ];
         for (word, bytes) in frames {
             assert_eq!(frame(word), bytes, "{word:#x}");
