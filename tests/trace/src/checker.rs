@@ -174,8 +174,10 @@ pub struct Checker {
     live: BTreeMap<Regime, u64>,
     /// Roots by their lock.
     guarded: BTreeMap<u64, BTreeSet<u64>>,
-    /// Where another lock than that of the root guards the tables: by the first address, the first behind, and the lock.
-    regions: BTreeMap<u64, (u64, u64)>,
+    /// Where another lock than that of the root guards the tables: by that and the first address, the first behind, and the lock.
+    regions: BTreeMap<(u64, u64), (u64, u64)>,
+    /// The locks of regions, each with that of their roots.
+    groups: BTreeMap<u64, u64>,
     /// Who has which lock.
     held: BTreeMap<u64, u8>,
     stale: BTreeMap<Key, Stale>,
@@ -287,7 +289,9 @@ impl Checker {
                 let base = value & !PAGE.wrapping_sub(1);
                 let size =
                     u32::try_from(value % PAGE).ok().and_then(|shift| 1_u64.checked_shl(shift)).unwrap_or_default();
-                self.regions.insert(base, (base.wrapping_add(size), location));
+                let group = location & !PAGE.wrapping_sub(1);
+                self.regions.insert((group, base), (base.wrapping_add(size), location));
+                self.groups.insert(location, group);
                 Ok(())
             }
             Hint::SetOwnerRoot => match self.tables.get_mut(&location) {
@@ -323,8 +327,13 @@ impl Checker {
             }
             self.live.remove(&regime);
         }
-        if let Some(roots) = lock.and_then(|lock| self.guarded.get_mut(&lock)) {
+        if let Some(lock) = lock {
+            let roots = self.guarded.entry(lock).or_default();
             roots.remove(&location);
+            if roots.is_empty() {
+                self.regions.retain(|&(group, _), _| group != lock);
+                self.groups.retain(|_, group| *group != lock);
+            }
         }
         self.roots.remove(&location);
         Ok(())
@@ -427,21 +436,20 @@ impl Checker {
         locked.and(done)
     }
 
-    /// Returns the lock that guards the descriptor of this level for the input address `start` under a root. No region has those of
-    /// level 0.
+    /// Returns the lock that guards the descriptor of this level for the input address `start` under a root. No region has those that
+    /// translate more than lies in it.
     fn lock_of(&self, root: u64, start: u64, level: u8) -> Option<u64> {
         let lock = self.roots.get(&root)?.lock?;
-        let region = self.regions.range(..=start).next_back().map(|(_, region)| *region);
+        let region = self.regions.range((lock, 0)..=(lock, start)).next_back().map(|(_, region)| *region);
         match region {
-            Some((end, of_region)) if level != 0 && start < end && self.group(of_region) == lock => Some(of_region),
+            Some((end, of_region)) if start.saturating_add(geometry::size(level)) <= end => Some(of_region),
             _ => Some(lock),
         }
     }
 
     /// Returns the lock that guards all of what this one, of a region, guards a part of; other locks are groups of their own.
     fn group(&self, lock: u64) -> u64 {
-        let is_of_region = self.regions.values().any(|&(_, of_region)| of_region == lock);
-        if is_of_region { lock & !PAGE.wrapping_sub(1) } else { lock }
+        self.groups.get(&lock).copied().unwrap_or(lock)
     }
 
     /// Makes sure that the CPU has `lock`, if there is one.

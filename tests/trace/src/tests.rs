@@ -316,10 +316,15 @@ fn locks() {
 
 /// As [`stage2`], in two regions: the first GiB and the second have locks of their own, which are not those of the root.
 fn regions() -> Vec<Record> {
+    regions_of(30)
+}
+
+/// The same with regions of `1 << shift` bytes.
+fn regions_of(shift: u64) -> Vec<Record> {
     let region = |number: u64| Record::Hint {
         kind: Hint::SetRegionLock,
         location: GROUP | number,
-        value: (number - 1) << 30 | 30,
+        value: (number - 1) << shift | shift,
     };
     let mut records = stage2();
     records[3] = root_lock(ROOT, GROUP);
@@ -346,6 +351,35 @@ fn regions_have_locks() {
     };
     assert_eq!([GROUP, GROUP | 1, GROUP | 2].map(spare), [vec![], vec![], vec![]]);
     assert_eq!(spare(LOCK), [Fault::Unlocked]);
+}
+
+#[test]
+fn a_region_has_what_translates_no_more_than_lies_in_it() {
+    // The descriptor of level 1 translates both of these regions and more.
+    for (table, index, lock) in [(L3, 2, GROUP | 1), (L2, 1, GROUP | 2), (L2, 2, GROUP), (ROOT, 0, GROUP)] {
+        for other in [GROUP, GROUP | 1, GROUP | 2] {
+            let found = faults(regions_of(21), [Record::Lock(other), write(table, index, 0)]);
+            let expected = if other == lock { vec![] } else { vec![Fault::Unlocked] };
+            assert_eq!(found, expected, "{table:#x} {index} under {other:#x}");
+        }
+    }
+}
+
+#[test]
+fn regions_are_gone_with_their_root() {
+    let drop_root = [Record::Lock(GROUP), write(ROOT, 0, 0), PUBLISH, tlbi(TlbiOp::Vmalls12e1is, 0), DSB];
+    let leave =
+        [Record::Unlock(GROUP), set(Sysreg::VttbrEl2, OTHER_VTTBR), release(ROOT), free(L3), free(L2), free(ROOT)];
+    let before = [&regions_of(21)[..], &drop_root, &leave].concat();
+    let again = [&stage2()[..3], &[root_lock(ROOT, GROUP)], &stage2()[4..7], &[Record::Lock(GROUP)], &stage2()[8..15]];
+    let in_use = [&stage2()[16..], &[write(L3, 3, PAGE), PUBLISH, Record::Unlock(GROUP)]].concat();
+    assert_eq!(faults(before.clone(), [again.concat(), in_use].concat()), []);
+    let mut held = before;
+    held.push(Record::Lock(GROUP | 1));
+    assert_eq!(
+        faults(held, [init(SPARE), root_lock(ROOT, GROUP), owner(SPARE, ROOT), write(SPARE, 0, PAGE)]),
+        [Fault::Unlocked]
+    );
 }
 
 #[test]
