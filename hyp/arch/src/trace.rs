@@ -4,9 +4,9 @@
 //! in program order. The image gives places in the stream under one lock. That the order of the stream is the order of the
 //! events, as far as any event depends on another, is for these reasons:
 //!
-//! * Table pages and what they hold belong to one lock at a time, that of a region of `Memory` or of a guest. A record *lock* comes after
-//!   its acquisition, *unlock* before its release, all that is done in between lies between the two, and what the next holder
-//!   does lies behind. So the stores to, and the maintenance of, one tree are in the order in which they happen.
+//! * Table pages and what they hold belong to one lock at a time, that of a region of `Memory`, of a guest, or of a realm's block. A
+//!   record *lock* comes after its acquisition, *unlock* before its release, all that is done in between lies between the two, and
+//!   what the next holder does lies behind. So the stores to, and the maintenance of, one tree are in the order in which they happen.
 //! * A page goes from one tree or region to another through the pool, a list of spare pages, or the host: it is recorded as free before
 //!   it gets there.
 //! * Registers are a CPU's own, and so are barriers.

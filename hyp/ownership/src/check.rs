@@ -61,7 +61,7 @@ impl<P: TablePool> Memory<'_, P> {
     ///
     /// The first inconsistency.
     pub fn check_guest<M: Machine>(&self, machine: &M, guest: &GuestMemory) -> Result<(), Inconsistency> {
-        let tables = guest.lock_shared();
+        let tables = guest.lock(machine);
         let locked = self.lock(machine, Mask::ALL);
         if tables.tables.tables() != tables.spare.in_use {
             return Err(Inconsistency::Tables);

@@ -1,12 +1,16 @@
 //! The memory of a guest.
 
-use core::ops::{Deref, DerefMut};
+use core::{
+    array,
+    ops::{Deref, DerefMut},
+};
 
-use ravelin_memory::{Ipa, IpaRange, PAGE_SIZE, PhysAddr};
-use ravelin_pgtable::{Geometry, Machine, PageTable, Stage2, TablePool, Tree, Vmid, Vttbr};
-use ravelin_sync::FairRwLock;
+use arrayvec::ArrayVec;
+use ravelin_memory::{BLOCK_SIZE, Ipa, IpaRange, PAGE_SIZE, PhysAddr, TABLE_ENTRIES};
+use ravelin_pgtable::{Geometry, Hint, Machine, PageTable, Stage2, TablePool, Tree, Vmid, Vttbr};
+use ravelin_sync::{FairRwLock, TicketMutex, TicketMutexGuard};
 
-use crate::held::Held;
+use crate::{held::Held, locked::Mask};
 
 /// What kind of guest it is, as far as its memory goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,11 +24,16 @@ pub enum GuestKind {
     Realm,
 }
 
+/// How many locks the blocks of a realm share.
+pub(crate) const BLOCK_LOCKS: usize = 16;
+
 /// The stage 2 of a guest, the pages for its tables, and how much it maps.
 ///
-/// Behind a lock of its own, which comes before those of the regions of [`Memory`](crate::Memory), and may be held longer. Those who do
-/// not change the tables hold it together. Nobody else may break the mappings of its tables in the EL2 stage 1: a page that was kept is mapped by itself or in a block of pages that were
-/// kept for the same guest at once, and those for tables are only given back under this lock.
+/// Behind a lock of its own, which comes before those of the regions of [`Memory`](crate::Memory), and may be held longer. Those who
+/// make no tables and give none back hold it together; if they move pages of a realm from one half of its addresses to the other, or
+/// look at such, they hold the locks of the blocks, too. Nobody else may break the mappings of its tables in the EL2 stage 1: a page
+/// that was kept is mapped by itself or in a block of pages that were kept for the same guest at once, and those for tables are only
+/// given back under this lock.
 pub struct GuestMemory {
     slot: u8,
     kind: GuestKind,
@@ -34,7 +43,16 @@ pub struct GuestMemory {
     /// The bit of addresses in [`View::Shared`]; 0 if that is the only view.
     alias: u64,
     inner: FairRwLock<Guest>,
+    /// For a realm, what guards the descriptors of the pages in each block of 2 MiB: see [`block_lock`]. Who holds one of these holds
+    /// the above, too, together with others.
+    blocks: [TicketMutex<()>; BLOCK_LOCKS],
 }
+
+/// A block whose lock is held, and others that share it.
+pub(crate) type Block<'g, 'm, M> = Held<'m, TicketMutexGuard<'g, ()>, M>;
+
+/// Several of them. It is large, and filled where it is.
+pub(crate) type Blocks<'g, 'm, M> = ArrayVec<Block<'g, 'm, M>, BLOCK_LOCKS>;
 
 pub(crate) struct Guest {
     pub(crate) tables: PageTable<Stage2>,
@@ -63,7 +81,8 @@ impl GuestMemory {
             GuestKind::Realm => (geometry.end() >> 1, geometry.end() >> 1),
             GuestKind::Ordinary | GuestKind::Pkvm => (geometry.end(), 0),
         };
-        Self { slot, kind, tree, end, alias, inner }
+        let blocks = array::from_fn(|_| TicketMutex::new(()));
+        Self { slot, kind, tree, end, alias, inner, blocks }
     }
 
     /// Returns the tables as they are at first and in the end.
@@ -126,15 +145,63 @@ impl GuestMemory {
         u64::try_from(guest.spare.available.saturating_add(guest.spare.in_use)).unwrap_or(u64::MAX)
     }
 
-    /// Takes the lock, for who changes tables.
+    /// Takes the lock alone, and with it those of all blocks.
     pub(crate) fn lock<M: Machine>(&self, machine: &M) -> impl DerefMut<Target = Guest> {
-        Held::new(self.inner.write(), machine, self.tree.vttbr.root)
+        let others = if self.kind == GuestKind::Realm { BLOCK_LOCKS } else { 0 };
+        Held::new(self.inner.write(), machine, self.tree.vttbr.root, u64::try_from(others).unwrap_or_default())
     }
 
-    /// Takes the lock together with others, for who does not change tables. What becomes of pages is up to the locks of regions.
+    /// Takes the lock together with others. No table is made or given back, but a realm's pages may be moved where
+    /// [`GuestMemory::lock_blocks`] does not keep others from it. What becomes of pages is up to the locks of regions.
     #[inline]
     pub(crate) fn lock_shared(&self) -> impl Deref<Target = Guest> {
         self.inner.read()
+    }
+
+    /// Takes the lock of the block that `frame`, of a realm, lies in. The lock of the guest is held.
+    pub(crate) fn lock_block<'m, M: Machine>(&self, machine: &'m M, frame: Ipa) -> Option<Block<'_, 'm, M>> {
+        self.take_block_lock(machine, block_lock(block_number(frame.raw())))
+    }
+
+    /// Takes the locks of the blocks that a realm's `frames` lie in, into `held`, which is empty; other guests' pages stay where they
+    /// are. The lock of the guest is held.
+    pub(crate) fn lock_blocks<'g, 'm, M: Machine>(
+        &'g self,
+        machine: &'m M,
+        frames: IpaRange,
+        held: &mut Blocks<'g, 'm, M>,
+    ) {
+        if self.kind != GuestKind::Realm {
+            return;
+        }
+        // Of so many blocks in a row, those on one side of where a GiB ends have all of the locks.
+        let blocks = block_number(frames.base().raw())..=block_number(frames.end().wrapping_sub(1));
+        let needed = blocks.take(2 * BLOCK_LOCKS).fold(Mask::NONE, |mask, block| mask.with(block_lock(block)));
+        // In ascending order, as everybody does.
+        for block in needed.indices(BLOCK_LOCKS).filter_map(|index| self.take_block_lock(machine, index)) {
+            let pushed = held.try_push(block);
+            debug_assert!(pushed.is_ok(), "there is room for all");
+        }
+    }
+
+    fn take_block_lock<'m, M: Machine>(&self, machine: &'m M, index: usize) -> Option<Block<'_, 'm, M>> {
+        Some(Held::new(self.blocks.get(index)?.lock(), machine, self.name_of_block_lock(index), 0))
+    }
+
+    /// Tells a trace which lock guards what translates the block that `frames` lie in, in both halves of a realm.
+    pub(crate) fn announce_block<M: Machine>(&self, machine: &M, frames: IpaRange) {
+        let lock = self.name_of_block_lock(block_lock(block_number(frames.base().raw())));
+        for view in [View::Private, View::Shared] {
+            let base = self.address_in(view, frames.base().align_down(BLOCK_SIZE));
+            let base = PhysAddr::from_bits_truncating(base.raw());
+            machine.hint(Hint::RegionLock { lock, base, size: BLOCK_SIZE });
+        }
+    }
+
+    /// Returns what a trace calls a lock of blocks. That of the guest is called as the root.
+    fn name_of_block_lock(&self, index: usize) -> PhysAddr {
+        let number = u64::try_from(index).unwrap_or_default();
+        PhysAddr::from_bits_truncating(self.tree.vttbr.root.raw().wrapping_add(number).wrapping_add(1))
     }
 
     /// Returns where `frames` are mapped in `view`.
@@ -151,7 +218,7 @@ impl GuestMemory {
     }
 
     /// Returns the other view, if there is one.
-    pub(crate) fn other(&self, view: View) -> Option<View> {
+    pub(crate) const fn other(&self, view: View) -> Option<View> {
         match (self.kind, view) {
             (GuestKind::Realm, View::Private) => Some(View::Shared),
             (GuestKind::Realm, View::Shared) => Some(View::Private),
@@ -228,9 +295,20 @@ impl<M: Machine> TablePool for SparePool<'_, M> {
     }
 }
 
+/// Returns which of the locks a block has. Neither neighbours nor blocks at the same place of GiB that are neighbours have the same.
+pub(crate) fn block_lock(block: u64) -> usize {
+    let gib = block / TABLE_ENTRIES;
+    usize::try_from(block.wrapping_add(gib)).unwrap_or_default() % BLOCK_LOCKS
+}
+
 /// Returns the first `pages` pages of `range`, if there are so many.
 pub(crate) fn first_pages(range: IpaRange, pages: u64) -> Option<IpaRange> {
     IpaRange::new(range.base().raw(), pages).ok().filter(|first| range.covers(first))
+}
+
+/// Returns the number of the block at an address.
+const fn block_number(addr: u64) -> u64 {
+    addr / BLOCK_SIZE
 }
 
 /// Returns the number of the frame at `ipa`; that of the next one if `ipa` lies in between.

@@ -70,7 +70,7 @@ impl<P: TablePool> Memory<'_, P> {
         range: IpaRange,
         f: &mut dyn FnMut(IpaRange, Found<Stage2Usage>),
     ) {
-        let _: ControlFlow<()> = guest.lock_shared().tables.visit(machine, range, &mut |part, found| {
+        let _: ControlFlow<()> = guest.lock(machine).tables.visit(machine, range, &mut |part, found| {
             f(part, found);
             ControlFlow::Continue(())
         });

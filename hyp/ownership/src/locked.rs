@@ -17,7 +17,7 @@ use crate::{
     transfer::Place,
 };
 
-/// A set of regions.
+/// A set of regions, or of other things that have a small number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Mask(u32);
 
@@ -50,7 +50,7 @@ impl Mask {
     }
 
     /// Yields those below `end`, in ascending order.
-    fn indices(self, end: usize) -> impl Iterator<Item = usize> {
+    pub(crate) fn indices(self, end: usize) -> impl Iterator<Item = usize> {
         let mut left = self.0;
         core::iter::from_fn(move || {
             let index = usize::try_from(left.trailing_zeros()).ok().filter(|&index| index < end)?;

@@ -50,6 +50,16 @@ struct Change {
     poison: bool,
 }
 
+impl Change {
+    /// Returns the view to which pages move with the change, if they do.
+    const fn moves_to(&self, guest: &GuestMemory) -> Option<View> {
+        match (self.view, self.to) {
+            (View::Private, State::GUEST_OFFERED) | (View::Shared, State::GUEST_OWNED) => guest.other(self.view),
+            _ => None,
+        }
+    }
+}
+
 /// How far a change goes.
 struct Plan {
     frames: IpaRange,

@@ -46,4 +46,4 @@ pub use flush::Flush;
 pub use geometry::{Geometry, PhysicalSize};
 pub use machine::{Hint, Machine, TablePool};
 pub use regime::{El2, El2Usage, Regime, Stage2, Stage2Usage, Tree, Vmid, Vttbr};
-pub use table::{Found, Invalidated, MapError, Mapping, PageTable, Walk};
+pub use table::{Found, Invalidated, Leaves, MapError, Mapping, PageTable, Walk};

@@ -19,8 +19,8 @@ pub enum Hint {
         /// The lock.
         lock: PhysAddr,
     },
-    /// This lock, and not the one that guards the roots which `lock` with its low bits clear is, guards what translates these
-    /// input addresses.
+    /// This lock, and not the one that guards the roots which `lock` with its low bits clear is, guards descriptors that translate
+    /// nothing but these input addresses.
     RegionLock {
         /// The lock.
         lock: PhysAddr,

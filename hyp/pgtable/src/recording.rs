@@ -271,7 +271,7 @@ impl RecordingMachine {
     }
 
     /// Panics unless all writes are published, nothing stale is cached, every table in use is linked, and table
-    /// descriptors note the right number of entries.
+    /// descriptors note the right number of entries: none only of a guest's last-level table, from which pages were moved.
     pub fn assert_quiescent(&self) {
         let state = self.state();
         if let Some(stale) = state.stale.first() {
@@ -293,7 +293,8 @@ impl RecordingMachine {
                 {
                     let used = state.table(next).entries.iter().filter(|&&bits| bits != 0).count();
                     assert_eq!(descriptor.entries(), used as u64, "entries noted for table {next}");
-                    assert_ne!(used, 0, "table {next} is empty");
+                    let may_be_empty = place.level == Level::L2 && matches!(place.stage, Stage::Guest(_));
+                    assert!(used != 0 || may_be_empty, "table {next} is empty");
                 }
             }
         }

@@ -111,6 +111,15 @@ struct Span {
     end: u64,
 }
 
+/// Pages that one table of the last level translates, mapped or not.
+#[derive(Clone, Copy)]
+pub struct Leaves {
+    table: PhysAddr,
+    span: Span,
+    /// The descriptor that links the table.
+    link: Slot,
+}
+
 /// That the TLBs hold nothing stale of some addresses.
 #[must_use = "what was invalidated has to be settled"]
 pub struct Invalidated(Span);
@@ -125,6 +134,15 @@ struct Slot {
     part: Span,
     /// Whether that is all that the entry translates.
     whole: bool,
+}
+
+/// What stays behind where something is taken out.
+#[derive(Clone, Copy)]
+struct Left {
+    /// What descriptors become: one that the hardware takes as invalid.
+    descriptor: Descriptor,
+    /// Whether tables of the last level of which a part is taken out stay, even with nothing in them.
+    tables: bool,
 }
 
 /// A mapping to be made: input address plus `offset`, modulo 2^64, is the physical address.
@@ -471,7 +489,19 @@ impl<R: Regime> PageTable<R> {
         range: PageRange<R::Space>,
         flush: Flush<R>,
     ) -> Flush<R> {
-        self.take_out(machine, pool, range, Descriptor::INVALID, flush)
+        self.take_out(machine, pool, range, Left { descriptor: Descriptor::INVALID, tables: false }, flush)
+    }
+
+    /// As [`PageTable::unmap`], but leaves tables of the last level that `range` does not cover, even if nothing is left in them: for
+    /// what will come back by [`PageTable::move_leaves`].
+    pub fn vacate<M: Machine, P: TablePool>(
+        &mut self,
+        machine: &M,
+        pool: &mut P,
+        range: PageRange<R::Space>,
+        flush: Flush<R>,
+    ) -> Flush<R> {
+        self.take_out(machine, pool, range, Left { descriptor: Descriptor::INVALID, tables: true }, flush)
     }
 
     /// As [`PageTable::unmap`], and sees to it that nothing can be mapped in `range`, all of which is mapped, until that is
@@ -485,16 +515,16 @@ impl<R: Regime> PageTable<R> {
         range: PageRange<R::Space>,
         flush: Flush<R>,
     ) -> Flush<R> {
-        self.take_out(machine, pool, range, Descriptor::POISONED, flush)
+        self.take_out(machine, pool, range, Left { descriptor: Descriptor::POISONED, tables: false }, flush)
     }
 
-    /// Takes `range` out of the tables and leaves descriptors `left`, one that the hardware takes as invalid.
+    /// Takes `range` out of the tables.
     fn take_out<M: Machine, P: TablePool>(
         &mut self,
         machine: &M,
         pool: &mut P,
         range: PageRange<R::Space>,
-        left: Descriptor,
+        left: Left,
         mut flush: Flush<R>,
     ) -> Flush<R> {
         let mut means = Means { machine, pool };
@@ -502,6 +532,47 @@ impl<R: Regime> PageTable<R> {
             self.take_out_in(&mut means, table, self.start(), span, left, &mut flush);
         }
         flush
+    }
+
+    /// Returns the pages of `range`, if one table of the last level translates them all.
+    pub fn leaves<M: Machine>(&self, machine: &M, range: PageRange<R::Space>) -> Option<Leaves> {
+        let span = Span::of(range);
+        if !self.window.covers(span) {
+            return None;
+        }
+        let (mut table, mut level) = (self.top_table(span.start), self.start());
+        loop {
+            let link = span.slots(table, level).next().filter(|slot| slot.part.end == span.end)?;
+            (table, level) = (link.read(machine).next_table()?, level.next()?);
+            if level == Level::L3 {
+                return Some(Leaves { table, span, link });
+            }
+        }
+    }
+
+    /// Moves what is mapped at `from` to `to`, where nothing is and which is as long, and publishes it. One invalidation.
+    ///
+    /// No table is made or given back: one may be left with nothing in it. Only what translates the two blocks of 2 MiB that
+    /// the pages lie in is written, so others may read the tables meanwhile, and do the same in other blocks.
+    pub fn move_leaves<M: Machine>(&self, machine: &M, from: Leaves, to: Leaves) {
+        let mut moved = 0_u64;
+        for (here, there) in from.span.pages().zip(to.span.pages()) {
+            let leaf = Descriptor::from_bits(machine.read(from.table, here));
+            if leaf.is_valid() {
+                debug_assert_eq!(machine.read(to.table, there), Descriptor::INVALID.bits());
+                machine.write(to.table, there, leaf.bits());
+                machine.write(from.table, here, Descriptor::INVALID.bits());
+                moved = moved.wrapping_add(1);
+            }
+        }
+        for (link, more) in [(to.link, moved), (from.link, moved.wrapping_neg())] {
+            let old = link.read(machine);
+            link.write(machine, old.with_entries(old.entries().wrapping_add(more)));
+        }
+        machine.publish();
+        if let Ok(range) = PageRange::from_bounds(from.span.start, from.span.end) {
+            R::invalidate(machine, self.vttbr(), range, true);
+        }
     }
 
     /// Takes everything out of the tables and adds what that owes to `flush`.
@@ -658,16 +729,17 @@ impl<R: Regime> PageTable<R> {
         Ok(added)
     }
 
-    /// Takes `span` out of `table`, leaves descriptors `left` there, and returns how many entries have gone out of use.
+    /// Takes `span` out of `table`, and returns how many entries have gone out of use.
     fn take_out_in<M: Machine, P: TablePool>(
         &mut self,
         means: &mut Means<'_, M, P>,
         table: PhysAddr,
         level: Level,
         span: Span,
-        left: Descriptor,
+        behind: Left,
         flush: &mut Flush<R>,
     ) -> u64 {
+        let left = behind.descriptor;
         let Some(below) = level.next() else {
             return take_out_pages(means.machine, table, span, left, flush);
         };
@@ -691,10 +763,11 @@ impl<R: Regime> PageTable<R> {
                     let gone = if slot.whole {
                         old.entries()
                     } else {
-                        self.take_out_in(means, next, below, slot.part, left, flush)
+                        self.take_out_in(means, next, below, slot.part, behind, flush)
                     };
                     let remaining = old.entries().wrapping_sub(gone);
-                    if remaining == 0 && !old.is_kept() {
+                    let stays = old.is_kept() || behind.tables && !slot.whole && below == Level::L3;
+                    if remaining == 0 && !stays {
                         let left = if slot.whole { left } else { Descriptor::INVALID };
                         slot.write(means.machine, left);
                         detach(means.machine, next, below, if slot.whole { gone } else { 0 }, flush);

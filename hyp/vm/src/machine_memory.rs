@@ -156,7 +156,7 @@ impl<P: TablePool, M: Machine + PageAccess> Transitions for MachineMemory<'_, '_
 
     fn unshare(&self, guest: &GuestMemory, range: IpaRange) -> Result<u64, GuestFailure> {
         let range = match guest.kind() {
-            GuestKind::Realm => match self.memory.guest_run(self.machine, guest, range) {
+            GuestKind::Realm => match self.look(guest, range) {
                 (GuestPage::Offered | GuestPage::Claimed, pages) => {
                     IpaRange::new(range.base().raw(), pages.min(range.pages())).unwrap_or(range)
                 }

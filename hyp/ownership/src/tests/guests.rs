@@ -283,6 +283,86 @@ fn who_changes_no_tables_does_not_wait_for_others_who_do_not() {
 }
 
 #[test]
+fn who_moves_pages_in_one_block_does_not_wait_for_others_elsewhere() {
+    with_page(GuestKind::Realm, |rig, guest| {
+        // This makes the tables, alone.
+        assert_eq!(rig.change(GuestShare, guest, RAM, 4), Ok(4));
+        let _tables = guest.lock_shared();
+        let _others = (1..16).map(|block| guest.lock_block(&rig.machine, Ipa::new(RAM + block * 2 * MIB).unwrap()));
+        let _others: Vec<_> = _others.collect();
+        let (memory, machine) = (&rig.memory, &rig.machine);
+        assert_eq!(memory.guest_unshare(machine, guest, frames(RAM, 1)), Ok(Unshare::Done(1)));
+        assert_eq!(memory.guest_unshare(machine, guest, frames(RAM + PAGE, 3)), Ok(Unshare::Done(3)));
+        assert_eq!(memory.guest_share(machine, guest, frames(RAM, 1)), Ok(1));
+        memory.claim(machine, guest, frames(RAM, 1)).unwrap();
+        assert_eq!(memory.guest_page(machine, guest, Ipa::new(RAM).unwrap()), GuestPage::Claimed);
+        assert_eq!(memory.guest_unshare(machine, guest, frames(RAM, 1)), Ok(Unshare::NeedsRelease(frames(RAM, 1))));
+        memory.release(machine, guest, frames(RAM, 1)).unwrap();
+        assert_eq!(memory.guest_run(machine, guest, frames(RAM + PAGE, 3)), (GuestPage::Private, 3));
+        assert_eq!(memory.with_guest_pages(machine, guest, frames(RAM + PAGE, 3), &mut |_| ()), Ok(3));
+    });
+}
+
+#[test]
+fn a_realms_page_that_was_converted_is_again_without_tables() {
+    with_page(GuestKind::Realm, |rig, guest| {
+        rig.change(GuestShare, guest, RAM, 4).unwrap();
+        for pages in [1, 4] {
+            for change in [GuestUnshare, GuestShare] {
+                let before = rig.counts().stage2_invalidations;
+                let _ = rig.machine.take_log();
+                assert_eq!(rig.change(change, guest, RAM, pages), Ok(pages));
+                let log = rig.machine.take_log();
+                let from = if change == GuestUnshare { RAM | 1 << 39 } else { RAM };
+                let gone = Op::InvalidateStage2(guest.vttbr().vmid, frames(from, pages), true);
+                assert_eq!(invalidations(&log), [gone], "{change:?} {pages}");
+                assert_eq!(rig.counts().stage2_invalidations, before + 1, "{change:?} {pages}");
+                assert_eq!(writes(&log) as u64, 2 * pages + 2, "{change:?} {pages}");
+                rig.check_guest(guest);
+            }
+        }
+        assert_eq!(rig.machine.peek(addr(GIB)), 7);
+        rig.change(GuestUnshare, guest, RAM, 4).unwrap();
+    });
+    // All tables come back in the end, those with nothing in them too.
+    with_rig(|rig| {
+        let guest = rig.guest(0, GuestKind::Realm, 16);
+        for block in 0..3 {
+            rig.give(&guest, GIB + block * PAGE, 1, RAM + block * 2 * MIB).unwrap();
+            rig.change(GuestShare, &guest, RAM + block * 2 * MIB, 1).unwrap();
+            rig.change(GuestUnshare, &guest, RAM + block * 2 * MIB, 1).unwrap();
+        }
+        rig.destroy(guest, frames(RAM, 2048));
+    });
+}
+
+#[test]
+fn blocks_share_locks_evenly() {
+    use crate::guest::{BLOCK_LOCKS, Blocks, block_lock};
+    let locks = |blocks: &mut dyn Iterator<Item = u64>| blocks.map(block_lock).collect::<BTreeSet<_>>();
+    for first in [0, 5, 500, 511, 512, 0xf_ffff] {
+        let next = 512 * (first / 512 + 1);
+        let row = &mut (first..first + 2 * BLOCK_LOCKS as u64);
+        assert_eq!(locks(row).len(), BLOCK_LOCKS, "{first}");
+        assert_eq!(locks(&mut (0..BLOCK_LOCKS as u64).map(|gib| first + gib * 512)).len(), BLOCK_LOCKS, "{first}");
+        assert_ne!(block_lock(next), block_lock(next + 1));
+    }
+    with_rig(|rig| {
+        let guest = rig.guest(0, GuestKind::Realm, 0);
+        let held_of = |guest: &GuestMemory, at, pages| {
+            let mut blocks = Blocks::new_const();
+            guest.lock_blocks(&rig.machine, frames(at, pages), &mut blocks);
+            blocks.len()
+        };
+        let held = |at, pages| held_of(&guest, at, pages);
+        assert_eq!([held(RAM, 1), held(RAM, 512), held(RAM + PAGE, 512), held(RAM, 16 * 512)], [1, 1, 2, 16]);
+        assert_eq!(held(0, 1 << 36), 16);
+        let other = rig.guest(1, GuestKind::Pkvm, 0);
+        assert_eq!(held_of(&other, 0, 1 << 36), 0);
+    });
+}
+
+#[test]
 fn what_a_guest_gives_up_is_scrubbed_once_it_is_out_of_reach() {
     with_page(GuestKind::Pkvm, |rig, guest| {
         assert_eq!(rig.change(Relinquish, guest, RAM + PAGE, 2), Ok(2));

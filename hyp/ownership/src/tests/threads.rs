@@ -130,6 +130,59 @@ fn convert_the_same_pages(kind: GuestKind) {
 }
 
 #[test]
+fn vcpus_of_a_realm_convert_pages_of_the_same_blocks_and_of_others() {
+    const FRAME: u64 = 0x8000_0000;
+    let layout = Layout { ram: vec![range(GIB, 1024)], carve_out: range(GIB + 2 * MIB, 512), ..small() };
+    let mut store = Store::for_ram(&layout.ram);
+    let rig = Rig::new(&layout, &mut store);
+    let (memory, machine) = (&rig.memory, &rig.machine);
+    let geometry = Geometry::stage2(40).unwrap();
+    memory.keep(machine, range(GIB, 2)).unwrap();
+    let guest = memory.new_guest(machine, 0, GuestKind::Realm, geometry, addr(GIB)).unwrap();
+    machine.add_root(Stage::Guest(guest.vttbr().vmid), addr(GIB), geometry);
+    memory.add_guest_tables(machine, &guest, range(GIB + 2 * PAGE, 12)).unwrap();
+    // Two pages in each of three blocks of frames.
+    let frame = |number: u64| FRAME + number / 2 * 2 * MIB + number % 2 * PAGE;
+    let page = |number: u64| addr(GIB + (16 + number) * PAGE);
+    for number in 0..6 {
+        machine.poke(page(number), 100 + number);
+        let at = Ipa::new(frame(number)).unwrap();
+        memory.give(machine, &guest, PhysRange::single(page(number)), at, Gift::Donated).unwrap();
+    }
+    let rounds = if cfg!(miri) { 3 } else { 300 };
+    let converted: u64 = thread::scope(|scope| {
+        let vcpus: Vec<_> = (1..4)
+            .map(|vcpu| {
+                let guest = &guest;
+                scope.spawn(move || {
+                    let (mut random, mut converted) = (Random(vcpu * 0x0e37_79b9_7f4a_7c15), 0);
+                    for _ in 0..rounds {
+                        let number = random.below(6);
+                        let pages = 1 + random.below(2) * (1 - number % 2);
+                        let frames = IpaRange::new(frame(number), pages).unwrap();
+                        let unshared = memory.guest_unshare(machine, guest, frames) == Ok(Unshare::Done(pages));
+                        let shared = !unshared && memory.guest_share(machine, guest, frames) == Ok(pages);
+                        converted += u64::from(unshared || shared);
+                        // A page is somewhere at any time.
+                        let found = memory.guest_page(machine, guest, frames.base());
+                        assert!(matches!(found, GuestPage::Private | GuestPage::Offered), "{found:?}");
+                        assert_ne!(memory.guest_run(machine, guest, frames).0, GuestPage::Absent);
+                    }
+                    converted
+                })
+            })
+            .collect();
+        vcpus.into_iter().map(|vcpu| vcpu.join().unwrap()).sum()
+    });
+    assert!(converted >= rounds, "only {converted} conversions");
+    check(&rig);
+    assert_eq!(memory.check_guest(machine, &guest), Ok(()));
+    for number in 0..6 {
+        assert_eq!(machine.peek(page(number)), 100 + number);
+    }
+}
+
+#[test]
 fn cpus_work_in_different_regions_and_across_them() {
     // Three regions. Miri has the time for little of each.
     let end = if cfg!(miri) { 6 * PAGE } else { 4 * MIB };

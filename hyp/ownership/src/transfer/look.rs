@@ -9,7 +9,7 @@ use ravelin_pgtable::{Found, Machine, TablePool};
 use super::{Change, MAX_RUNS, MAX_STEPS, address};
 use crate::{
     entry::{Entry, State},
-    guest::{Guest, GuestMemory, View, first_pages},
+    guest::{Blocks, Guest, GuestMemory, View, first_pages},
     locked::{Locked, Mask},
     memory::Memory,
     reason::{GuestFailure, GuestReason},
@@ -99,17 +99,44 @@ impl<P: TablePool> Memory<'_, P> {
     pub fn guest_page<M: Machine>(&self, machine: &M, guest: &GuestMemory, ipa: Ipa) -> GuestPage {
         let Some(frame) = guest.frame(ipa) else { return GuestPage::Absent };
         let tables = guest.lock_shared();
-        let in_view = |view| {
-            let walk = tables.tables.lookup(machine, guest.address_in(view, frame));
-            match walk.output() {
-                Some(page) => GuestPage::of(self.entry(page).unwrap_or(Entry::NOBODY).state()),
-                None if walk.is_poisoned() => GuestPage::Poisoned,
-                None => GuestPage::Absent,
-            }
-        };
-        match (in_view(View::Private), guest.other(View::Private)) {
-            (GuestPage::Absent, Some(view)) => in_view(view),
-            (page, _) => page,
+        match guest.other(View::Private) {
+            None => self.page_in(machine, guest, &tables, frame, View::Private),
+            Some(other) => self.page_in_either(machine, guest, &tables, frame, other),
+        }
+    }
+
+    #[inline(always)]
+    #[expect(clippy::inline_always, reason = "as short as can be, as for each access to a device")]
+    fn page_in<M: Machine>(
+        &self,
+        machine: &M,
+        guest: &GuestMemory,
+        tables: &Guest,
+        frame: Ipa,
+        view: View,
+    ) -> GuestPage {
+        let walk = tables.tables.lookup(machine, guest.address_in(view, frame));
+        match walk.output() {
+            Some(page) => GuestPage::of(self.entry(page).unwrap_or(Entry::NOBODY).state()),
+            None if walk.is_poisoned() => GuestPage::Poisoned,
+            None => GuestPage::Absent,
+        }
+    }
+
+    // Out of line: an access to a device asks what is there, and most guests have one view.
+    #[inline(never)]
+    fn page_in_either<M: Machine>(
+        &self,
+        machine: &M,
+        guest: &GuestMemory,
+        tables: &Guest,
+        frame: Ipa,
+        other: View,
+    ) -> GuestPage {
+        let _block = guest.lock_block(machine, frame);
+        match self.page_in(machine, guest, tables, frame, View::Private) {
+            GuestPage::Absent => self.page_in(machine, guest, tables, frame, other),
+            page => page,
         }
     }
 
@@ -121,6 +148,8 @@ impl<P: TablePool> Memory<'_, P> {
             return (GuestPage::Absent, range.pages());
         };
         let tables = guest.lock_shared();
+        let mut blocks = Blocks::new_const();
+        guest.lock_blocks(machine, range, &mut blocks);
         let mut locked = Locked::new(self, machine);
         locked.reach(machine, guest, &tables, range, View::Private);
         let (first, pages) = locked.run(machine, guest, &tables, range, View::Private);
@@ -149,6 +178,8 @@ impl<P: TablePool> Memory<'_, P> {
         f: &mut dyn FnMut(PhysRange),
     ) -> Result<u64, GuestFailure> {
         let tables = guest.lock_shared();
+        let mut blocks = Blocks::new_const();
+        guest.lock_blocks(machine, range, &mut blocks);
         self.with(machine, tables.regions(machine, self, guest, range, Some(View::Private)), |locked| {
             let plan = locked.plan(machine, guest, &tables, range, &LOOK)?;
             let mut runs = Runs::new();

@@ -9,7 +9,7 @@ use ravelin_pgtable::{Flush, Machine, Stage2Usage, TablePool};
 use super::{Change, Plan, look::Place};
 use crate::{
     entry::{Entry, State},
-    guest::{Guest, GuestKind, GuestMemory, View},
+    guest::{Blocks, Guest, GuestKind, GuestMemory, View},
     locked::Locked,
     memory::Memory,
     reason::{GuestFailure, GuestReason},
@@ -92,7 +92,7 @@ impl<P: TablePool> Memory<'_, P> {
     /// nothing has changed, and they do more or say why.
     pub fn guest_exchange<M: Machine>(&self, machine: &M, guest: &GuestMemory, range: IpaRange, share: bool) -> bool {
         let (before, change) = if share { (State::GUEST_OWNED, &SHARE) } else { (State::GUEST_OFFERED, &UNSHARE) };
-        guest.kind() == GuestKind::Pkvm && self.exchange(machine, guest, range, before, change)
+        guest.kind() == GuestKind::Pkvm && self.exchange(machine, guest, &guest.lock_shared(), range, before, change)
     }
 
     /// Gives the host access to pages that a guest has offered. No TLB maintenance.
@@ -102,10 +102,15 @@ impl<P: TablePool> Memory<'_, P> {
     /// [`crate::GuestReason::NotOffered`] for private pages, [`crate::GuestReason::Denied`] for others that are not offered,
     /// [`crate::GuestReason::Absent`], [`crate::GuestReason::Poisoned`], [`crate::GuestReason::OutOfRange`], [`crate::GuestReason::TooLarge`].
     pub fn claim<M: Machine>(&self, machine: &M, guest: &GuestMemory, range: IpaRange) -> Result<(), GuestFailure> {
-        if self.exchange(machine, guest, range, State::GUEST_OFFERED, &CLAIM) {
+        let tables = guest.lock_shared();
+        // Where another CPU is moving a realm's page, this finds nothing, or another state.
+        if self.try_exchange(machine, guest, &tables, range, State::GUEST_OFFERED, &CLAIM) {
             return Ok(());
         }
-        self.change_all(machine, guest, range, &CLAIM)
+        let mut blocks = Blocks::new_const();
+        guest.lock_blocks(machine, range, &mut blocks);
+        self.change(machine, guest, &tables, range, &CLAIM, true)?;
+        Ok(())
     }
 
     /// Ends the host's access to pages that it has claimed; they stay offered. One invalidation of the host's stage 2 if it
@@ -115,17 +120,22 @@ impl<P: TablePool> Memory<'_, P> {
     ///
     /// As [`Memory::claim`], with [`crate::GuestReason::Denied`] for pages that are not claimed.
     pub fn release<M: Machine>(&self, machine: &M, guest: &GuestMemory, range: IpaRange) -> Result<(), GuestFailure> {
-        self.change_all(machine, guest, range, &RELEASE)
+        // What is claimed stays where it is.
+        self.change(machine, guest, &guest.lock_shared(), range, &RELEASE, true)?;
+        Ok(())
     }
 }
 
 impl<P: TablePool> Memory<'_, P> {
     /// Gives one page in a block that is split, or a block that the guest maps as one, the state after `change`, if it is in `before`.
-    /// Returns whether it was; if not, nothing has changed. This is for changes that are about the ownership table alone.
+    /// Returns whether it was; if not, nothing has changed. The guest's tables are as they were.
+    #[inline(always)]
+    #[expect(clippy::inline_always, reason = "as short as can be, for what most calls of guests are about")]
     fn exchange<M: Machine>(
         &self,
         machine: &M,
         guest: &GuestMemory,
+        tables: &Guest,
         range: IpaRange,
         before: State,
         change: &Change,
@@ -134,7 +144,6 @@ impl<P: TablePool> Memory<'_, P> {
         if !is_page && range.size() != BLOCK_SIZE || range.end() > guest.end() {
             return false;
         }
-        let tables = guest.lock_shared();
         let walk = tables.tables.lookup(machine, guest.address_in(change.view, range.base()));
         if tables.dying || !is_page && walk.level != Level::L2 {
             return false;
@@ -153,8 +162,24 @@ impl<P: TablePool> Memory<'_, P> {
         let done = region.table.exchange(pages, entry(before), entry(change.to));
         if done {
             region.counts.moved(before, change.to, pages.pages());
+            region.counts.stage2_invalidations =
+                region.counts.stage2_invalidations.wrapping_add(u64::from(change.moves_to(guest).is_some()));
         }
         done
+    }
+
+    /// As [`Memory::exchange`], where it is not all that there is to do.
+    #[inline(never)]
+    fn try_exchange<M: Machine>(
+        &self,
+        machine: &M,
+        guest: &GuestMemory,
+        tables: &Guest,
+        range: IpaRange,
+        before: State,
+        change: &Change,
+    ) -> bool {
+        self.exchange(machine, guest, tables, range, before, change)
     }
 
     /// Converts the first pages of `range`, unless the host has claimed any of them. Returns which.
@@ -165,34 +190,62 @@ impl<P: TablePool> Memory<'_, P> {
         range: IpaRange,
         change: &Change,
     ) -> Result<Plan, GuestFailure> {
-        if let Some(other) = guest.other(change.view) {
-            return self.convert_and_move(machine, guest, range, change, other);
+        match change.moves_to(guest) {
+            None => self.change(machine, guest, &guest.lock_shared(), range, change, false),
+            Some(view) => match self.convert_in_block(machine, guest, range, change, view) {
+                Some(done) => done,
+                None => self.convert_and_move(machine, guest, range, change, view),
+            },
         }
-        let tables = guest.lock_shared();
-        let mut locked = Locked::new(self, machine);
-        locked.reach(machine, guest, &tables, range, change.view);
-        let plan = locked.plan(machine, guest, &tables, range, change)?;
-        if !plan.claimed {
-            locked.set_state(machine, guest, &tables, &plan, change);
-        }
-        Ok(plan)
     }
 
-    /// As [`Memory::convert`], for a realm, whose pages move to the `other` view.
+    /// As [`Memory::convert`], for pages that move to the view `to`, if they are in one block and there are tables for both of its
+    /// views. CPUs that work in other blocks need not wait for this. A table that is left with nothing in it stays: pages that were
+    /// converted will be again.
+    #[inline(never)]
+    fn convert_in_block<M: Machine>(
+        &self,
+        machine: &M,
+        guest: &GuestMemory,
+        range: IpaRange,
+        change: &Change,
+        to: View,
+    ) -> Option<Result<Plan, GuestFailure>> {
+        let tables = guest.lock_shared();
+        let leaves = |view| tables.tables.leaves(machine, guest.in_view(view, range));
+        // The first time it is the second table that is missing.
+        let (to, from) = (leaves(to)?, leaves(change.view)?);
+        let _block = guest.lock_block(machine, range.base());
+        let before = change.from.first().filter(|_| range.pages() == 1);
+        let done = if before.is_some_and(|&before| self.try_exchange(machine, guest, &tables, range, before, change)) {
+            Plan { frames: range, row: None, claimed: false, steps: 1 }
+        } else {
+            match self.change(machine, guest, &tables, range, change, true) {
+                Ok(plan) if !plan.claimed => plan,
+                other => return Some(other),
+            }
+        };
+        guest.announce_block(machine, range);
+        tables.tables.move_leaves(machine, from, to);
+        Some(Ok(done))
+    }
+
+    /// As [`Memory::convert`], for pages that move to the view `to`.
+    #[inline(never)]
     fn convert_and_move<M: Machine>(
         &self,
         machine: &M,
         guest: &GuestMemory,
         range: IpaRange,
         change: &Change,
-        other: View,
+        to: View,
     ) -> Result<Plan, GuestFailure> {
         let mut tables = guest.lock(machine);
         let mut locked = Locked::new(self, machine);
         locked.reach(machine, guest, &tables, range, change.view);
         let plan = locked.plan(machine, guest, &tables, range, change)?;
         if !plan.claimed {
-            let (from, to) = (guest.in_view(change.view, plan.frames), guest.in_view(other, plan.frames));
+            let (from, to) = (guest.in_view(change.view, plan.frames), guest.in_view(to, plan.frames));
             tables
                 .have_to_move(machine, from, to)
                 .map_err(|reason| GuestFailure { reason, ipa: plan.frames.base() })?;
@@ -204,21 +257,31 @@ impl<P: TablePool> Memory<'_, P> {
         Ok(plan)
     }
 
-    /// Makes a change of all pages of `range` that changes nothing in the guest's tables.
+    /// Makes a change of the first pages of `range` or, if `all` is set, of all or none, unless the host has claimed some that the guest
+    /// wants back. The guest's tables are as they were. Returns which pages.
     #[inline(never)]
-    fn change_all<M: Machine>(
+    fn change<M: Machine>(
         &self,
         machine: &M,
         guest: &GuestMemory,
+        tables: &Guest,
         range: IpaRange,
         change: &Change,
-    ) -> Result<(), GuestFailure> {
-        let tables = guest.lock_shared();
+        all: bool,
+    ) -> Result<Plan, GuestFailure> {
         let mut locked = Locked::new(self, machine);
-        locked.reach(machine, guest, &tables, range, change.view);
-        let plan = locked.plan_all(machine, guest, &tables, range, change)?;
-        locked.set_state(machine, guest, &tables, &plan, change);
-        Ok(())
+        locked.reach(machine, guest, tables, range, change.view);
+        let plan = locked.plan(machine, guest, tables, range, change)?;
+        if all && plan.frames != range {
+            return Err(GuestFailure { reason: GuestReason::TooLarge, ipa: range.base() });
+        }
+        if !plan.claimed || change.to != State::GUEST_OWNED {
+            if change.moves_to(guest).is_some() {
+                locked.count_stage2_invalidation();
+            }
+            locked.set_state(machine, guest, tables, &plan, change);
+        }
+        Ok(plan)
     }
 }
 
@@ -234,7 +297,7 @@ impl Guest {
             debug_assert_eq!(done, Ok(()));
         });
         let Self { tables, spare, .. } = self;
-        let flush = tables.unmap(machine, &mut spare.pool(machine), from, Flush::new());
+        let flush = tables.vacate(machine, &mut spare.pool(machine), from, Flush::new());
         let flushed = tables.flush(machine, &mut spare.pool(machine), flush);
         debug_assert!(flushed, "a page has moved");
     }

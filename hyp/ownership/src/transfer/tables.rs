@@ -155,7 +155,7 @@ impl<P: TablePool, M: Machine> Locked<'_, '_, P, M> {
         for _ in 0..MAX_STEPS {
             let Ok(rest) = IpaRange::from_bounds(from, end) else { break };
             let found = tables.visit(machine, rest, &mut |part, found| match found {
-                // A last-level table is not empty, so its poison need not be looked for.
+                // What there is in a last-level table, if anything, is poison, which need not be looked for.
                 Found::Absent { level } if level != Level::L3 => ControlFlow::Continue(()),
                 _ => ControlFlow::Break(part.base().align_down(BLOCK_SIZE)),
             });

@@ -7,10 +7,10 @@ use ravelin_memory::{Ipa, IpaRange, Level};
 use super::*;
 use crate::{Found, Vttbr, recording::invalidations};
 
-const VMID: Vmid = Vmid::new(7);
+pub(super) const VMID: Vmid = Vmid::new(7);
 
 /// A guest's tree beside the host's, in the same pool. The host has a page mapped that tests give the guest, too.
-fn guest() -> (Rig<Stage2>, PageTable<Stage2>) {
+pub(super) fn guest() -> (Rig<Stage2>, PageTable<Stage2>) {
     let mut rig = stage2(40);
     rig.identity(pages(GIB, 1));
     let root = PhysAddr::new(ROOT.raw() + 16 * PAGE).unwrap();
@@ -20,7 +20,7 @@ fn guest() -> (Rig<Stage2>, PageTable<Stage2>) {
 }
 
 impl Rig<Stage2> {
-    fn give(&mut self, guest: &mut PageTable<Stage2>, range: IpaRange, to: u64) {
+    pub(super) fn give(&mut self, guest: &mut PageTable<Stage2>, range: IpaRange, to: u64) {
         let to = PhysAddr::new(to).unwrap();
         guest.map(&self.machine, &mut self.pool, range, to, Stage2Usage::Memory).unwrap();
         self.machine.assert_quiescent();
@@ -37,7 +37,7 @@ impl Rig<Stage2> {
         invalidations(&log)
     }
 
-    fn take(&mut self, guest: &mut PageTable<Stage2>, range: IpaRange) -> bool {
+    pub(super) fn take(&mut self, guest: &mut PageTable<Stage2>, range: IpaRange) -> bool {
         let flush = guest.unmap(&self.machine, &mut self.pool, range, Flush::new());
         let flushed = guest.flush(&self.machine, &mut self.pool, flush);
         self.machine.assert_quiescent();

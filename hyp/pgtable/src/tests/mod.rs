@@ -2,6 +2,7 @@
 
 mod guest;
 mod model;
+mod moves;
 #[cfg(not(miri))]
 mod oracle;
 mod parts;

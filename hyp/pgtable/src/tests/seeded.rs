@@ -120,6 +120,28 @@ fn a_missing_publish_before_the_invalidation() {
     unmap_with(Omit::Publish, pages(GIB, 2), pages(GIB, 1));
 }
 
+/// Moves a page between tables on the faulty machine.
+fn move_with(omit: Omit) {
+    let mut rig = stage2(40);
+    [GIB, GIB + 2 * MIB].into_iter().for_each(|base| rig.identity(pages(base, 2)));
+    let [from, to] =
+        [GIB, GIB + 2 * MIB + 2 * PAGE].map(|base| rig.table.leaves(&rig.machine, pages(base, 1)).unwrap());
+    rig.table.move_leaves(&Faulty(rig.machine.clone(), omit), from, to);
+    rig.machine.assert_quiescent();
+}
+
+#[test]
+#[should_panic(expected = "missing flush")]
+fn a_missing_invalidation_of_where_a_page_was() {
+    move_with(Omit::Invalidate);
+}
+
+#[test]
+#[should_panic(expected = "missing publish")]
+fn a_missing_publish_of_where_a_page_is() {
+    move_with(Omit::Publish);
+}
+
 #[test]
 #[should_panic(expected = "linked before its contents are published")]
 fn a_missing_publish_before_a_link() {

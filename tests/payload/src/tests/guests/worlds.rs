@@ -102,7 +102,13 @@ pub(crate) fn vcpus_on_all_cpus() -> Outcome {
     for kind in PROTECTED {
         let pages = Pages::new(8 * MIB);
         let vm = Vm::boot(&pages, kind, count as u64)?;
+        // Pages of all of them in one block, and one for each in a block of its own.
         let address = vm.add(MEMORY, 2 * count as u64)?;
+        let apart = |index: u64| MEMORY + (index + 1) * memory::BLOCK;
+        let mut addresses_apart = [0; 4];
+        for (index, address) in (0..count as u64).zip(&mut addresses_apart) {
+            *address = vm.add(apart(index), 1)?;
+        }
         let mut first = vm.guest(0);
         for index in 1..count as u64 {
             first.turn_on(index)?;
@@ -120,11 +126,18 @@ pub(crate) fn vcpus_on_all_cpus() -> Outcome {
                 }
                 guest.run(write_thread_registers(), &[round + 1, index, !(round + 1)])?;
                 guest.fill(MEMORY + offset, 2, address + offset, round)?;
-                guest.share(MEMORY + offset, 1)?;
-                vm.claim(MEMORY + offset, 1)?;
-                host_finds(address + offset, 1, round)?;
-                vm.release(MEMORY + offset, 1)?;
-                guest.unshare(MEMORY + offset, 1)
+                for (at, address) in
+                    [(MEMORY + offset, address + offset), (apart(index), addresses_apart[index as usize])]
+                {
+                    guest.fill(at, 1, address, round)?;
+                    guest.share(at, 1)?;
+                    vm.claim(at, 1)?;
+                    host_finds(address, 1, round)?;
+                    vm.release(at, 1)?;
+                    guest.unshare(at, 1)?;
+                    guest.compare(at, 1, address, round)?;
+                }
+                Ok(())
             })?;
         }
         vm.finish()?;
