@@ -104,7 +104,7 @@ pub(crate) fn vcpus_on_all_cpus() -> Outcome {
         let vm = Vm::boot(&pages, kind, count as u64)?;
         // Pages of all of them in one block, and one for each in a block of its own.
         let address = vm.add(MEMORY, 2 * count as u64)?;
-        let apart = |index: u64| MEMORY + (index + 1) * memory::BLOCK;
+        let apart = |index: u64| MEMORY + (index + 1) * BLOCK;
         let mut addresses_apart = [0; 4];
         for (index, address) in (0..count as u64).zip(&mut addresses_apart) {
             *address = vm.add(apart(index), 1)?;
