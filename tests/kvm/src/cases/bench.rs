@@ -8,7 +8,8 @@ use core::arch::asm;
 use ravelin_guest::{DEVICE, OPERANDS, RESULTS};
 
 use super::cases;
-use crate::check::{Outcome, check_eq};
+use super::irq::{DOORBELL, event, set_doorbell};
+use crate::check::{Outcome, check_eq, works};
 use crate::guest::{Guest, snippets};
 use crate::kvm::{self, Kind};
 use crate::machine::{Backing, MEMORY, Plan};
@@ -24,6 +25,9 @@ const ROUNDS: u64 = 4;
 
 /// Numbers of pages that are converted.
 const SIZES: [u64; 3] = [1, 16, 512];
+
+/// Pages of a VM that is destroyed, which go back to the host one way or the other.
+const WITH_MEMORY: usize = 512;
 
 /// Bytes that each number of pages has for itself, so that it meets no pages that another one has left behind.
 const REGION: u64 = 2 << 20;
@@ -80,9 +84,19 @@ fn costs(kind: Kind) -> Outcome {
         mark!("0x41");
         line("bench destroy 0");
     }
+    for _ in 0..ROUNDS {
+        let machine = Plan::new(kind, WITH_MEMORY).backing(backing).build()?;
+        machine.boot()?.fill(MEMORY, WITH_MEMORY as u64, 0, 0)?;
+        mark!("0x40");
+        drop(machine);
+        mark!("0x41");
+        line(&format!("bench destroy {WITH_MEMORY}"));
+    }
     let mut regions = (MEMORY..).step_by(usize::try_from(REGION)?);
     let pages = ROUNDS * SIZES.len() as u64 * REGION / PAGE as u64;
     let machine = Plan::new(kind, usize::try_from(pages)?).backing(backing).build()?;
+    let doorbell = event()?;
+    works("KVM_IOEVENTFD", set_doorbell(&machine.vm, &doorbell, DOORBELL, 0, 0, 0))?;
     let mut guest = machine.boot()?;
     let ranges = guest.call(&[MEMINFO])?[1] & 1 != 0;
     let convert = if ranges { call() } else { each_page() };
@@ -112,5 +126,7 @@ fn exits(guest: &mut Guest<'_>) -> Outcome {
     line("bench mmio-load 0");
     guest.run(store(), &[device + RESULTS])?;
     line("bench mmio-store 0");
+    guest.run(store(), &[guest.kind.shared(DOORBELL)])?;
+    line("bench mmio-kernel 0");
     Ok(())
 }

@@ -38,7 +38,7 @@ cases! {
 }
 
 /// Where a doorbell is.
-const DOORBELL: u64 = 0x0a00_1000;
+pub(super) const DOORBELL: u64 = 0x0a00_1000;
 
 /// `KVM_IOEVENTFD`'s flags.
 const DATAMATCH: u32 = 1 << 0;
@@ -179,7 +179,7 @@ fn set_irqfd(vm: &Vm, event: &EventFd, gsi: u32, flags: u32) -> Result<i32, Errn
     ioctl_with(vm, kvm::IRQFD, &mut kvm_irqfd { fd, gsi, flags, ..Default::default() })
 }
 
-fn event() -> Outcome<EventFd> {
+pub(super) fn event() -> Outcome<EventFd> {
     works("eventfd", EventFd::from_flags(EfdFlags::EFD_NONBLOCK))
 }
 
@@ -247,7 +247,14 @@ fn msi(kind: Kind) -> Outcome {
 }
 
 /// `KVM_IOEVENTFD`.
-fn set_doorbell(vm: &Vm, event: &EventFd, addr: u64, len: u32, datamatch: u64, flags: u32) -> Result<i32, Errno> {
+pub(super) fn set_doorbell(
+    vm: &Vm,
+    event: &EventFd,
+    addr: u64,
+    len: u32,
+    datamatch: u64,
+    flags: u32,
+) -> Result<i32, Errno> {
     let fd = event.as_raw_fd();
     ioctl_with(vm, kvm::IOEVENTFD, &mut kvm_ioeventfd { datamatch, addr, len, fd, flags, ..Default::default() })
 }
