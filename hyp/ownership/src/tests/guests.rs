@@ -1,5 +1,10 @@
 //! Guests: each transition by itself, and what must be refused.
 
+use std::{
+    sync::atomic::{AtomicBool, Ordering::SeqCst},
+    thread,
+};
+
 use ravelin_memory::IpaRange;
 
 use super::*;
@@ -300,6 +305,33 @@ fn who_moves_pages_in_one_block_does_not_wait_for_others_elsewhere() {
         memory.release(machine, guest, frames(RAM, 1)).unwrap();
         assert_eq!(memory.guest_run(machine, guest, frames(RAM + PAGE, 3)), (GuestPage::Private, 3));
         assert_eq!(memory.with_guest_pages(machine, guest, frames(RAM + PAGE, 3), &mut |_| ()), Ok(3));
+    });
+}
+
+#[test]
+fn a_realms_page_is_not_claimed_before_it_has_moved() {
+    with_page(GuestKind::Realm, |rig, guest| {
+        rig.change(GuestShare, guest, RAM, 1).unwrap();
+        // As who moves it, and waits for the TLBs.
+        let mover = guest.lock_block(&rig.machine, Ipa::new(RAM).unwrap());
+        let is_next = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let claim = scope.spawn(|| {
+                is_next.store(true, SeqCst);
+                rig.memory.claim(&rig.machine, guest, frames(RAM, 1))
+            });
+            while !is_next.load(SeqCst) {
+                thread::yield_now();
+            }
+            for _ in 0..if cfg!(miri) { 10 } else { 1000 } {
+                thread::yield_now();
+                assert_eq!(rig.counts().guest_claimed, 0);
+            }
+            drop(mover);
+            claim.join().unwrap().unwrap();
+        });
+        assert_eq!(rig.counts().guest_claimed, 1);
+        rig.change(Release, guest, RAM, 1).unwrap();
     });
 }
 

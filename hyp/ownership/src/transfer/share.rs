@@ -103,12 +103,12 @@ impl<P: TablePool> Memory<'_, P> {
     /// [`crate::GuestReason::Absent`], [`crate::GuestReason::Poisoned`], [`crate::GuestReason::OutOfRange`], [`crate::GuestReason::TooLarge`].
     pub fn claim<M: Machine>(&self, machine: &M, guest: &GuestMemory, range: IpaRange) -> Result<(), GuestFailure> {
         let tables = guest.lock_shared();
-        // Where another CPU is moving a realm's page, this finds nothing, or another state.
+        // A page that is on its way to the shared half of a realm is offered already, but may be in TLBs where it was.
+        let mut blocks = Blocks::new_const();
+        guest.lock_blocks(machine, range, &mut blocks);
         if self.try_exchange(machine, guest, &tables, range, State::GUEST_OFFERED, &CLAIM) {
             return Ok(());
         }
-        let mut blocks = Blocks::new_const();
-        guest.lock_blocks(machine, range, &mut blocks);
         self.change(machine, guest, &tables, range, &CLAIM, true)?;
         Ok(())
     }
