@@ -111,23 +111,22 @@ impl<'a, P: TablePool> Memory<'a, P> {
     /// [`MapError::OutOfTables`], of which a region takes up to two.
     pub fn divide<M: Machine>(&mut self, machine: &M) -> Result<(), MapError> {
         let Self { spans, regions: [first, rest @ ..], pool } = self;
-        let Some(Region { table, host, el2, counts, .. }) = first.as_mut().map(TicketMutex::get_mut) else {
-            return Ok(());
-        };
         let pool = pool.get_mut().pages_mut();
-        let few = |shift: &u32| table.parts(*shift).take(MAX_REGIONS.saturating_add(1)).count() <= MAX_REGIONS;
-        let shift = REGION_SHIFTS.clone().find(few).unwrap_or(*REGION_SHIFTS.end());
-        *spans = table.parts(shift).take(MAX_REGIONS).collect();
-        for (index, (span, region)) in (1..).zip(spans.iter().zip(rest)) {
-            // A stage 2 of few address bits need not have all that a region could.
-            let end = span.end().min(host.geometry().end());
-            let part = PhysRange::from_bounds(span.base().raw(), end).map_err(|_| MapError::OutOfRange)?;
-            let host = host.part(machine, pool, part.identity_ipa())?;
-            let el2 = el2.part(machine, pool, span.identity_va())?;
-            *region =
-                Some(TicketMutex::new(Region::new(index, Some(*span), table.split_off_below(span.end()), host, el2)));
+        if let Some(Region { table, host, el2, counts, .. }) = first.as_mut().map(TicketMutex::get_mut) {
+            let few = |shift: &u32| table.parts(*shift).take(MAX_REGIONS.saturating_add(1)).count() <= MAX_REGIONS;
+            let shift = REGION_SHIFTS.clone().find(few).unwrap_or(*REGION_SHIFTS.end());
+            *spans = table.parts(shift).take(MAX_REGIONS).collect();
+            for (index, (span, region)) in (1..).zip(spans.iter().zip(rest)) {
+                // A stage 2 of few address bits need not have all that a region could.
+                let end = span.end().min(host.geometry().end());
+                let part = PhysRange::from_bounds(span.base().raw(), end).map_err(|_| MapError::OutOfRange)?;
+                let host = host.part(machine, pool, part.identity_ipa())?;
+                let el2 = el2.part(machine, pool, span.identity_va())?;
+                let table = table.split_off_below(span.end());
+                *region = Some(TicketMutex::new(Region::new(index, Some(*span), table, host, el2)));
+            }
+            *counts = table.first_counts();
         }
-        *counts = table.first_counts();
         Ok(())
     }
 

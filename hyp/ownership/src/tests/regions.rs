@@ -173,6 +173,7 @@ fn what_is_reserved_is_there() {
         assert_eq!((one.available(), other.available()), (free - 2, 3));
         drop((one, other));
         assert_eq!(rig.counts().free_tables, free);
+        assert_eq!(rig.memory.with_pool(|pool| pool.available()), free);
     });
 }
 

@@ -271,10 +271,11 @@ impl<P: TablePool> Memory<'_, P> {
     ) -> Result<Plan, GuestFailure> {
         let mut locked = Locked::new(self, machine);
         locked.reach(machine, guest, tables, range, change.view);
-        let plan = locked.plan(machine, guest, tables, range, change)?;
-        if all && plan.frames != range {
-            return Err(GuestFailure { reason: GuestReason::TooLarge, ipa: range.base() });
-        }
+        let plan = if all {
+            locked.plan_all(machine, guest, tables, range, change)?
+        } else {
+            locked.plan(machine, guest, tables, range, change)?
+        };
         if !plan.claimed || change.to != State::GUEST_OWNED {
             if change.moves_to(guest).is_some() {
                 locked.count_stage2_invalidation();
