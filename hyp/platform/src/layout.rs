@@ -13,6 +13,10 @@ pub const CPU_BLOCK_SIZE: u64 = if cfg!(feature = "checked") { 64 << 10 } else {
 /// Bytes that the pool has on top in the checking build, for the model.
 pub const MODEL_MEMORY: u64 = if cfg!(feature = "checked") { 32 << 20 } else { 0 };
 
+/// Bytes that the carve-out may have on top in the checking build: for the model, and for a larger image and larger stacks, which would
+/// leave few tables on little memory.
+const CHECKING_MEMORY: u64 = if cfg!(feature = "checked") { MODEL_MEMORY + BLOCK_SIZE } else { 0 };
+
 /// Bytes of the entry that the ownership table has for a page, and of that for a block.
 pub const ENTRY_SIZE: u64 = 8;
 
@@ -119,7 +123,7 @@ impl Sizes {
         let wanted = with_tables(TABLES.checked_add((ram.div_ceil(1 << 30)).checked_mul(TABLES_PER_GIB)?)?)?;
         // With many CPUs or a large image on little memory there are fewer tables rather than more memory gone.
         let carve_out =
-            if wanted <= budget(ram)?.checked_add(MODEL_MEMORY)? { wanted } else { with_tables(MIN_TABLES)? };
+            if wanted <= budget(ram)?.checked_add(CHECKING_MEMORY)? { wanted } else { with_tables(MIN_TABLES)? };
         Some(Self { page_entries, block_entries, image, cpus, carve_out })
     }
 
