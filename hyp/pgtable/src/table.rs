@@ -145,6 +145,12 @@ struct Left {
     tables: bool,
 }
 
+impl Left {
+    const NOTHING: Self = Self { descriptor: Descriptor::INVALID, tables: false };
+    const TABLES: Self = Self { tables: true, ..Self::NOTHING };
+    const POISON: Self = Self { descriptor: Descriptor::POISONED, tables: false };
+}
+
 /// A mapping to be made: input address plus `offset`, modulo 2^64, is the physical address.
 #[derive(Clone, Copy)]
 struct Wanted {
@@ -489,7 +495,7 @@ impl<R: Regime> PageTable<R> {
         range: PageRange<R::Space>,
         flush: Flush<R>,
     ) -> Flush<R> {
-        self.take_out(machine, pool, range, Left { descriptor: Descriptor::INVALID, tables: false }, flush)
+        self.take_out(machine, pool, range, Left::NOTHING, flush)
     }
 
     /// As [`PageTable::unmap`], but leaves tables of the last level that `range` does not cover, even if nothing is left in them: for
@@ -501,7 +507,7 @@ impl<R: Regime> PageTable<R> {
         range: PageRange<R::Space>,
         flush: Flush<R>,
     ) -> Flush<R> {
-        self.take_out(machine, pool, range, Left { descriptor: Descriptor::INVALID, tables: true }, flush)
+        self.take_out(machine, pool, range, Left::TABLES, flush)
     }
 
     /// As [`PageTable::unmap`], and sees to it that nothing can be mapped in `range`, all of which is mapped, until that is
@@ -515,10 +521,10 @@ impl<R: Regime> PageTable<R> {
         range: PageRange<R::Space>,
         flush: Flush<R>,
     ) -> Flush<R> {
-        self.take_out(machine, pool, range, Left { descriptor: Descriptor::POISONED, tables: false }, flush)
+        self.take_out(machine, pool, range, Left::POISON, flush)
     }
 
-    /// Takes `range` out of the tables.
+    /// Takes `range` out of the tables, all but what is `left`.
     fn take_out<M: Machine, P: TablePool>(
         &mut self,
         machine: &M,

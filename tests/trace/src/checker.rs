@@ -176,8 +176,8 @@ pub struct Checker {
     guarded: BTreeMap<u64, BTreeSet<u64>>,
     /// Where another lock than that of the root guards the tables: by that and the first address, the first behind, and the lock.
     regions: BTreeMap<(u64, u64), (u64, u64)>,
-    /// The locks of regions, each with that of their roots.
-    groups: BTreeMap<u64, u64>,
+    /// The locks of regions. That of their roots is what is left without the number of the region.
+    of_regions: BTreeSet<u64>,
     /// Who has which lock.
     held: BTreeMap<u64, u8>,
     stale: BTreeMap<Key, Stale>,
@@ -289,9 +289,8 @@ impl Checker {
                 let base = value & !PAGE.wrapping_sub(1);
                 let size =
                     u32::try_from(value % PAGE).ok().and_then(|shift| 1_u64.checked_shl(shift)).unwrap_or_default();
-                let group = location & !PAGE.wrapping_sub(1);
-                self.regions.insert((group, base), (base.wrapping_add(size), location));
-                self.groups.insert(location, group);
+                self.of_regions.insert(location);
+                self.regions.insert((self.group(location), base), (base.wrapping_add(size), location));
                 Ok(())
             }
             Hint::SetOwnerRoot => match self.tables.get_mut(&location) {
@@ -332,7 +331,7 @@ impl Checker {
             roots.remove(&location);
             if roots.is_empty() {
                 self.regions.retain(|&(group, _), _| group != lock);
-                self.groups.retain(|_, group| *group != lock);
+                self.of_regions.retain(|of_region| of_region & !PAGE.wrapping_sub(1) != lock);
             }
         }
         self.roots.remove(&location);
@@ -449,7 +448,7 @@ impl Checker {
 
     /// Returns the lock that guards all of what this one, of a region, guards a part of; other locks are groups of their own.
     fn group(&self, lock: u64) -> u64 {
-        self.groups.get(&lock).copied().unwrap_or(lock)
+        if self.of_regions.contains(&lock) { lock & !PAGE.wrapping_sub(1) } else { lock }
     }
 
     /// Makes sure that the CPU has `lock`, if there is one.

@@ -5,7 +5,7 @@ use std::thread;
 use ravelin_memory::IpaRange;
 
 use super::*;
-use crate::{Gift, GuestKind, GuestPage, Unshare};
+use crate::{Gift, GuestKind, GuestMemory, GuestPage, Unshare};
 
 /// A pseudo-random sequence (xorshift), the same in each run.
 struct Random(u64);
@@ -30,8 +30,7 @@ fn check(rig: &Rig<'_>) {
 #[test]
 fn four_cpus_hammer_overlapping_ranges() {
     // Miri has the time for little RAM, and none for blocks.
-    let few = Layout { ram: vec![range(GIB, 1024)], carve_out: range(GIB + 2 * MIB, 512), ..small() };
-    let layout = Layout { tables: 48, ..if cfg!(miri) { few } else { small() } };
+    let layout = Layout { tables: 48, ..if cfg!(miri) { little() } else { small() } };
     let mut store = Store::for_ram(&layout.ram);
     let rig = Rig::new(&layout, &mut store);
     let total = rig.counts();
@@ -64,6 +63,21 @@ fn four_cpus_hammer_overlapping_ranges() {
     assert_eq!(pages(&counts), pages(&total));
 }
 
+/// Little RAM, from `GIB` on.
+fn little() -> Layout {
+    Layout { ram: vec![range(GIB, 1024)], carve_out: range(GIB + 2 * MIB, 512), ..small() }
+}
+
+/// Makes a guest of the first pages of [`little`] RAM, `tables` of them for tables.
+fn guest_of(rig: &Rig<'_>, kind: GuestKind, tables: u64) -> GuestMemory {
+    let (memory, machine, geometry) = (&rig.memory, &rig.machine, Geometry::stage2(40).unwrap());
+    memory.keep(machine, range(GIB, 2)).unwrap();
+    let guest = memory.new_guest(machine, 0, kind, geometry, addr(GIB)).unwrap();
+    machine.add_root(Stage::Guest(guest.vttbr().vmid), addr(GIB), geometry);
+    memory.add_guest_tables(machine, &guest, range(GIB + 2 * PAGE, tables)).unwrap();
+    guest
+}
+
 #[test]
 fn a_guest_and_its_host_convert_the_same_pages() {
     convert_the_same_pages(GuestKind::Pkvm);
@@ -77,15 +91,11 @@ fn a_realm_and_its_host_convert_the_same_pages() {
 /// A guest converts its pages and the host claims what it finds offered, both without a plan.
 fn convert_the_same_pages(kind: GuestKind) {
     const FRAME: u64 = 0x8000_0000;
-    let layout = Layout { ram: vec![range(GIB, 1024)], carve_out: range(GIB + 2 * MIB, 512), ..small() };
+    let layout = little();
     let mut store = Store::for_ram(&layout.ram);
     let rig = Rig::new(&layout, &mut store);
+    let guest = guest_of(&rig, kind, 6);
     let (memory, machine) = (&rig.memory, &rig.machine);
-    let geometry = Geometry::stage2(40).unwrap();
-    memory.keep(machine, range(GIB, 2)).unwrap();
-    let guest = memory.new_guest(machine, 0, kind, geometry, addr(GIB)).unwrap();
-    machine.add_root(Stage::Guest(guest.vttbr().vmid), addr(GIB), geometry);
-    memory.add_guest_tables(machine, &guest, range(GIB + 2 * PAGE, 6)).unwrap();
     let pages = range(GIB + 8 * PAGE, 4);
     memory.give(machine, &guest, pages, Ipa::new(FRAME).unwrap(), Gift::Donated).unwrap();
     let rounds = if cfg!(miri) { 3 } else { 300 };
@@ -132,15 +142,11 @@ fn convert_the_same_pages(kind: GuestKind) {
 #[test]
 fn vcpus_of_a_realm_convert_pages_of_the_same_blocks_and_of_others() {
     const FRAME: u64 = 0x8000_0000;
-    let layout = Layout { ram: vec![range(GIB, 1024)], carve_out: range(GIB + 2 * MIB, 512), ..small() };
+    let layout = little();
     let mut store = Store::for_ram(&layout.ram);
     let rig = Rig::new(&layout, &mut store);
+    let guest = guest_of(&rig, GuestKind::Realm, 12);
     let (memory, machine) = (&rig.memory, &rig.machine);
-    let geometry = Geometry::stage2(40).unwrap();
-    memory.keep(machine, range(GIB, 2)).unwrap();
-    let guest = memory.new_guest(machine, 0, GuestKind::Realm, geometry, addr(GIB)).unwrap();
-    machine.add_root(Stage::Guest(guest.vttbr().vmid), addr(GIB), geometry);
-    memory.add_guest_tables(machine, &guest, range(GIB + 2 * PAGE, 12)).unwrap();
     // Two pages in each of three blocks of frames.
     let frame = |number: u64| FRAME + number / 2 * 2 * MIB + number % 2 * PAGE;
     let page = |number: u64| addr(GIB + (16 + number) * PAGE);

@@ -168,7 +168,7 @@ impl<P: TablePool> Memory<'_, P> {
         done
     }
 
-    /// As [`Memory::exchange`], where it is not all that there is to do.
+    /// As [`Memory::exchange`], in one place for those whose way is longer anyway: not each is worth a copy of it.
     #[inline(never)]
     fn try_exchange<M: Machine>(
         &self,
