@@ -148,7 +148,7 @@ pub struct El2Tables {
 
 impl CpuStart {
     /// Pages of a CPU's stack.
-    pub const STACK_PAGES: u64 = if cfg!(feature = "checked") { 15 } else { 2 };
+    pub const STACK_PAGES: u64 = if cfg!(feature = "deep-stacks") { 15 } else { 2 };
 
     /// Describes CPU number `index`, which runs `entry` of the image copy at `image`. The emergency stack is for the report
     /// of a fault and grows down from the given address.

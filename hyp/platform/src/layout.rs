@@ -5,17 +5,17 @@ use ravelin_memory::{BLOCK_SIZE, PAGE_SIZE, PhysRange, TABLE_ENTRIES};
 use crate::{DtbError, Fault, HostImage, Platform};
 
 /// Pages of the stack on which start-up goes on in the carve-out, which go back to the pool: a power of two.
-pub const START_STACK_PAGES: u64 = 32;
+pub const START_STACK_PAGES: u64 = if cfg!(feature = "deep-stacks") { 64 } else { 32 };
 
 /// Memory of each CPU in the carve-out, in bytes: its stack and what else is its own.
-pub const CPU_BLOCK_SIZE: u64 = if cfg!(feature = "checked") { 64 << 10 } else { 12 << 10 };
+pub const CPU_BLOCK_SIZE: u64 = if cfg!(feature = "deep-stacks") { 64 << 10 } else { 12 << 10 };
 
 /// Bytes that the pool has on top in the checking build, for the model.
 pub const MODEL_MEMORY: u64 = if cfg!(feature = "checked") { 32 << 20 } else { 0 };
 
-/// Bytes that the carve-out may have on top in the checking build: for the model, and for a larger image and larger stacks, which would
-/// leave few tables on little memory.
-const CHECKING_MEMORY: u64 = if cfg!(feature = "checked") { MODEL_MEMORY + BLOCK_SIZE } else { 0 };
+/// Bytes that the carve-out may have on top in other builds than the ordinary one: for the model, and for a larger image and larger
+/// stacks, which would leave few tables on little memory.
+const EXTRA_MEMORY: u64 = MODEL_MEMORY + if cfg!(feature = "deep-stacks") { BLOCK_SIZE } else { 0 };
 
 /// Bytes of the entry that the ownership table has for a page, and of that for a block.
 pub const ENTRY_SIZE: u64 = 8;
@@ -123,7 +123,7 @@ impl Sizes {
         let wanted = with_tables(TABLES.checked_add((ram.div_ceil(1 << 30)).checked_mul(TABLES_PER_GIB)?)?)?;
         // With many CPUs or a large image on little memory there are fewer tables rather than more memory gone.
         let carve_out =
-            if wanted <= budget(ram)?.checked_add(CHECKING_MEMORY)? { wanted } else { with_tables(MIN_TABLES)? };
+            if wanted <= budget(ram)?.checked_add(EXTRA_MEMORY)? { wanted } else { with_tables(MIN_TABLES)? };
         Some(Self { page_entries, block_entries, image, cpus, carve_out })
     }
 

@@ -22,7 +22,7 @@ pub(crate) struct Variant {
     pub(crate) checked: bool,
     /// The build that can write a trace. The checking build can, too.
     pub(crate) trace: bool,
-    /// Cargo's dev profile instead of release.
+    /// The profile `hyp-dev` instead of release.
     pub(crate) dev: bool,
 }
 
@@ -80,18 +80,17 @@ pub(crate) fn build(variant: Variant) -> Result<Image> {
 fn build_now(variant: Variant) -> Result<Image> {
     let mut cargo = rust::cargo("build")?;
     cargo.args(["--package", "ravelin"]);
-    if !variant.dev {
-        cargo.arg("--release");
-    }
+    let profile = if variant.dev { "hyp-dev" } else { "release" };
+    cargo.args(["--profile", profile]);
     let feature = match variant {
         Variant { checked: true, .. } => Some("checked"),
         Variant { trace: true, .. } => Some("trace"),
         _ => None,
     };
-    cargo.args(feature.into_iter().flat_map(|feature| ["--features", feature]));
+    let stacks = variant.dev.then_some("deep-stacks");
+    cargo.args([feature, stacks].into_iter().flatten().flat_map(|feature| ["--features", feature]));
     process::run(&mut cargo)?;
 
-    let profile = if variant.dev { "debug" } else { "release" };
     let built = workspace::target_dir()?.join(rust::BARE_METAL).join(profile).join("ravelin");
     // All variants come out of cargo under one name; a copy each keeps the symbols of a running image.
     let name = [Some(profile), feature].into_iter().flatten().collect::<Vec<_>>().join("-");

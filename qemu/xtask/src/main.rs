@@ -48,7 +48,7 @@ enum Command {
         /// The build that checks its tables after each hypercall
         #[arg(long)]
         checked: bool,
-        /// Cargo's dev profile
+        /// The build to debug: debug assertions, and less optimised
         #[arg(long)]
         dev: bool,
     },

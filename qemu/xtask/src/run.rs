@@ -74,7 +74,7 @@ pub(crate) struct Options {
     /// Use the build that checks its tables after each hypercall
     #[arg(long)]
     pub(crate) checked: bool,
-    /// Use cargo's dev profile for the hypervisor
+    /// Build the hypervisor to debug it: debug assertions, and less optimised
     #[arg(long)]
     pub(crate) dev: bool,
     /// Log level of the hypervisor

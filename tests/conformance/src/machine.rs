@@ -18,13 +18,15 @@ pub(crate) struct Machine {
     pub(crate) address: Option<u64>,
     /// Whether the hypervisor checks its tables after each call.
     pub(crate) checked: bool,
+    /// Whether the hypervisor is the build to debug, which has debug assertions.
+    pub(crate) dev: bool,
     /// The only tests that run on it, by names and beginnings of names; all of a suite if there are none.
     pub(crate) only: &'static [&'static str],
     /// How many rounds of random tests there are, long ones, if not as many as usual.
     pub(crate) rounds: Option<u32>,
 }
 
-/// Tests that tell much in a short time, on a machine where each call takes long.
+/// Tests that tell much in a short time, for builds that are slow.
 const QUICK: &[&str] = &[
     "contents.*",
     "pins.overlap",
@@ -52,7 +54,7 @@ impl Machine {
     pub(crate) const USUAL: Self = Self::new("cortex-a76", 2, 1024);
 
     const fn new(cpu: &'static str, smp: u32, memory: u32) -> Self {
-        Self { cpu, smp, memory, address: None, checked: false, only: &[], rounds: None }
+        Self { cpu, smp, memory, address: None, checked: false, dev: false, only: &[], rounds: None }
     }
 
     const fn at(self, address: u64) -> Self {
@@ -61,6 +63,10 @@ impl Machine {
 
     const fn checked(self) -> Self {
         Self { checked: true, ..self }
+    }
+
+    const fn dev(self) -> Self {
+        Self { dev: true, ..self }
     }
 
     const fn only(self, only: &'static [&'static str]) -> Self {
@@ -89,6 +95,9 @@ impl fmt::Display for Machine {
         if self.checked {
             f.write_str(", checked")?;
         }
+        if self.dev {
+            f.write_str(", dev")?;
+        }
         match self.rounds {
             Some(rounds) => write!(f, ", {rounds} rounds"),
             None => Ok(()),
@@ -97,6 +106,7 @@ impl fmt::Display for Machine {
 }
 
 const CHECKED: Machine = Machine::new("cortex-a76", 2, 512).checked();
+const DEV: Machine = Machine::new("cortex-a76", 2, 1024).dev();
 const CPUS: [&str; 6] = ["cortex-a53", "cortex-a72", "cortex-a76", "neoverse-n1", "neoverse-v1", "max"];
 const NUMBERS: [u32; 4] = [1, 2, 4, 8];
 const SIZES: [u32; 5] = [512, 1024, 2048, 4096, 8192];
@@ -113,11 +123,11 @@ pub(crate) fn matrix(full: bool) -> Vec<Machine> {
     if full {
         let numbers = CPUS.iter().flat_map(|cpu| NUMBERS.map(|smp| (cpu, smp)));
         machines.extend(numbers.zip(SIZES.iter().cycle()).map(|((cpu, smp), &memory)| Machine::new(cpu, smp, memory)));
-        machines.extend([CHECKED, Machine::new("max", 4, 1024).checked().only(RANGES)]);
+        machines.extend([CHECKED, DEV, Machine::new("max", 4, 1024).checked().only(RANGES)]);
         let random = |(smp, rounds)| Machine { smp, ..CHECKED }.only(&["random.*"]).rounds(rounds);
         machines.extend(RANDOM.map(random));
     } else {
-        machines.push(CHECKED.only(QUICK));
+        machines.extend([CHECKED, DEV].map(|machine| machine.only(QUICK)));
     }
     machines
 }
@@ -147,6 +157,7 @@ mod tests {
     fn names() {
         assert_eq!(Machine::new("max", 4, 2048).to_string(), "max x4, 2048 MiB");
         assert_eq!(Machine::new("max", 1, 512).at(0x1000).checked().to_string(), "max x1, 512 MiB, at 0x1000, checked");
+        assert_eq!(Machine::new("max", 1, 512).dev().to_string(), "max x1, 512 MiB, dev");
         assert_eq!(Machine::new("max", 1, 512).checked().rounds(3).to_string(), "max x1, 512 MiB, checked, 3 rounds");
     }
 }

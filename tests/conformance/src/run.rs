@@ -150,6 +150,9 @@ fn command(machine: &Machine, images: Images<'_>, arguments: &str) -> Command {
     if machine.checked {
         command.arg("--checked");
     }
+    if machine.dev {
+        command.arg("--dev");
+    }
     command
 }
 
