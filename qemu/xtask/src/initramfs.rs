@@ -1,5 +1,7 @@
 //! The root file system of the default host: busybox, an init script, and what a test adds.
 
+use std::num::NonZero;
+
 use anyhow::{Result, ensure};
 
 use crate::cpio::Archive;
@@ -82,9 +84,9 @@ pub(crate) fn build(
 /// The user's terminal.
 pub(crate) struct Terminal {
     /// Height in lines.
-    pub(crate) rows: u16,
+    pub(crate) rows: NonZero<u16>,
     /// Width in characters.
-    pub(crate) columns: u16,
+    pub(crate) columns: NonZero<u16>,
     /// `$TERM`; letters, digits and dashes only.
     pub(crate) kind: String,
 }

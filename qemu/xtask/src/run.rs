@@ -315,7 +315,7 @@ fn random() -> u64 {
     std::hash::RandomState::new().build_hasher().finish()
 }
 
-/// The user's terminal, if standard input is one.
+/// The user's terminal, if standard input is one that has a size.
 fn terminal() -> Option<Terminal> {
     if !std::io::stdin().is_terminal() {
         return None;
