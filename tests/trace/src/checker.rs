@@ -286,7 +286,7 @@ impl Checker {
                 Ok(())
             }
             Hint::SetRegionLock => {
-                let base = value & !PAGE.wrapping_sub(1);
+                let base = page_of(value);
                 let size =
                     u32::try_from(value % PAGE).ok().and_then(|shift| 1_u64.checked_shl(shift)).unwrap_or_default();
                 self.of_regions.insert(location);
@@ -331,7 +331,7 @@ impl Checker {
             roots.remove(&location);
             if roots.is_empty() {
                 self.regions.retain(|&(group, _), _| group != lock);
-                self.of_regions.retain(|of_region| of_region & !PAGE.wrapping_sub(1) != lock);
+                self.of_regions.retain(|of_region| page_of(*of_region) != lock);
             }
         }
         self.roots.remove(&location);
@@ -397,7 +397,7 @@ impl Checker {
     }
 
     fn write(&mut self, tid: u8, order: MemOrder, address: u64, value: u64) -> Result<(), Violation> {
-        let (page, index) = (address & !PAGE.wrapping_sub(1), address % PAGE / 8);
+        let (page, index) = (page_of(address), address % PAGE / 8);
         let no_table = self.violation(Fault::NoTable, address);
         let table = self.tables.get_mut(&page).ok_or(no_table)?;
         let slot = usize::try_from(index).ok().and_then(|index| table.entries.get_mut(index)).ok_or(no_table)?;
@@ -448,7 +448,7 @@ impl Checker {
 
     /// Returns the lock that guards all of what this one, of a region, guards a part of; other locks are groups of their own.
     fn group(&self, lock: u64) -> u64 {
-        if self.of_regions.contains(&lock) { lock & !PAGE.wrapping_sub(1) } else { lock }
+        if self.of_regions.contains(&lock) { page_of(lock) } else { lock }
     }
 
     /// Makes sure that the CPU has `lock`, if there is one.
@@ -782,9 +782,14 @@ impl Checker {
     }
 }
 
+/// The page that an address lies in; of the lock of a region, that of its root.
+const fn page_of(address: u64) -> u64 {
+    address & !PAGE.wrapping_sub(1)
+}
+
 /// The pages of a range.
 fn pages(address: u64, size: u64) -> impl Iterator<Item = u64> {
-    let first = address & !PAGE.wrapping_sub(1);
+    let first = page_of(address);
     (0..size.div_ceil(PAGE)).map(move |number| first.wrapping_add(number.wrapping_mul(PAGE)))
 }
 
