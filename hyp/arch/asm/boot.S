@@ -349,7 +349,7 @@ boot_tables:
     .skip   4096 * 32                   // L0 first; boot_map_block takes six at most, Rust the rest
 .global boot_tables_end
 boot_tables_end:
-    .skip   4096 * 8
+    .skip   4096 * 8                    // first stack; too deep a one would write over tables, so `--dev` optimises a little
 boot_stack_top:
 .global boot_tables_next
 boot_tables_next:
